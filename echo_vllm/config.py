@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The schema of the `echo` section of a speculative config, and its errors.
+
+`EchoConfig.from_section` turns what a user wrote into a frozen object on which every value is set
+and every combination is possible; the engine and the policies read that object and never check it
+again. Nothing here knows vLLM. An error is one sentence: the field, the value, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+SECTION = "speculative_config.echo"
+"""How the section is called in errors."""
+
+MAX_NODES = 256
+"""Upper limit of num_speculative_tokens: nodes of one request's tree (the mask is 64-bit words)."""
+
+MAX_DEPTH = 32
+MAX_TOP_K = 16
+
+Policy = Literal["chain", "static", "topn"]
+
+
+class EchoConfigError(ValueError):
+    """What is wrong with a configuration, as one sentence for the user.
+
+    The patched vLLM knows the class by `is_echo_config_error`, so that it needs no import of this
+    package to show the sentence alone.
+    """
+
+    is_echo_config_error = True
+
+
+def show(value: object) -> str:
+    """`value` as the user would write it in JSON, cut to a length that fits a sentence."""
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def closest(name: str, allowed: Sequence[str]) -> str:
+    """A hint at the name that was probably meant, or nothing."""
+    matches = difflib.get_close_matches(name, allowed, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+class EchoConfig(BaseModel):
+    """One engine's tree speculation, validated and with every default filled in.
+
+    Build it with `from_section`, which also checks the fields against num_speculative_tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: Policy = Field(
+        default="topn",
+        description=(
+            "Which nodes are drafted and verified. `chain`: one path of num_speculative_tokens "
+            "nodes. `static`: the fixed shape given by `tree`. `topn`: the "
+            "num_speculative_tokens best nodes by path score of a tree grown level by level. "
+            'Default "topn".'
+        ),
+    )
+    max_depth: int = Field(
+        default=6,
+        ge=1,
+        le=MAX_DEPTH,
+        description=(
+            "Levels of the tree, each one forward of the draft head. Range 1 to 32; default 6, or "
+            "num_speculative_tokens where that is smaller; num_speculative_tokens for `chain`; "
+            "the longest path of `tree` for `static`."
+        ),
+    )
+    top_k: int = Field(
+        default=4,
+        ge=1,
+        le=MAX_TOP_K,
+        description=(
+            "Children considered of a node, and nodes of a level that are expanded. Range 1 to "
+            "16; default 4; 1 for `chain`; what `tree` needs for `static`."
+        ),
+    )
+    tree: tuple[tuple[int, ...], ...] | None = Field(
+        default=None,
+        description=(
+            "For `static` only, and required there: the nodes as paths of child ranks from the "
+            "root, 0 being the draft's best token. [[0], [1], [0, 0]] is two children of the root "
+            "and one child of the first. Every prefix of a path must be a path too; ranks 0 to "
+            "15; at most num_speculative_tokens paths of at most 32 ranks. Kept level by level, "
+            "in the order of the ranks."
+        ),
+    )
+
+    POLICIES: ClassVar[tuple[str, ...]] = get_args(Policy)
+
+    @field_validator("tree", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, tree: Any) -> Any:
+        if isinstance(tree, list):
+            return tuple(tuple(path) if isinstance(path, list) else path for path in tree)
+        return tree
+
+    @classmethod
+    def from_section(cls, section: object, *, num_speculative_tokens: int) -> Self:
+        """Validate the `echo` section as the user wrote it.
+
+        Args:
+            section: the parsed JSON value; must be an object.
+            num_speculative_tokens: nodes that one request's tree may have, 1 to MAX_NODES.
+
+        Raises:
+            EchoConfigError: with one sentence on the first thing that is wrong.
+        """
+        if not isinstance(section, Mapping):
+            raise EchoConfigError(
+                f"{SECTION} must be a JSON object, got {show(section)}; "
+                "leave it out, or write {}, for the defaults."
+            )
+        try:
+            given = cls.model_validate(dict(section))
+        except ValidationError as error:
+            raise EchoConfigError(_first_sentence(error)) from None
+        if given.policy != "static" and given.tree is not None:
+            raise EchoConfigError(
+                f"{SECTION}.tree belongs to policy static, got policy {given.policy}; "
+                f"remove {SECTION}.tree, or set {SECTION}.policy to static."
+            )
+        fill = {"chain": cls._fill_chain, "static": cls._fill_static, "topn": cls._fill_topn}
+        return fill[given.policy](given, num_speculative_tokens)
+
+    def _fill_chain(self, num_nodes: int) -> Self:
+        if num_nodes > MAX_DEPTH:
+            raise EchoConfigError(
+                f"speculative_config.num_speculative_tokens must be at most {MAX_DEPTH} for "
+                f"policy chain, which drafts one node a level, got {num_nodes}; lower it, or "
+                f"choose another {SECTION}.policy."
+            )
+        if "max_depth" in self.model_fields_set and self.max_depth != num_nodes:
+            raise EchoConfigError(
+                f"{SECTION}.max_depth must equal speculative_config.num_speculative_tokens "
+                f"({num_nodes}) for policy chain, got {self.max_depth}; remove it, or make the "
+                "two equal."
+            )
+        if "top_k" in self.model_fields_set and self.top_k != 1:
+            raise EchoConfigError(
+                f"{SECTION}.top_k must be 1 for policy chain, got {self.top_k}; remove it, or "
+                f"set {SECTION}.policy to topn for a tree."
+            )
+        return self._with(max_depth=num_nodes, top_k=1)
+
+    def _fill_static(self, num_nodes: int) -> Self:
+        tree = _checked_tree(self.tree, num_nodes)
+        for name, needed in (
+            ("max_depth", max(len(path) for path in tree)),
+            ("top_k", 1 + max(max(path) for path in tree)),
+        ):
+            if name in self.model_fields_set and getattr(self, name) != needed:
+                raise EchoConfigError(
+                    f"{SECTION}.{name} follows from {SECTION}.tree for policy static and would "
+                    f"have to be {needed}, got {getattr(self, name)}; remove it."
+                )
+        return self._with(
+            tree=tree,
+            max_depth=max(len(path) for path in tree),
+            top_k=1 + max(max(path) for path in tree),
+        )
+
+    def _fill_topn(self, num_nodes: int) -> Self:
+        depth = self.max_depth
+        if depth > num_nodes:
+            if "max_depth" in self.model_fields_set:
+                raise EchoConfigError(
+                    f"{SECTION}.max_depth must be at most "
+                    f"speculative_config.num_speculative_tokens ({num_nodes}), because a path of "
+                    f"{depth} levels has {depth} nodes, got {depth}; lower it, or raise "
+                    "num_speculative_tokens."
+                )
+            depth = num_nodes
+        reachable = self.top_k + (depth - 1) * self.top_k**2
+        if num_nodes > reachable:
+            raise EchoConfigError(
+                f"speculative_config.num_speculative_tokens must be at most {reachable} with "
+                f"{SECTION}.top_k {self.top_k} and {SECTION}.max_depth {depth} (top_k + "
+                f"(max_depth - 1) * top_k^2 = {self.top_k} + {depth - 1} * {self.top_k**2} = "
+                f"{reachable} nodes can be drafted), got {num_nodes}; lower it, or raise top_k "
+                "or max_depth."
+            )
+        return self._with(max_depth=depth)
+
+    def _with(self, **values: Any) -> Self:
+        return type(self).model_validate({**self.model_dump(), **values})
+
+
+def _checked_tree(
+    tree: tuple[tuple[int, ...], ...] | None, num_nodes: int
+) -> tuple[tuple[int, ...], ...]:
+    field = f"{SECTION}.tree"
+    if not tree:
+        raise EchoConfigError(
+            f"{field} is required for policy static and must list at least one path, got "
+            f"{show(tree)}; give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
+        )
+    paths: set[tuple[int, ...]] = set()
+    for index, path in enumerate(tree):
+        where = f"{field}[{index}]"
+        if not 1 <= len(path) <= MAX_DEPTH:
+            raise EchoConfigError(
+                f"{where} must have 1 to {MAX_DEPTH} ranks, got {show(path)} with {len(path)}; "
+                "the root is not listed."
+            )
+        if not all(0 <= rank < MAX_TOP_K for rank in path):
+            raise EchoConfigError(
+                f"{where} must hold child ranks between 0 and {MAX_TOP_K - 1}, got {show(path)}; "
+                "rank 0 is the draft's best token."
+            )
+        if path in paths:
+            raise EchoConfigError(f"{where} repeats the path {show(path)}; list every path once.")
+        paths.add(path)
+    for index, path in enumerate(tree):
+        if len(path) > 1 and path[:-1] not in paths:
+            raise EchoConfigError(
+                f"{field}[{index}] is {show(path)} but its parent {show(path[:-1])} is not in the "
+                "list; add the parent, or remove the path."
+            )
+    if len(tree) > num_nodes:
+        raise EchoConfigError(
+            f"{field} must have at most speculative_config.num_speculative_tokens ({num_nodes}) "
+            f"paths, got {len(tree)}; shorten it, or raise num_speculative_tokens."
+        )
+    return tuple(sorted(tree, key=lambda path: (len(path), path)))
+
+
+def _first_sentence(error: ValidationError) -> str:
+    """Pydantic's first complaint about the section, in this project's words."""
+    report = error.errors(include_url=False)[0]
+    name = str(report["loc"][0])
+    path = SECTION + "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in report["loc"]
+    )
+    got = show(report["input"])
+    fields = tuple(EchoConfig.model_fields)
+    if report["type"] == "extra_forbidden":
+        return (
+            f"{path} is not a known field, got {got}{closest(name, fields)}; the fields are "
+            f"{', '.join(fields)}."
+        )
+    if name == "policy":
+        allowed = ", ".join(EchoConfig.POLICIES)
+        hint = closest(report["input"], EchoConfig.POLICIES) if isinstance(
+            report["input"], str
+        ) else ""
+        return f"{path} must be one of {allowed}, got {got}{hint}; set it to one of them."
+    if name == "tree":
+        return (
+            f"{path} must be {'a rank, an integer' if len(report['loc']) == 3 else 'a list'}, got "
+            f"{got}; give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
+        )
+    limit = {"max_depth": MAX_DEPTH, "top_k": MAX_TOP_K}[name]
+    default = EchoConfig.model_fields[name].default
+    kind = "between" if report["type"] in ("greater_than_equal", "less_than_equal") else (
+        "an integer between"
+    )
+    return (
+        f"{path} must be {kind} 1 and {limit}, got {got}; set it in that range, or remove it for "
+        f"the default of {default}."
+    )
