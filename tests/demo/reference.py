@@ -115,7 +115,7 @@ class GGUFTokenizer:
         return ids
 
     def can_spell(self, text: str) -> bool:
-        """Whether the vocabulary has every byte of `text`; it lacks a few that are rare in UTF-8."""
+        """Whether the vocabulary has every byte of `text`; it lacks a few rare ones."""
         return all(self.byte_letters[byte] in self.ids for byte in text.encode())
 
     def _merge(self, word: str) -> list[int]:
