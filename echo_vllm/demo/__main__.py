@@ -79,9 +79,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model's folder")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the GGUF file, if at hand")
+    parser.add_argument(
+        "--check", action="store_true", help="only say, by the exit code, if it is up to date"
+    )
     parser.add_argument("--force", action="store_true", help="make it even if it is up to date")
     args = parser.parse_args()
     out: Path = args.out
+    if args.check:
+        sys.exit(0 if is_up_to_date(out) else 1)
     if out.exists() and not (out / STAMP).exists():
         parser.error(f"--out must be a new folder or one made by this command, got {out}")
     if not args.force and is_up_to_date(out):

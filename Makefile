@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+#
+# Every target sets up what it needs by itself; `make help` lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VARIANT ?= cpu
+PORT ?= 8000
+HOST ?= 127.0.0.1
+CONFIG ?= examples/echo.json
+DTYPE ?= bfloat16
+COMPILE ?= 0
+ARGS ?=
+export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
+
+PYTHON_OF_VENV := .venv/bin/python
+
+.PHONY: help setup serve test test-fast check format bench-quick clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  variables: VARIANT=$(VARIANT) (or cuda, untested) PORT=$(PORT) HOST=$(HOST) CONFIG=$(CONFIG)"
+	@echo "             DTYPE=$(DTYPE) (or float32) COMPILE=$(COMPILE) (1: torch.compile) ARGS= (more options)"
+
+setup: ## .venv, vLLM, our patches and extension, the demo model; starts nothing
+	@scripts/setup.sh
+
+serve: setup ## serve the demo model: PORT, HOST, CONFIG (empty: no speculation), DTYPE, COMPILE
+	@exec scripts/serve.sh
+
+test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
+	@$(PYTHON_OF_VENV) -m pytest $(ARGS)
+
+test-fast: setup ## the fast tier (under three minutes)
+	@$(PYTHON_OF_VENV) -m pytest -m 'not full and not gpu' $(ARGS)
+
+check: setup ## ruff, mypy and clang-format; changes nothing
+	@scripts/check.sh
+
+format: setup ## let ruff and clang-format rewrite what make check complains about
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r .venv/bin/clang-format -i
+
+bench-quick: setup ## one table: plain decoding, vLLM's eagle3, and our policies
+	@$(PYTHON_OF_VENV) -m benchmarks.quick $(ARGS)
+
+clean: ## remove .venv, the builds and the demo model
+	rm -rf .venv .build build dist *.egg-info echo_vllm/*.so models/smollm2-135m-instruct
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
