@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../common/checks.h"
+
+namespace echo_vllm::cpu {
+namespace {
+
+std::vector<Isa> detect() {
+  std::vector<Isa> isas{Isa::kPortable};
+#if defined(__x86_64__)
+  // GCC's cpuid helper also checks that the operating system saves the wide registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    isas.push_back(Isa::kAvx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      isas.push_back(Isa::kAvx512);
+    }
+  }
+#endif
+  return isas;
+}
+
+}  // namespace
+
+const std::vector<Isa>& supported_isas() {
+  static const std::vector<Isa> isas = detect();
+  return isas;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+  }
+  return "";
+}
+
+Isa selected_isa() {
+  const std::vector<Isa>& isas = supported_isas();
+  const char* forced = std::getenv("ECHO_VLLM_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') return isas.back();
+  std::string names;
+  for (const Isa isa : isas) {
+    if (std::strcmp(forced, isa_name(isa)) == 0) return isa;
+    names += names.empty() ? "" : ", ";
+    names += isa_name(isa);
+  }
+  fail("ECHO_VLLM_CPU_ISA=", forced, " is not available; this machine runs ", names,
+       ". Unset the variable to use the fastest");
+}
+
+}  // namespace echo_vllm::cpu

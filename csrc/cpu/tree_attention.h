@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+//
+// What the operator (tree_attention.cpp) hands to a kernel, and the table of kernels, one per
+// instruction set. Only plain data crosses this border: the kernels are compiled with other
+// instruction sets than the rest of the library and must not share inline library code with it.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/kv_layout.h"
+
+namespace echo_vllm::cpu {
+
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+
+// Keys per tile: the visibility of a tile is one mask word per row.
+constexpr int kTileKeys = 64;
+
+// All strides are in elements; the last dimension of every tensor is contiguous.
+struct TreeAttentionArgs {
+  const void* query;  // [T, H, D]
+  int64_t query_stride_row, query_stride_head;
+  void* out;  // [T, H, D]
+  int64_t out_stride_row, out_stride_head;
+
+  const void* key_cache;
+  const void* value_cache;
+  CacheStrides key_strides, value_strides;
+  const int32_t* block_table;  // [R, max blocks]
+  int64_t block_table_stride;
+
+  const void* suffix_key;    // [S, KVH, D]
+  const void* suffix_value;  // [S, KVH, D]
+  int64_t suffix_key_stride_row, suffix_key_stride_head;
+  int64_t suffix_value_stride_row, suffix_value_stride_head;
+
+  const int32_t* context_lens;  // [R]
+  const int32_t* query_start;   // [R]
+  const int32_t* row_start;     // [R + 1]
+  const int32_t* suffix_start;  // [R]
+  const int32_t* suffix_len;    // [R]
+  const int64_t* mask;          // [rows, words]
+  int64_t mask_words;
+  const int64_t* positions;  // [T]
+
+  int num_heads, num_kv_heads, head_size, block_size;
+  int sliding_window;  // <= 0: none
+  float scale, softcap;
+  KvLayout layout;
+  Dtype dtype;
+};
+
+// One unit of work: the rows and q heads of one (request, kv head) against a part of its keys.
+struct TreeAttentionTask {
+  int request;
+  int kv_head;
+  int context_begin, context_end;  // tokens; the begin is a multiple of kTileKeys
+  bool with_suffix;
+  // Null: the task covers all keys and writes the output. Else the state of the online softmax
+  // goes here, for merge().
+  float* partial;
+};
+
+// Floats of one partial state for `rows` rows: the row maxima, the row sums, the weighted values.
+ECHO_HOST_DEVICE int64_t partial_size(int64_t rows, int head_size) {
+  return rows * (2 + static_cast<int64_t>(head_size));
+}
+
+struct TreeAttentionKernel {
+  // Floats of scratch memory (64-byte aligned) for tasks of at most `rows` rows x q heads.
+  int64_t (*scratch_size)(const TreeAttentionArgs& args, int64_t rows);
+  void (*run)(const TreeAttentionArgs& args, const TreeAttentionTask& task, float* scratch);
+  // Merges `count` partial states, `stride` floats apart, and writes the output rows.
+  void (*merge)(const TreeAttentionArgs& args, int request, int kv_head, const float* partials,
+                int64_t count, int64_t stride, float* scratch);
+};
+
+const TreeAttentionKernel& tree_attention_kernel_portable();
+#if defined(__x86_64__)
+const TreeAttentionKernel& tree_attention_kernel_avx2();
+const TreeAttentionKernel& tree_attention_kernel_avx512();
+#endif
+
+}  // namespace echo_vllm::cpu

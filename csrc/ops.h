@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+//
+// The CPU kernels behind the operators that bindings.cpp registers. Shapes, dtypes and errors are
+// documented in echo_vllm/ops/__init__.py.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace echo_vllm::cpu {
+
+using torch::stable::Tensor;
+
+void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                    const Tensor& block_table, const Tensor& context_lens,
+                    const Tensor& query_start, const Tensor& row_start, const Tensor& suffix_key,
+                    const Tensor& suffix_value, const Tensor& suffix_start,
+                    const Tensor& suffix_len, const Tensor& mask, const Tensor& positions,
+                    double scale, double softcap, int64_t sliding_window,
+                    const std::string& layout, const Tensor& out);
+
+void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
+               const Tensor& dst_slots, int64_t block_size, const std::string& layout);
+
+std::tuple<Tensor, Tensor> build_super_tree(const Tensor& parents, const Tensor& cu_nodes,
+                                            int64_t num_words);
+
+std::tuple<Tensor, Tensor> accept_path(const Tensor& sampled, const Tensor& token_ids,
+                                       const Tensor& parents, const Tensor& cu_nodes,
+                                       int64_t max_depth);
+
+// The instruction sets this machine can run, slowest first, separated by commas.
+std::string supported_isas_text();
+
+}  // namespace echo_vllm::cpu

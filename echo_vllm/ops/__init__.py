@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The operators: tree attention, K/V commit, and the forest's mask and walk.
+
+Called by `echo_vllm.acceptance`, `echo_vllm.forest` and `echo_vllm.engine`; knows tensors only, no
+vLLM. Each function runs the C++ kernel for the device of its tensors, or with
+`ECHO_VLLM_OPS=reference` in the environment the plain-torch version in `reference.py`.
+`ECHO_VLLM_CPU_ISA` forces the instruction set of the CPU kernels (`supported_cpu_isas()`).
+
+Terms: a request's rows are [root, node 0, node 1, ...]; the root is the last sampled token. A
+parent is the index of a node of the same request, -1 is the root. Bit j of a mask row is bit
+j % 64 of its word j // 64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_vllm.ops import reference
+from echo_vllm.ops.library import load_library
+
+__all__ = [
+    "accept_path",
+    "available_implementations",
+    "build_super_tree",
+    "commit_kv",
+    "load_library",
+    "supported_cpu_isas",
+    "tree_attention",
+]
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "tree_attention": reference.tree_attention,
+    "commit_kv": reference.commit_kv,
+    "build_super_tree": reference.build_super_tree,
+    "accept_path": reference.accept_path,
+}
+
+
+def _implementation(op: str) -> Callable[..., Any]:
+    choice = os.environ.get("ECHO_VLLM_OPS", "")
+    if choice == "reference":
+        return _REFERENCE[op]
+    if choice:
+        raise ValueError(f"ECHO_VLLM_OPS must be unset or 'reference', got {choice!r}")
+    load_library()
+    kernel: Callable[..., Any] = getattr(torch.ops.echo_vllm, op).default
+    return kernel
+
+
+def available_implementations() -> dict[str, tuple[str, ...]]:
+    """Operator name -> what can run it here: `reference`, and `cpu`, `cuda` from the library."""
+    implementations: dict[str, tuple[str, ...]] = {}
+    try:
+        load_library()
+    except RuntimeError:
+        return dict.fromkeys(_REFERENCE, ("reference",))
+    for op in _REFERENCE:
+        kernels = tuple(
+            key.lower()
+            for key in ("CPU", "CUDA")
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"echo_vllm::{op}", key)
+        )
+        implementations[op] = ("reference", *kernels)
+    return implementations
+
+
+def supported_cpu_isas() -> tuple[str, ...]:
+    """The values that `ECHO_VLLM_CPU_ISA` can take on this machine, slowest first."""
+    load_library()
+    names: str = torch.ops.echo_vllm.supported_cpu_isas()
+    return tuple(names.split(","))
+
+
+def tree_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    row_start: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    suffix_start: Tensor,
+    suffix_len: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    """Attention of R requests whose rows are trees; writes their rows of `out`, no others.
+
+    Request i owns query rows `query_start[i] .. query_start[i] + n_i - 1` and mask rows
+    `row_start[i] .. row_start[i + 1] - 1`, with `n_i = row_start[i + 1] - row_start[i]`. Each row
+    attends to all context tokens `0 .. context_lens[i] - 1` in the paged cache, and to suffix rows
+    `suffix_start[i] + j`, `j < suffix_len[i]`, where bit j of its mask row is set. A row that may
+    see nothing gives zeros.
+
+    Args:
+        query: [T, H, D] float32, bfloat16 or float16; D a multiple of 16, last dim contiguous.
+        key_cache, value_cache: paged K and V of query's dtype. For `vec`, `vec16` and `amx` the
+            two halves `[num_blocks, KVH, block_size, D]` of vLLM's CPU cache (its
+            `[num_blocks, KVH, block_size, 2 * D]` viewed as `[..., 2 * block_size, D]`, chunked in
+            dim 2); for `nhd` `[num_blocks, block_size, KVH, D]`.
+        block_table: int32 [>= R, max_blocks].
+        context_lens, suffix_start, suffix_len: int32 [R].
+        query_start: int32 [>= R]; row_start: int32 [R + 1].
+        suffix_key, suffix_value: [S, KVH, D], last dim contiguous; H is a multiple of KVH.
+        mask: int64 [rows, W], W >= ceil(max(suffix_len) / 64), contiguous.
+        positions: int64 [T], read only with a sliding window.
+        scale: factor of the scores.
+        softcap: > 0 caps the scores, `softcap * tanh(score / softcap)`; 0 does not.
+        sliding_window: > 0: a row sees only context tokens above `position - sliding_window` (the
+            suffix is governed by the mask alone); <= 0: no window.
+        layout: `vec`, `vec16`, `amx` (vLLM's isa names) or `nhd`. `amx` is bfloat16 with D and
+            block_size multiples of 32; `vec` and `vec16` need a block_size that is a multiple
+            of 16.
+        out: [T, H, D], query's dtype, last dim contiguous.
+
+    Raises:
+        RuntimeError: an argument's shape, dtype, stride or range does not fit.
+    """
+    _implementation("tree_attention")(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        context_lens,
+        query_start,
+        row_start,
+        suffix_key,
+        suffix_value,
+        suffix_start,
+        suffix_len,
+        mask,
+        positions,
+        scale,
+        softcap,
+        sliding_window,
+        layout,
+        out,
+    )
+
+
+def commit_kv(
+    kv_caches: Sequence[Tensor],
+    src_slots: Tensor,
+    dst_slots: Tensor,
+    block_size: int,
+    layout: str,
+) -> None:
+    """Moves K and V of slot `src_slots[j]` to slot `dst_slots[j]` in every layer.
+
+    All reads precede all writes, so ranges may overlap; equal slots are skipped. Destinations must
+    be distinct. slot = block * block_size + offset.
+
+    Args:
+        kv_caches: per layer [num_blocks, KVH, block_size, 2 * D] in vLLM's CPU layout.
+        src_slots, dst_slots: int64 [M].
+        block_size: tokens per block, the same in all layers.
+        layout: `vec`, `vec16` or `amx`.
+
+    Raises:
+        RuntimeError: an argument's shape, dtype or stride does not fit, or a slot is out of range.
+    """
+    _implementation("commit_kv")(list(kv_caches), src_slots, dst_slots, block_size, layout)
+
+
+def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """The ancestor mask and the depths of every row of a batch of trees.
+
+    Args:
+        parents: int32 [K], K nodes in all; a parent precedes its children.
+        cu_nodes: int32 [R + 1], where each request's nodes start.
+        num_words: W, words per mask row; 64 * W >= 1 + the most nodes of a request.
+
+    Returns:
+        mask: int64 [K + R, W]. Request i's rows start at `cu_nodes[i] + i`: root, then nodes. Bit
+            j says that the request's row j is the row itself or an ancestor of it; the root is
+            bit 0 of every row.
+        depths: int32 [K + R], 0 for a root.
+
+    Raises:
+        RuntimeError: the parents or bounds are not a forest, or a tree does not fit the words.
+    """
+    mask, depths = _implementation("build_super_tree")(parents, cu_nodes, num_words)
+    return mask, depths
+
+
+def accept_path(
+    sampled: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor]:
+    """Descends from each root to the child that holds the target's token, until none does.
+
+    Args:
+        sampled: int64 [K + R], the target's token at every row (request i from `cu_nodes[i] + i`).
+        token_ids: int32 or int64 [K], the draft tokens. No two siblings share a token.
+        parents: int32 [K]; cu_nodes: int32 [R + 1], as in `build_super_tree`.
+        max_depth: the longest path that is accepted.
+
+    Returns:
+        accepted_rows: int32 [R, max_depth + 1], row indices inside the request along the path,
+            beginning with 0 (the root), padded with -1. The bonus token is `sampled` at the last.
+        num_accepted: int32 [R], accepted draft nodes, 0 .. max_depth.
+
+    Raises:
+        RuntimeError: the parents or bounds are not a forest, or shapes and dtypes do not fit.
+    """
+    accepted_rows, num_accepted = _implementation("accept_path")(
+        sampled, token_ids, parents, cu_nodes, max_depth
+    )
+    return accepted_rows, num_accepted

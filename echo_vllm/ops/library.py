@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Loads the C++ extension and gives its operators their fake (meta) kernels.
+
+The extension registers schemas and kernels with torch when it is loaded; torch then picks the
+kernel by the device of the tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY_PATH = Path(__file__).parent.parent / "_C.abi3.so"
+
+
+@functools.cache
+def load_library() -> None:
+    """Loads the extension once; later calls do nothing.
+
+    Raises RuntimeError if it has not been built or does not fit the installed torch.
+    """
+    if not LIBRARY_PATH.exists():
+        raise RuntimeError(
+            f"the C++ extension {LIBRARY_PATH} is not built: run `make setup` (or "
+            "`python setup.py build_ext --inplace`) in the checkout of echo-vllm. "
+            "ECHO_VLLM_OPS=reference runs without it, slowly"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except OSError as error:
+        raise RuntimeError(
+            f"the C++ extension {LIBRARY_PATH} does not load with torch {torch.__version__} "
+            f"({error}): build it again with `make setup` (or `python setup.py build_ext "
+            "--inplace --force`); it needs torch >= 2.11"
+        ) from error
+    _register_fake_kernels()
+
+
+def _register_fake_kernels() -> None:
+    @torch.library.register_fake("echo_vllm::tree_attention")
+    def _tree_attention(*arguments: object) -> None:
+        return None
+
+    @torch.library.register_fake("echo_vllm::commit_kv")
+    def _commit_kv(*arguments: object) -> None:
+        return None
+
+    @torch.library.register_fake("echo_vllm::build_super_tree")
+    def _build_super_tree(
+        parents: Tensor, cu_nodes: Tensor, num_words: int
+    ) -> tuple[Tensor, Tensor]:
+        num_rows = parents.shape[0] + cu_nodes.shape[0] - 1
+        return (
+            parents.new_empty((num_rows, num_words), dtype=torch.int64),
+            parents.new_empty((num_rows,), dtype=torch.int32),
+        )
+
+    @torch.library.register_fake("echo_vllm::accept_path")
+    def _accept_path(
+        sampled: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, max_depth: int
+    ) -> tuple[Tensor, Tensor]:
+        num_requests = cu_nodes.shape[0] - 1
+        return (
+            parents.new_empty((num_requests, max_depth + 1), dtype=torch.int32),
+            parents.new_empty((num_requests,), dtype=torch.int32),
+        )

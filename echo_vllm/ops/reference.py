@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Every operator of `echo_vllm.ops` in plain torch, written to be obviously right.
+
+The tests compare the kernels with these, and `ECHO_VLLM_OPS=reference` runs the whole engine on
+them. They loop over requests and rows in Python: nothing here is meant to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BITS_PER_WORD = 64
+
+
+def key_offsets(layout: str, block_size: int, head_size: int) -> Tensor:
+    """Where K of (token, dim) lies inside one (block, kv head) region: int64 [block_size, head_size].
+
+    Raises ValueError for a layout that has no such region.
+    """
+    token = torch.arange(block_size)[:, None]
+    dim = torch.arange(head_size)[None, :]
+    if layout in ("vec", "vec16"):
+        return dim * block_size + token
+    if layout == "amx":
+        return token // 16 * 16 * head_size + dim // 2 * 32 + token % 16 * 2 + dim % 2
+    raise ValueError(f"layout must be one of vec, vec16, amx, got {layout!r}")
+
+
+def value_offsets(layout: str, block_size: int, head_size: int) -> Tensor:
+    """Where V of (token, dim) lies inside one (block, kv head) region; see `key_offsets`."""
+    token = torch.arange(block_size)[:, None]
+    dim = torch.arange(head_size)[None, :]
+    if layout in ("vec", "vec16"):
+        return token * head_size + dim
+    if layout == "amx":
+        return dim // 16 * 16 * block_size + token // 2 * 32 + dim % 16 * 2 + token % 2
+    raise ValueError(f"layout must be one of vec, vec16, amx, got {layout!r}")
+
+
+def gather_context(
+    key_cache: Tensor, value_cache: Tensor, blocks: Tensor, length: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """K and V of the first `length` tokens of one request, each [length, num_kv_heads, head_size]."""
+    block_ids = blocks.long()
+    if layout == "nhd":
+        key = key_cache[block_ids].flatten(0, 1)[:length]
+        value = value_cache[block_ids].flatten(0, 1)[:length]
+        return key, value
+    block_size, head_size = key_cache.shape[2:]
+    gathered = []
+    for cache, offsets in (
+        (key_cache, key_offsets(layout, block_size, head_size)),
+        (value_cache, value_offsets(layout, block_size, head_size)),
+    ):
+        regions = cache[block_ids].flatten(2)  # [blocks, kv heads, block_size * head_size]
+        tokens = regions[:, :, offsets]  # [blocks, kv heads, block_size, head_size]
+        gathered.append(tokens.transpose(1, 2).flatten(0, 1)[:length])
+    return gathered[0], gathered[1]
+
+
+def mask_bits(mask: Tensor, length: int) -> Tensor:
+    """The first `length` bits of each row of an int64 [rows, words] mask, as bool [rows, length]."""
+    column = torch.arange(length)
+    words = mask[:, column // BITS_PER_WORD]
+    return (words >> (column % BITS_PER_WORD)) & 1 != 0
+
+
+def tree_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    row_start: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    suffix_start: Tensor,
+    suffix_len: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    layout: str,
+    out: Tensor,
+) -> None:
+    """See `echo_vllm.ops.tree_attention`. Computes in float64 where the input is float32."""
+    accumulate = torch.float64 if query.dtype == torch.float32 else torch.float32
+    block_size = key_cache.shape[1 if layout == "nhd" else 2]
+    group = query.shape[1] // suffix_key.shape[1]
+    for request in range(context_lens.shape[0]):
+        first_mask_row, end_mask_row = row_start[request : request + 2].tolist()
+        rows = end_mask_row - first_mask_row
+        if rows == 0:
+            continue
+        first_row = int(query_start[request])
+        context = int(context_lens[request])
+        start, length = int(suffix_start[request]), int(suffix_len[request])
+        num_blocks = -(-context // block_size)
+        context_key, context_value = gather_context(
+            key_cache, value_cache, block_table[request, :num_blocks], context, layout
+        )
+        key = torch.cat([context_key, suffix_key[start : start + length]])
+        value = torch.cat([context_value, suffix_value[start : start + length]])
+
+        visible = torch.ones(rows, context + length, dtype=torch.bool)
+        if sliding_window > 0:
+            position = positions[first_row : first_row + rows, None]
+            visible[:, :context] = torch.arange(context) > position - sliding_window
+        visible[:, context:] = mask_bits(mask[first_mask_row:end_mask_row], length)
+
+        # [kv heads, group, rows, D] x [kv heads, 1, keys, D]
+        q = query[first_row : first_row + rows].to(accumulate).unflatten(1, (-1, group))
+        k = key.to(accumulate).permute(1, 0, 2)[:, None]
+        scores = q.permute(1, 2, 0, 3) @ k.transpose(-1, -2) * scale
+        if softcap > 0:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~visible, float("-inf"))
+        # A row that sees nothing gives zeros. What no row sees may be unwritten memory.
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)
+        v = value.to(accumulate).permute(1, 0, 2)[:, None]
+        v = v.masked_fill(~visible.any(0)[:, None], 0.0)
+        result = (weights @ v).permute(2, 0, 1, 3).flatten(1, 2)
+        out[first_row : first_row + rows] = result.to(out.dtype)
+
+
+def commit_kv(
+    kv_caches: list[Tensor], src_slots: Tensor, dst_slots: Tensor, block_size: int, layout: str
+) -> None:
+    """See `echo_vllm.ops.commit_kv`."""
+    for kv_cache in kv_caches:
+        num_blocks, num_kv_heads, _, row = kv_cache.shape
+        head_size = row // 2
+        # [blocks, kv heads, K or V, block_size * head_size], a view
+        regions = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * head_size)
+        for which, offsets in (
+            (0, key_offsets(layout, block_size, head_size)),
+            (1, value_offsets(layout, block_size, head_size)),
+        ):
+            region = regions[:, :, which]
+            held = [
+                region[slot // block_size][:, offsets[slot % block_size]].clone()
+                for slot in src_slots.tolist()
+            ]
+            for slot, tokens in zip(dst_slots.tolist(), held, strict=True):
+                region[slot // block_size][:, offsets[slot % block_size]] = tokens
+
+
+def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """See `echo_vllm.ops.build_super_tree`."""
+    mask_rows: list[list[int]] = []
+    depths: list[int] = []
+    bounds = cu_nodes.tolist()
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        ancestors_of_root = 1  # bit 0: the root sees itself
+        rows = [ancestors_of_root]
+        depth = [0]
+        for node, parent in enumerate(parents[begin:end].tolist()):
+            rows.append(rows[parent + 1] | 1 << (node + 1))
+            depth.append(depth[parent + 1] + 1)
+        if end - begin + 1 > num_words * BITS_PER_WORD:
+            raise RuntimeError(
+                f"build_super_tree: {end - begin + 1} rows do not fit {num_words} words"
+            )
+        mask_rows += [[_signed_word(row, word) for word in range(num_words)] for row in rows]
+        depths += depth
+    mask = torch.tensor(mask_rows, dtype=torch.int64).reshape(len(depths), num_words)
+    return mask, torch.tensor(depths, dtype=torch.int32)
+
+
+def _signed_word(bits: int, word: int) -> int:
+    unsigned = bits >> (word * BITS_PER_WORD) & (1 << BITS_PER_WORD) - 1
+    return unsigned - (1 << BITS_PER_WORD) if unsigned >> (BITS_PER_WORD - 1) else unsigned
+
+
+def accept_path(
+    sampled: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor]:
+    """See `echo_vllm.ops.accept_path`."""
+    bounds = cu_nodes.tolist()
+    accepted_rows = torch.full((len(bounds) - 1, max_depth + 1), -1, dtype=torch.int32)
+    num_accepted = torch.zeros(len(bounds) - 1, dtype=torch.int32)
+    for request, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        targets = sampled[begin + request : end + request + 1].tolist()
+        child = {
+            (parent + 1, token): node + 1
+            for node, (parent, token) in enumerate(
+                zip(parents[begin:end].tolist(), token_ids[begin:end].tolist(), strict=True)
+            )
+        }
+        path = [0]
+        while len(path) <= max_depth and (path[-1], targets[path[-1]]) in child:
+            path.append(child[path[-1], targets[path[-1]]])
+        accepted_rows[request, : len(path)] = torch.tensor(path, dtype=torch.int32)
+        num_accepted[request] = len(path) - 1
+    return accepted_rows, num_accepted
