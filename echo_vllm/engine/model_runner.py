@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""One step of decoding with draft trees, on vLLM's V1 model runner.
+
+`EchoRunnerMixin` overrides the few methods of the runner that assume a chain: the order of the
+batch, positions, attention metadata, sampling, and drafting. The step is otherwise vLLM's.
+The runner keeps the parents of what it drafted; the scheduler carries the tokens only, as a list
+whose every prefix is a tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from echo_vllm import ops
+from echo_vllm.engine.attention.tree import VerificationRows, num_mask_words
+from echo_vllm.engine.drafter import EchoProposer
+from echo_vllm.engine.stats import StepStats
+from echo_vllm.engine.verification import Verdict, verify
+from echo_vllm.forest import DraftForest, is_chain
+from echo_vllm.policy import make_policy
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _Runner = GPUModelRunner
+else:
+    _Runner = object
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """What the runner remembers of a request's last draft."""
+
+    token_ids: list[int]
+    parents: list[int]
+    is_chain: bool
+
+
+@dataclass
+class Step:
+    """The verification of one scheduled batch.
+
+    Attributes:
+        forest: the trees as scheduled, one a request of the batch, maybe empty.
+        rows: the requests that attention must treat as trees, None if there are none.
+        query_start: [R + 1] int64, first row of each request.
+        verdict: set by sampling.
+    """
+
+    forest: DraftForest
+    rows: VerificationRows | None
+    query_start: np.ndarray
+    verdict: Verdict | None = None
+
+
+class EchoRunnerMixin(_Runner):
+    """The overrides that turn a V1 model runner into one that verifies trees."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        spec = self.speculative_config
+        policy = make_policy(spec.echo, spec.num_speculative_tokens)
+        self.drafter = EchoProposer(vllm_config, device, self, policy)
+        # vLLM drops min-p and logit bias under speculation because its rejection sampler cannot
+        # apply them; the walk samples with the plain sampler, which can.
+        self.input_batch.logitsprocs = LogitsProcessors(
+            processor(vllm_config, device, False) for processor in BUILTIN_LOGITS_PROCESSORS
+        )
+        self.draft_trees: dict[str, DraftTree] = {}
+        self.step: Step | None = None
+
+    # ---- Before the forward: batch order, positions, attention ----
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        for req_id in scheduler_output.finished_req_ids:
+            self.draft_trees.pop(req_id, None)
+        return super()._update_states(scheduler_output)
+
+    def _scheduled_tree(
+        self, req_id: str, scheduled: dict[str, list[int]]
+    ) -> tuple[list[int], list[int], bool]:
+        """Tokens, parents and is-chain of what is verified for a request in this step."""
+        tokens = scheduled.get(req_id)
+        if not tokens:
+            return [], [], True
+        tree = self.draft_trees[req_id]
+        size = len(tokens)
+        if tree.token_ids[:size] != tokens:
+            raise RuntimeError(
+                f"request {req_id}: the scheduled draft is not a prefix of the drafted tree"
+            )
+        parents = tree.parents[:size]
+        return tokens, parents, tree.is_chain or is_chain(parents)
+
+    def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
+        """Requests with trees come first, so that each kernel gets one contiguous batch."""
+        super()._may_reorder_batch(scheduler_output)
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        if not scheduled:
+            return
+        causal = [self._scheduled_tree(r, scheduled)[2] for r in self.input_batch.req_ids]
+        first, last = 0, len(causal) - 1
+        while True:
+            while first < last and not causal[first]:
+                first += 1
+            while first < last and causal[last]:
+                last -= 1
+            if first >= last:
+                return
+            self.input_batch.swap_states(first, last)
+            causal[first], causal[last] = causal[last], causal[first]
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        trees = [self._scheduled_tree(r, scheduled) for r in self.input_batch.req_ids]
+        forest = DraftForest.from_parents([t[0] for t in trees], [t[1] for t in trees])
+        query_start = np.concatenate([[0], np.cumsum(num_scheduled_tokens, dtype=np.int64)])
+        num_trees = next((i for i, tree in enumerate(trees) if tree[2]), len(trees))
+        rows = self._tree_rows(forest, num_trees) if num_trees else None
+        if rows is not None:
+            # Slots follow the order of the rows, positions the depth in the tree.
+            base = self.input_batch.num_computed_tokens_cpu_tensor[:num_trees].to(torch.int64)
+            owner = torch.arange(num_trees).repeat_interleave(rows.row_start.diff())
+            self.positions[: rows.num_rows] = base[owner] + rows.depths
+        self.step = Step(forest, rows, query_start)
+        return result
+
+    def _tree_rows(self, forest: DraftForest, num_trees: int) -> VerificationRows:
+        cu_nodes = forest.cu_nodes[: num_trees + 1]
+        num_nodes = int(cu_nodes[-1])
+        words = num_mask_words(1 + int(cu_nodes.diff().max()))
+        mask, depths = ops.build_super_tree(forest.parents[:num_nodes], cu_nodes, words)
+        row_start = cu_nodes + torch.arange(num_trees + 1, dtype=torch.int32)
+        return VerificationRows(num_trees, num_nodes + num_trees, row_start, depths, mask)
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        builders = [
+            group.get_metadata_builder() for groups in self.attn_groups for group in groups
+        ]
+        # A dummy run builds metadata without a step.
+        rows = self.step.rows if self.step is not None and self.step.verdict is None else None
+        for builder in builders:
+            builder.verification = rows
+        try:
+            return super()._build_attention_metadata(*args, **kwargs)
+        finally:
+            for builder in builders:
+                builder.verification = None
+
+    # ---- After the forward: sample, accept, commit ----
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        output = super().sample_tokens(grammar_output)
+        if isinstance(output, ModelRunnerOutput) and self.step is not None:
+            assert self.step.verdict is not None
+            output.echo_stats = StepStats.of(self.step.forest, self.step.verdict.num_accepted)
+        self.step = None
+        return output
+
+    def _sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        if self.step is None:  # A dummy run.
+            return super()._sample(logits, spec_decode_metadata)
+        num_reqs = self.input_batch.num_reqs
+        self.step.verdict = verify(
+            self.sampler,
+            logits,
+            self.step.forest,
+            self.input_batch.sampling_metadata,
+            self.input_batch.req_output_token_ids[:num_reqs],
+            self.discard_request_mask.np[:num_reqs],
+        )
+        self._commit(self.step)
+        return self.step.verdict.sampler_output
+
+    def _commit(self, step: Step) -> None:
+        """Move the accepted paths' keys and values to where a chain would have left them."""
+        if step.rows is None:
+            return
+        accepted = step.verdict.accepted_rows
+        requests, places = np.nonzero((accepted >= 0) & (accepted != np.arange(accepted.shape[1])))
+        if not len(requests):
+            return
+        start = step.query_start[requests]
+        source = torch.from_numpy(start + accepted[requests, places])
+        target = torch.from_numpy(start + places)
+        for gid, groups in enumerate(self.attn_groups):
+            slots = self.input_batch.block_table[gid].slot_mapping.gpu
+            for group in groups:
+                self._commit_group(group, slots[source], slots[target])
+
+    def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM lets partial prefills draw and then rewinds their generators, which CPU generators
+        # cannot do. The walk lets only requests that generate draw, so nothing is to be rewound.
+        generators = self.input_batch.generators
+        self.input_batch.generators = {}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
+
+    # ---- Draft ----
+
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
+        # Decided for each request in `_wants_drafts`, not for the batch.
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: torch.Tensor | list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        slot_mappings: Any,
+    ) -> list[list[int]]:
+        """Draft a tree for every request that can use one; returns the trees' tokens."""
+        assert isinstance(sampled_token_ids, list)
+        step = self.step
+        assert step is not None and step.verdict is not None
+        num_drafts = step.forest.cu_nodes.diff().tolist()
+        cad, chain_rows = self.drafter.prepare_inputs(
+            common_attn_metadata, sampled_token_ids, num_drafts
+        )
+        rows = self._committed_rows(step, cad, chain_rows)
+        if self.use_aux_hidden_state_outputs:
+            assert aux_hidden_states is not None
+            features = torch.cat([h[rows] for h in aux_hidden_states], dim=-1)
+        else:
+            features = hidden_states[rows]
+        req_ids = self.input_batch.req_ids
+        drafting = [
+            i for i, r in enumerate(req_ids) if self._wants_drafts(r, bool(sampled_token_ids[i]))
+        ]
+        forest = self.drafter.propose_forest(
+            token_ids=self.input_ids.gpu[rows],
+            positions=self.positions[rows],
+            hidden_states=features,
+            next_token_ids=self.drafter.prepare_next_token_ids_cpu(
+                sampled_token_ids,
+                self.requests,
+                self.input_batch,
+                scheduler_output.num_scheduled_tokens,
+            ),
+            requests=torch.tensor(drafting, dtype=torch.int64),
+            common_attn_metadata=cad,
+        )
+        drafts: list[list[int]] = [[] for _ in req_ids]
+        for i, (tokens, parents) in zip(drafting, forest.trees(), strict=True):
+            drafts[i] = tokens
+            self.draft_trees[req_ids[i]] = DraftTree(tokens, parents, is_chain(parents))
+        return drafts
+
+    def _committed_rows(
+        self, step: Step, cad: CommonAttentionMetadata, chain_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows of this forward whose tokens are now committed.
+
+        `chain_rows` are the rows as if every accepted path were the first rows of its request.
+        """
+        if step.rows is None:
+            return chain_rows
+        rows = chain_rows.clone()
+        accepted = step.verdict.accepted_rows
+        starts = cad.query_start_loc_cpu.tolist()
+        for i in range(step.rows.num_requests):
+            count = int(step.verdict.num_accepted[i]) + 1
+            path = torch.from_numpy(accepted[i, :count].astype(np.int64))
+            rows[starts[i] : starts[i] + count] = path + int(step.query_start[i])
+        return rows
+
+    def _wants_drafts(self, req_id: str, has_token: bool) -> bool:
+        """Whether a tree for this request can be verified in the next step."""
+        request = self.requests[req_id]
+        params = request.sampling_params
+        if not has_token or params is None:
+            return False
+        if params.structured_outputs is not None or params.thinking_token_budget is not None:
+            return False
+        if params.max_tokens is not None:
+            # The bonus token alone finishes the request.
+            if len(request.output_token_ids) + 1 >= params.max_tokens:
+                return False
+        return request.num_tokens + self.drafter.policy.max_depth <= self.drafter.max_draft_len
+
+
+class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
+    """The CPU runner with trees."""
+
+    def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        context = self.compilation_config.static_forward_context
+        draft_layers = self.drafter._draft_attn_layer_names
+        layers = [context[name] for name in group.layer_names if name not in draft_layers]
+        if layers:
+            caches = [layer.kv_cache for layer in layers]
+            ops.commit_kv(caches, source, target, caches[0].shape[2], layers[0].isa)

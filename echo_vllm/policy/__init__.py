@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Policies: which nodes are drafted, and which of them are verified.
+
+`make_policy` turns the `echo` section of echo.json into one of the policies of this package.
+A policy is a pure function of draft scores; it never sees vLLM.
+"""
+
+from echo_vllm.policy.base import CandidatePool, DraftPolicy, Expansion
+from echo_vllm.policy.registry import make_policy
+
+__all__ = ["CandidatePool", "DraftPolicy", "Expansion", "make_policy"]

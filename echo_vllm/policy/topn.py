@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`topn`: EAGLE-2's dynamic tree with an equal number of nodes for every request.
+
+Every level expands the `top_k` nodes of the level above whose paths are most probable; at the end
+the `num_nodes` most probable candidates of all levels form the tree (the rerank of EAGLE-2,
+arXiv 2406.16858). A child is never more probable than its parent, so the selection is a tree.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from echo_vllm.forest import DraftForest
+from echo_vllm.policy.base import CandidatePool, Expansion
+
+
+class TopNPolicy:
+    """The `num_nodes` best of `top_k + (max_depth - 1) * top_k**2` candidates a request."""
+
+    def __init__(self, num_nodes: int, max_depth: int, top_k: int) -> None:
+        self.num_nodes = num_nodes
+        self.max_depth = max_depth
+        self.num_ranks = top_k
+        self.max_frontier = top_k
+
+    def expand(self, depth: int, pool: CandidatePool) -> Expansion:
+        if depth == 1:
+            return Expansion(frontier=None, children=None)
+        level = pool.level(depth - 1)
+        # A stable sort, not topk: ties fall to the earlier column, on every rank the same.
+        order = pool.path_logprobs[:, level].argsort(dim=1, descending=True, stable=True)
+        return Expansion(frontier=order[:, : self.num_ranks] + level.start, children=None)
+
+    def select(self, pool: CandidatePool) -> DraftForest:
+        order = pool.path_logprobs.argsort(dim=1, descending=True, stable=True)
+        return pool.take(order[:, : self.num_nodes])
