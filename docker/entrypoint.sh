@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+#
+# Without arguments, serves the demo; with arguments, is `vllm serve` with them, as in vLLM's own
+# images.
+
+set -euo pipefail
+if (($#)); then
+  exec vllm serve "$@"
+fi
+exec /opt/echo-vllm/scripts/serve.sh
