@@ -255,9 +255,11 @@ def _first_sentence(error: ValidationError) -> str:
         )
     if name == "policy":
         allowed = ", ".join(EchoConfig.POLICIES)
-        hint = closest(report["input"], EchoConfig.POLICIES) if isinstance(
-            report["input"], str
-        ) else ""
+        hint = (
+            closest(report["input"], EchoConfig.POLICIES)
+            if isinstance(report["input"], str)
+            else ""
+        )
         return f"{path} must be one of {allowed}, got {got}{hint}; set it to one of them."
     if name == "tree":
         return (
@@ -266,8 +268,10 @@ def _first_sentence(error: ValidationError) -> str:
         )
     limit = {"max_depth": MAX_DEPTH, "top_k": MAX_TOP_K}[name]
     default = EchoConfig.model_fields[name].default
-    kind = "between" if report["type"] in ("greater_than_equal", "less_than_equal") else (
-        "an integer between"
+    kind = (
+        "between"
+        if report["type"] in ("greater_than_equal", "less_than_equal")
+        else ("an integer between")
     )
     return (
         f"{path} must be {kind} 1 and {limit}, got {got}; set it in that range, or remove it for "

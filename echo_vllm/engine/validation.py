@@ -129,8 +129,10 @@ def _check_model(model: object) -> None:
 
 
 def _checked_num_nodes(num_nodes: object) -> int:
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or not (
-        1 <= num_nodes <= MAX_NODES
+    if (
+        isinstance(num_nodes, bool)
+        or not isinstance(num_nodes, int)
+        or not (1 <= num_nodes <= MAX_NODES)
     ):
         raise EchoConfigError(
             "speculative_config.num_speculative_tokens is required with method echo and must be "

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The command tree; a new sub-command is added here and implemented in its own module."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from echo_vllm import VLLM_VERSION, __version__
+from echo_vllm.cli.doctor import doctor
+from echo_vllm.cli.patch import patch_app
+
+app = typer.Typer(
+    help=f"ECHO: tree speculation for vLLM {VLLM_VERSION}.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(patch_app, name="patch")
+app.command()(doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"echo-vllm {__version__} for vLLM {VLLM_VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Carries the options of the command itself."""

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`echo-vllm doctor`: what is installed, whether it fits together, and what to do if not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from echo_vllm import VLLM_VERSION, __version__
+from echo_vllm.patching import PatchError, PatchState, find_installation, load_series
+
+ENTRY_POINTS = {
+    "vllm.general_plugins": "echo_vllm.engine.plugin:register",
+    "vllm.stat_logger_plugins": "echo_vllm.engine.metrics:EchoStatLogger",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: `remedy` is empty where all is well."""
+
+    what: str
+    state: str
+    remedy: str = ""
+
+
+def check_python() -> Finding:
+    version = platform.python_version()
+    if sys.version_info < (3, 11):  # noqa: UP036 - the package may be run from a bare checkout
+        return Finding("Python", version, "use Python 3.11 or newer")
+    return Finding("Python", version)
+
+
+def check_package() -> Finding:
+    return Finding("echo-vllm", f"{__version__} in {Path(__file__).resolve().parents[1]}")
+
+
+def check_vllm() -> Finding:
+    try:
+        found = find_installation()
+    except PatchError as error:
+        return Finding("vLLM", "not usable", str(error))
+    return Finding("vLLM", f"{found.distribution} {found.version}")
+
+
+def check_torch() -> Finding:
+    try:
+        return Finding("torch", importlib.metadata.version("torch"))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("torch", "not installed", f"install vLLM {VLLM_VERSION}, which brings it")
+
+
+def check_patches() -> Finding:
+    try:
+        state = PatchState(find_installation(), load_series())
+        report = state.inspect()
+        problems = state.verify()
+    except PatchError as error:
+        return Finding("patches", "unknown", str(error))
+    if problems:
+        first = problems[0] if report.problems else report.condition.value
+        return Finding("patches", first, "run `echo-vllm patch apply`")
+    return Finding("patches", f"all {len(state.series.patches)} applied")
+
+
+def check_extension() -> Finding:
+    """Load the compiled extension in another process: a library can take its process down."""
+    remedy = "build it with `make setup`, or `pip install --no-build-isolation -e .`"
+    code = (
+        "import torch, glob, os, importlib.util as u; "
+        "d = u.find_spec('echo_vllm').submodule_search_locations[0]; "
+        "files = sorted(glob.glob(os.path.join(d, '_C*.so'))); "
+        "assert files, 'not built'; torch.ops.load_library(files[0]); "
+        "print(os.path.basename(files[0]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    if run.returncode == 0:
+        return Finding("extension", f"{run.stdout.strip()} loads")
+    if importlib.util.find_spec("torch") is None:
+        return Finding("extension", "needs torch", f"install vLLM {VLLM_VERSION} first")
+    lines = run.stderr.strip().splitlines()
+    return Finding("extension", lines[-1] if lines else f"status {run.returncode}", remedy)
+
+
+def check_plugins() -> Finding:
+    missing = [
+        group
+        for group, value in ENTRY_POINTS.items()
+        if not any(point.value == value for point in importlib.metadata.entry_points(group=group))
+    ]
+    if missing:
+        return Finding(
+            "vLLM plug-ins",
+            f"{' and '.join(missing)} not registered",
+            "install the package: `pip install --no-build-isolation --no-deps -e .`",
+        )
+    return Finding("vLLM plug-ins", "registered")
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    check_python,
+    check_package,
+    check_vllm,
+    check_torch,
+    check_patches,
+    check_extension,
+    check_plugins,
+)
+
+
+def doctor() -> None:
+    """Show versions, patches, extension and plug-ins; status 1 if something needs repair."""
+    findings = [check() for check in CHECKS]
+    table = Table("", "what", "state", "what to do")
+    for finding in findings:
+        mark = "[red]no[/red]" if finding.remedy else "[green]ok[/green]"
+        table.add_row(mark, finding.what, Text(finding.state), Text(finding.remedy))
+    Console().print(table)
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(1)
