@@ -28,23 +28,28 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i == 0 ? "" : ", ") << t.size(i);
-  text << ']';
-  return text.str();
+// Prints a tensor's shape. A type rather than a function that returns text: the checks run on
+// every call and must not format anything unless they fail.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
+  const auto sizes = shape.tensor.sizes();
+  stream << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) stream << (i == 0 ? "" : ", ") << sizes[i];
+  return stream << ']';
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
   check(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got shape ",
-        shape_of(t));
+        ShapeOf{t});
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim,
                        int64_t size) {
   check(t.size(dim) == size, op, ": ", name, ".shape[", dim, "] must be ", size, ", got shape ",
-        shape_of(t));
+        ShapeOf{t});
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {

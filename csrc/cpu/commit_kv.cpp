@@ -31,7 +31,7 @@ struct LayerShape {
 LayerShape check_layer(const Tensor& cache, int64_t layer, int64_t block_size, KvLayout layout) {
   check(cache.dim() == 4 && cache.size(2) == block_size && cache.size(3) % 2 == 0, kOp,
         ": kv_caches[", layer, "] must be [num_blocks, num_kv_heads, ", block_size,
-        ", 2 * head_size], got ", shape_of(cache));
+        ", 2 * head_size], got ", ShapeOf{cache});
   const int64_t row = cache.size(3);
   check(cache.stride(3) == 1 && cache.stride(2) == row, kOp, ": kv_caches[", layer,
         "] must be contiguous inside a (block, kv head)");

@@ -268,6 +268,12 @@ class Worker {
   // ---- bringing tiles into fp32 [D, kTileKeys] and [kTileKeys, D] ----
 
   void transpose_keys(const T* source, int64_t stride, int column, int count) {
+    // Leftovers in the padding do not show in the result, but denormal numbers among them would
+    // make the product many times slower.
+    const int padded = round_up(column + count, kLanes);
+    for (int t = column + count; t < padded; ++t) {
+      for (int d = 0; d < args_.head_size; ++d) s_.keys[d * kTileKeys + t] = 0.0f;
+    }
     for (int t = 0; t < count; ++t) {
       const T* from = source + t * stride;
       float* to = s_.keys + column + t;
