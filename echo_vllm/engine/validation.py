@@ -5,18 +5,25 @@
 The patched vLLM calls two functions of this module, and nothing else of the package, before any
 weight is loaded: `normalise_speculative_config` turns the user's speculative config into the
 eagle3 config that vLLM's own machinery understands, `configure_engine` chooses worker and
-scheduler and refuses what tree speculation cannot work with. Both raise EchoConfigError.
+scheduler. Both refuse what tree speculation cannot work with: every refusal is an EchoConfigError,
+one sentence that names the option or the model, and what to do.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
 
 from echo_vllm.config import MAX_NODES, EchoConfig, EchoConfigError, closest, show
+from echo_vllm.engine.head import Head, Target, check_weights, read_head
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 CPU_WORKER = "echo_vllm.engine.worker.EchoCPUWorker"
 CUDA_WORKER = "echo_vllm.engine.worker.EchoWorker"
@@ -31,6 +38,13 @@ PASSED_ON = frozenset(
         *("enforce_eager", "draft_tensor_parallel_size"),
         *("target_model_config", "target_parallel_config"),
         *("draft_model_config", "draft_parallel_config"),
+    }
+)
+
+_TYPED_BY_VLLM = frozenset(
+    {
+        *("revision", "code_revision", "quantization", "draft_load_config", "moe_backend"),
+        *("enforce_eager", "draft_tensor_parallel_size"),
     }
 )
 
@@ -89,12 +103,18 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     for name, value in values.items():
         _check_field(name, value)
-    _check_model(values.get("model"))
+    model = _checked_model(values.get("model"))
     num_nodes = _checked_num_nodes(values.get("num_speculative_tokens"))
     section = values.get("echo")
     config = EchoConfig.from_section(
         {} if section is None else section, num_speculative_tokens=num_nodes
     )
+    # vLLM always gives both; a config made by hand, without an engine, may lack them.
+    if (parallel := values.get("target_parallel_config")) is not None:
+        _check_parallelism(parallel, values.get("draft_tensor_parallel_size"))
+    if (target := values.get("target_model_config")) is not None:
+        check_target(target)
+        _read_head(model, values.get("revision"), target)
     return {
         **values,
         "method": "eagle3",
@@ -105,6 +125,8 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_field(name: str, value: object) -> None:
     if name in PASSED_ON:
+        if name in _TYPED_BY_VLLM:
+            _check_type(name, value)
         return
     if name not in FIXED:
         known = (*PASSED_ON, *FIXED)
@@ -120,12 +142,32 @@ def _check_field(name: str, value: object) -> None:
         )
 
 
-def _check_model(model: object) -> None:
+def _check_type(name: str, value: object) -> None:
+    """Check against vLLM's own annotation, to say in one sentence what vLLM says in many lines."""
+    from vllm.config import SpeculativeConfig
+
+    field = SpeculativeConfig.__pydantic_fields__[name]
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = Annotated[(annotation, *field.metadata)]
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        report = error.errors(include_url=False)[0]
+        what = report["msg"][0].lower() + report["msg"][1:]
+        raise EchoConfigError(
+            f"speculative_config.{name} is not valid: {what}, got {show(value)}; correct it, or "
+            "remove it."
+        ) from None
+
+
+def _checked_model(model: object) -> str:
     if not isinstance(model, str) or not model:
         raise EchoConfigError(
             "speculative_config.model is required with method echo and must name an EAGLE-3 head, "
             f"got {show(model)}; set it to the folder or the Hugging Face id of the head."
         )
+    return model
 
 
 def _checked_num_nodes(num_nodes: object) -> int:
@@ -151,35 +193,231 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     Raises:
         EchoConfigError: for the first thing that cannot work, in one sentence.
     """
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    _check_parallelism(vllm_config.parallel_config, spec.draft_tensor_parallel_size)
+    check_target(spec.target_model_config)
+    check_features(vllm_config)
+    _check_head_weights(vllm_config)
+    _choose_classes(vllm_config)
+    # One sequence's prefix is not attended to for the whole batch when rows are trees.
+    spec.target_model_config.disable_cascade_attn = True
+
+
+def refuse(what: str, remedy: str) -> NoReturn:
+    """Raise the one sentence that says what speculative method echo does not work with."""
+    raise EchoConfigError(f"speculative_config.method echo does not work with {what}; {remedy}.")
+
+
+# --- the target model -------------------------------------------------------------------------
+
+# Attention layers with a learned sink in the softmax; vLLM has no flag for them.
+_SINK_ARCHITECTURES = frozenset(
+    {
+        "GptOssForCausalLM",
+        "LagunaForCausalLM",
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2ForCausalLM",
+        "MiMoV2OmniForCausalLM",
+        "OpenAIPrivacyFilterForTokenClassification",
+    }
+)
+
+# Property of vLLM's ModelConfig -> what it means; true refuses the model.
+_UNSUPPORTED_MODELS = {
+    "is_encoder_decoder": "an encoder-decoder model",
+    "is_diffusion": "a diffusion model",
+    "is_attention_free": "a model without attention",
+    "is_hybrid": "a hybrid model (state-space layers beside attention)",
+    "has_inner_state": "a state-space model",
+    "use_mla": "multi-head latent attention (MLA)",
+    "uses_mrope": "multi-dimensional rotary positions (M-RoPE)",
+    "is_multimodal_model": "a multimodal model",
+    "uses_alibi": "ALiBi positions",
+}
+
+
+def check_target(model_config: ModelConfig) -> None:
+    """Refuse a target whose attention or inputs tree speculation does not know.
+
+    Raises:
+        EchoConfigError: with one sentence.
+    """
+    name = f"--model {show(model_config.model)}"
+    another = "choose a text model with plain attention, or another speculative method"
+    if model_config.runner_type != "generate":
+        refuse(f"--runner {model_config.runner_type}", "set it to generate")
+    for attribute, meaning in _UNSUPPORTED_MODELS.items():
+        if getattr(model_config, attribute):
+            refuse(f"{name}, which is or has {meaning}", another)
+    if model_config.attention_chunk_size is not None:
+        refuse(f"{name}, which has chunked local attention", another)
+    if _SINK_ARCHITECTURES.intersection(model_config.architectures or ()):
+        refuse(f"{name}, which has attention sinks", another)
+    if not _supports_eagle3(model_config):
+        refuse(
+            f"{name}, because vLLM's {', '.join(model_config.architectures)} does not hand out "
+            "the hidden states that an EAGLE-3 head reads",
+            another,
+        )
+    if model_config.enable_prompt_embeds:
+        refuse("--enable-prompt-embeds", "remove it")
+    if model_config.logits_processors:
+        refuse(f"--logits-processors {show(model_config.logits_processors)}", "remove it")
+    for plugin in importlib.metadata.entry_points(group="vllm.logits_processors"):
+        refuse(
+            f"the logits processor {plugin.value}, which an installed package adds",
+            "uninstall that package",
+        )
+
+
+def _supports_eagle3(model_config: ModelConfig) -> bool:
+    """Whether the model's class has vLLM's EAGLE-3 interface.
+
+    Only on a CPU: the front end must not import model code where that could start CUDA, so there
+    the worker finds out.
+    """
+    from vllm.model_executor.models.interfaces import supports_eagle3
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return True
+    model_class, _ = model_config.registry.resolve_model_cls(
+        model_config.architectures, model_config
+    )
+    return bool(supports_eagle3(model_class))
+
+
+# --- the draft head ---------------------------------------------------------------------------
+
+
+def _read_head(model: str, revision: str | None, model_config: ModelConfig) -> Head | None:
+    """The head, checked against the target; None where only vLLM can read its config."""
+    if "://" in model or _is_switched_on("VLLM_USE_MODELSCOPE"):
+        return None
+    from vllm.model_executor.models import ModelRegistry
+
+    return read_head(
+        model,
+        revision=revision,
+        target=Target(
+            hidden_size=model_config.get_hidden_size(),
+            vocab_size=model_config.get_vocab_size(),
+            num_layers=model_config.get_total_num_hidden_layers(),
+        ),
+        architectures={name for name in ModelRegistry.get_supported_archs() if "Eagle3" in name},
+    )
+
+
+def _check_head_weights(vllm_config: VllmConfig) -> None:
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    assert spec.model is not None
+    load_format = (spec.draft_load_config or vllm_config.load_config).load_format
+    folder = Path(spec.model)
+    if load_format not in ("auto", "hf", "safetensors") or not folder.is_dir():
+        return
+    head = _read_head(spec.model, spec.revision, spec.target_model_config)
+    if head is not None:
+        check_weights(head, folder)
+
+
+# --- the engine -------------------------------------------------------------------------------
+
+
+def _check_parallelism(parallel: ParallelConfig, draft_size: int | None) -> None:
+    for name in (
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if (size := getattr(parallel, name)) > 1:
+            instead = (
+                "start one server for each replica"
+                if name == "data_parallel_size"
+                else "use --tensor-parallel-size"
+            )
+            refuse(f"--{name.replace('_', '-')} {size}", f"remove it and {instead}")
+    if parallel.enable_dbo:
+        refuse("--enable-dbo", "remove it")
+    size = parallel.tensor_parallel_size
+    if draft_size not in (None, size):
+        raise EchoConfigError(
+            "speculative_config.draft_tensor_parallel_size must equal --tensor-parallel-size "
+            f"({size}) with method echo, got {show(draft_size)}; remove it."
+        )
+
+
+def check_features(vllm_config: VllmConfig) -> None:
+    """Refuse options of the engine that tree speculation does not know.
+
+    Raises:
+        EchoConfigError: with one sentence.
+    """
+    if _is_switched_on("VLLM_USE_V2_MODEL_RUNNER"):
+        refuse("Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)", "unset the variable, or set it to 0")
+    if _is_switched_on("VLLM_BATCH_INVARIANT"):
+        refuse("VLLM_BATCH_INVARIANT=1", "unset the variable")
+    given: tuple[tuple[str, object], ...] = (
+        ("--enable-lora", vllm_config.lora_config),
+        ("--kv-transfer-config", vllm_config.kv_transfer_config),
+        ("--kv-offloading-size", vllm_config.cache_config.kv_offloading_size),
+        ("--ec-transfer-config", vllm_config.ec_transfer_config),
+        ("--watermark-config", vllm_config.watermark_config),
+        ("--async-scheduling", vllm_config.scheduler_config.async_scheduling),
+    )
+    for option, value in given:
+        if value:
+            refuse(option, "remove it")
+    dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
+    if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
+        refuse(
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} and --dtype {dtype}",
+            "remove --kv-cache-dtype, the cache then has the type of the model",
+        )
+
+
+def _target_dtype(vllm_config: VllmConfig) -> object:
+    """The type that the target computes in."""
+    assert vllm_config.speculative_config is not None
+    return vllm_config.speculative_config.target_model_config.dtype
+
+
+def _is_switched_on(name: str) -> bool:
+    """Whether one of vLLM's environment variables is switched on."""
+    from vllm import envs
+
+    return bool(getattr(envs, name))
+
+
+def _choose_classes(vllm_config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         worker = CPU_WORKER
     elif current_platform.is_cuda():
         worker = CUDA_WORKER
+        _check_worker_exists(worker)
+        _choose_piecewise_graphs(vllm_config)
     else:
-        refuse("the device", current_platform.device_type, "run on a CPU or an NVIDIA GPU")
+        refuse(f"device {show(current_platform.device_type)}", "run on a CPU or an NVIDIA GPU")
     _choose(vllm_config.parallel_config, "worker_cls", "auto", worker)
     _choose(vllm_config.scheduler_config, "scheduler_cls", None, SCHEDULER)
-    if vllm_config.scheduler_config.async_scheduling:
-        refuse("--async-scheduling", True, "remove it")
     vllm_config.scheduler_config.async_scheduling = False
-    if current_platform.is_cuda():
-        _choose_piecewise_graphs(vllm_config)
 
 
-def refuse(what: str, value: object, remedy: str) -> NoReturn:
-    """Raise the one sentence that says what speculative method echo does not work with."""
-    raise EchoConfigError(
-        f"speculative_config.method echo does not work with {what} {show(value)}; {remedy}."
-    )
+def _check_worker_exists(worker: str) -> None:
+    module, _, name = worker.rpartition(".")
+    if not hasattr(importlib.import_module(module), name):
+        refuse('device "cuda" in this release of echo-vllm', "run on a CPU")
 
 
 def _choose(config: Any, name: str, unset: str | None, ours: str) -> None:
     given = getattr(config, name)
     if given not in (unset, ours):
         shown = given if isinstance(given, str) else f"{given.__module__}.{given.__qualname__}"
-        refuse(f"--{name.replace('_', '-')}", shown, f"remove it, {ours} is used")
+        refuse(f"--{name.replace('_', '-')} {show(shown)}", f"remove it, {ours} is used")
     setattr(config, name, ours)
 
 
@@ -191,7 +429,7 @@ def _choose_piecewise_graphs(vllm_config: VllmConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
     elif compilation.cudagraph_mode.has_full_cudagraphs():
         refuse(
-            "cudagraph_mode",
-            compilation.cudagraph_mode.name,
-            "set it to PIECEWISE or NONE, because the rows of a step change with the trees",
+            f"cudagraph_mode {compilation.cudagraph_mode.name}, because the rows of a step change "
+            "with the trees",
+            "set it to PIECEWISE or NONE",
         )
