@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The whole exactness matrix on the demo model, too long for `make test`.
+
+    python -m tests.engine.exactness --json benchmarks/results/exactness-cpu.json
+
+FP32: every policy at concurrency 16 and 1, a chunked-prefill budget of 64 tokens, and forced
+preemption, on all prompts of the project x 128 tokens, token for token against the same engine
+without speculation. BF16: the share of equal answers, and how near to a tie the first difference
+of the others is: the gap between the two tokens' log-probabilities in plain decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tests.conftest  # noqa: F401  (the environment of in-process engines)
+from tests.conftest import DEMO_HEAD, DEMO_TARGET
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+from tests.engine.engines import counters, echo, engine, generate
+from tests.engine.test_exactness import POLICIES, chat, greedy, project_prompts
+
+OPTIONS = {"max_model_len": 1536, "max_num_seqs": 16}
+CHUNKED = {"max_num_batched_tokens": 64}
+PREEMPTED = {"num_gpu_blocks_override": 40, "block_size": 32, "max_model_len": 1184}
+
+
+def cases(quick: bool) -> Iterator[tuple[str, tuple[int, dict[str, Any]], dict[str, Any], bool]]:
+    """Name, policy, engine options, one by one."""
+    for name, policy in POLICIES.items():
+        yield f"{name}, concurrency 16", policy, {}, False
+    yield "topn-16, prefill chunks of 64", POLICIES["topn-16"], CHUNKED, False
+    yield "topn-16, preempted", POLICIES["topn-16"], PREEMPTED, False
+    if not quick:
+        for name, policy in POLICIES.items():
+            yield f"{name}, concurrency 1", policy, {}, True
+
+
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
+def fp32(prompts: list[str], num_tokens: int, quick: bool) -> list[dict[str, Any]]:
+    with engine(DEMO_TARGET, None, **OPTIONS) as llm:
+        wanted = generate(llm, prompts, greedy(num_tokens))
+    rows = []
+    for name, (num_nodes, section), options, one_by_one in cases(quick):
+        start = time.monotonic()
+        spec = echo(DEMO_HEAD, num_nodes, **section)
+        with engine(DEMO_TARGET, spec, **{**OPTIONS, **options}) as llm:
+            found = generate(llm, prompts, greedy(num_tokens), one_by_one=one_by_one)
+            count = counters(llm)
+            preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+        differ = [i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
+        rows.append(
+            {
+                "case": name,
+                "prompts": len(prompts),
+                "tokens": num_tokens,
+                "identical": len(prompts) - len(differ),
+                "differing_prompts": differ,
+                "acceptance_length": 1
+                + count["spec_decode_num_accepted_tokens"] / count["spec_decode_num_drafts"],
+                "preemptions": preemptions[0] if preemptions else None,
+            }
+        )
+        print(f"{rows[-1]}  ({time.monotonic() - start:.0f} s)", flush=True)
+    return rows
+
+
+def bf16(prompts: list[str], num_tokens: int) -> dict[str, Any]:
+    options = {**OPTIONS, "dtype": "bfloat16"}
+    with engine(DEMO_TARGET, None, **options) as llm:
+        outputs = llm.generate(prompts, greedy(num_tokens, logprobs=20), use_tqdm=False)
+    with engine(DEMO_TARGET, echo(DEMO_HEAD, 16), **options) as llm:
+        found = generate(llm, prompts, greedy(num_tokens))
+    gaps = []
+    for output, tokens in zip(outputs, found, strict=True):
+        plain = output.outputs[0]
+        at = first_difference(list(plain.token_ids), tokens)
+        if at is None:
+            continue
+        seen = {token: entry.logprob for token, entry in plain.logprobs[at].items()}
+        # A token outside plain decoding's best twenty is no near-tie, whatever its gap.
+        other = seen.get(tokens[at])
+        gaps.append(None if other is None else seen[plain.token_ids[at]] - other)
+    return {
+        "prompts": len(prompts),
+        "tokens": num_tokens,
+        "identical": len(prompts) - len(gaps),
+        "gaps_at_first_difference": sorted(gaps, key=lambda gap: (gap is None, gap)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--prompts", type=int, default=10_000, help="how many at most")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--quick", action="store_true", help="no concurrency 1")
+    parser.add_argument("--only", choices=["fp32", "bf16"])
+    args = parser.parse_args()
+    prompts = chat(DEMO_TARGET, project_prompts())[: args.prompts]
+    report: dict[str, Any] = {"command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])}
+    if args.only != "fp32":
+        report["bfloat16"] = bf16(prompts, args.tokens)
+        print(report["bfloat16"], flush=True)
+    if args.only != "bf16":
+        report["float32"] = fp32(prompts, args.tokens, args.quick)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    exact = all(row["identical"] == row["prompts"] for row in report.get("float32", []))
+    return 0 if exact else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

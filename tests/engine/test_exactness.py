@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""T = 0, FP32: tree speculation gives the very tokens of the same engine without speculation.
+
+The demo model answers the project's prompts; a tiny random model goes through the whole matrix
+of policies, shapes and server conditions, since it costs little and its drafts are often rejected.
+`python -m tests.engine.exactness` runs the whole matrix on the demo model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import TinyModel
+from tests.engine.engines import counters, echo, engine, free_blocks, generate, runner
+
+PROMPTS = Path(__file__).parent.parent / "data" / "prompts.jsonl"
+
+# Fifteen nodes: wide at the top, deep along the first ranks.
+STATIC_TREE = [
+    *([0], [1], [2], [3]),
+    *([0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0]),
+    *([0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]),
+    *([0, 0, 0, 0],),
+]
+
+POLICIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "chain-1": (1, {"policy": "chain"}),
+    "chain-5": (5, {"policy": "chain"}),
+    "static-15": (15, {"policy": "static", "tree": STATIC_TREE}),
+    "topn-16": (16, {"policy": "topn", "max_depth": 6, "top_k": 4}),
+    "topn-64": (64, {"policy": "topn", "max_depth": 8, "top_k": 6}),
+}
+
+
+def tiny_prompts(count: int) -> list[dict[str, list[int]]]:
+    """Random token prompts; every fourth starts with the same 40 tokens, for the prefix cache."""
+    draw = random.Random(7)
+    shared = [draw.randrange(2, 12) for _ in range(40)]
+    prompts = []
+    for i in range(count):
+        own = [draw.randrange(2, 12) for _ in range(draw.randrange(1, 70))]
+        prompts.append({"prompt_token_ids": shared + own if i % 4 == 0 else own})
+    return prompts
+
+
+def tiny_engine(tiny: TinyModel, spec: dict[str, Any] | None, **options: Any) -> Any:
+    return engine(
+        tiny.target, spec, skip_tokenizer_init=True, **{"max_model_len": 256, **options}
+    )
+
+
+def greedy(num_tokens: int = 128, **options: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **options
+    )
+
+
+def check_forests(llm: Any, num_nodes: int) -> None:
+    """Let every real forest of the engine pass through `validate`."""
+    drafter = runner(llm).drafter
+    select = drafter.policy.select
+
+    def checked(pool: Any) -> Any:
+        forest = select(pool)
+        forest.validate(max_nodes=num_nodes, max_depth=drafter.policy.max_depth)
+        return forest
+
+    drafter.policy.select = checked
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(tiny: TinyModel) -> list[list[int]]:
+    """What the tiny target says without speculation."""
+    with tiny_engine(tiny, None) as llm:
+        return generate(llm, tiny_prompts(100), greedy())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_is_token_identical_at_concurrency_16_and_1(
+    name: str, tiny: TinyModel, plain_tokens: list[list[int]]
+) -> None:
+    num_nodes, section = POLICIES[name]
+    prompts = tiny_prompts(100)
+    with tiny_engine(tiny, echo(tiny.head, num_nodes, **section)) as llm:
+        check_forests(llm, num_nodes)
+        before = free_blocks(llm)
+        assert generate(llm, prompts, greedy()) == plain_tokens
+        found = counters(llm)
+        assert generate(llm, prompts[:25], greedy(), one_by_one=True) == plain_tokens[:25]
+        assert free_blocks(llm) == before
+    drafts, accepted = found["spec_decode_num_drafts"], found["spec_decode_num_accepted_tokens"]
+    assert accepted > 0.05 * drafts, "hardly a draft was accepted"
+    # Each verified tree yields its accepted tokens and a bonus token; a request's first token
+    # and steps without a tree yield one.
+    assert drafts + accepted <= 100 * 128
+
+
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "chunked-prefill-of-64": {"max_num_batched_tokens": 64, "max_num_seqs": 16},
+    "chunked-prefill-of-24": {"max_num_batched_tokens": 24, "max_num_seqs": 8},
+    "forced-preemption": {"num_gpu_blocks_override": 14, "block_size": 32},
+    "no-prefix-cache": {"enable_prefix_caching": False},
+    "blocks-of-32": {"block_size": 32},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_topn_is_token_identical_under_server_conditions(
+    condition: str, tiny: TinyModel, plain_tokens: list[list[int]]
+) -> None:
+    prompts = tiny_prompts(100)[:60]
+    with tiny_engine(
+        tiny, echo(tiny.head, 16, max_depth=6, top_k=4), **CONDITIONS[condition]
+    ) as llm:
+        check_forests(llm, 16)
+        before = free_blocks(llm)
+        assert generate(llm, prompts, greedy()) == plain_tokens[:60]
+        assert free_blocks(llm) == before
+        preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    if condition == "forced-preemption":
+        assert preemptions[0] > 10, "the condition did not preempt"
+
+
+@pytest.mark.full
+def test_a_prefix_hit_behind_an_accepted_path_is_right(tiny: TinyModel) -> None:
+    """Blocks filled by accepted paths are found again and hold the right keys and values."""
+    first = tiny_prompts(8)
+    with tiny_engine(tiny, None) as llm:
+        answers = generate(llm, first, greedy(100))
+        longer = [
+            {"prompt_token_ids": p["prompt_token_ids"] + a}
+            for p, a in zip(first, answers, strict=True)
+        ]
+        wanted = generate(llm, longer, greedy(40))
+    with tiny_engine(tiny, echo(tiny.head, 16), block_size=32) as llm:
+        assert generate(llm, first, greedy(100)) == answers
+        outputs = llm.generate(longer, greedy(40), use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == wanted
+        # At least two blocks of each answer came from the cache; the prompts alone do not reach.
+        assert all(
+            o.num_cached_tokens >= len(p["prompt_token_ids"]) + 32
+            for o, p in zip(outputs, first, strict=True)
+        )
+
+
+@pytest.mark.full
+def test_the_last_positions_before_max_model_len_are_exact(tiny: TinyModel) -> None:
+    prompts = [{"prompt_token_ids": [2 + i % 9] * (40 + 3 * i)} for i in range(16)]
+    params = greedy(10_000)
+    with tiny_engine(tiny, None, max_model_len=128) as llm:
+        wanted = generate(llm, prompts, params)
+    with tiny_engine(tiny, echo(tiny.head, 16), max_model_len=128) as llm:
+        assert generate(llm, prompts, params) == wanted
+    assert [len(tokens) for tokens in wanted] == [128 - 40 - 3 * i for i in range(16)]
+
+
+@pytest.mark.full
+def test_a_head_with_a_reduced_vocabulary_is_exact(
+    tiny: TinyModel, plain_tokens: list[list[int]], tmp_path: Path
+) -> None:
+    from tests.engine.tiny import make_head
+
+    head = make_head(tmp_path / "head", tiny.shape, seed=5, draft_vocab=7)
+    with tiny_engine(tiny, echo(head, 12, max_depth=4, top_k=3)) as llm:
+        check_forests(llm, 12)
+        assert generate(llm, tiny_prompts(40), greedy()) == plain_tokens[:40]
+        assert counters(llm)["spec_decode_num_accepted_tokens"] > 100
+
+
+def chat(model: Path, prompts: list[str]) -> list[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        for prompt in prompts
+    ]
+
+
+def project_prompts() -> list[str]:
+    return [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_the_demo_model_is_token_identical_on_the_projects_prompts(
+    demo_target: Path, demo_head: Path
+) -> None:
+    """At least 100 prompts x 128 tokens, prefix caching on; some of them again one by one."""
+    prompts = chat(demo_target, project_prompts())
+    assert len(prompts) >= 100
+    options = {"max_model_len": 1536, "max_num_seqs": 16}
+    with engine(demo_target, None, **options) as llm:
+        wanted = generate(llm, prompts, greedy())
+    with engine(demo_target, echo(demo_head, 8, max_depth=4, top_k=3), **options) as llm:
+        check_forests(llm, 8)
+        assert generate(llm, prompts, greedy()) == wanted
+        some = slice(0, len(prompts), 20)
+        assert generate(llm, prompts[some], greedy(), one_by_one=True) == wanted[some]
+        found = counters(llm)
+    assert found["spec_decode_num_accepted_tokens"] > 0.5 * found["spec_decode_num_drafts"]
