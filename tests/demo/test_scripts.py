@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""What goes wrong before a server or a set-up starts is said in one sentence with the remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "scripts" / script],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_serve_refuses_a_port_that_is_no_number() -> None:
+    result = run("serve.sh", PORT="http")
+    assert result.returncode != 0
+    assert "PORT must be a number, got 'http'" in result.stderr
+
+
+def test_serve_refuses_a_port_in_use_and_names_another() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        result = run("serve.sh", PORT=str(listener.getsockname()[1]))
+    assert result.returncode != 0
+    assert "choose another with PORT=" in result.stderr
+
+
+def test_serve_asks_for_the_setup_when_there_is_none(tmp_path: Path) -> None:
+    result = run("serve.sh", PREFIX=str(tmp_path))
+    assert result.returncode != 0
+    assert "run make setup first" in result.stderr
+
+
+def test_setup_refuses_an_unknown_variant() -> None:
+    result = run("setup.sh", VARIANT="rocm")
+    assert result.returncode != 0
+    assert "VARIANT must be cpu or cuda, got 'rocm'" in result.stderr
+
+
+def copy_of_the_setup(folder: Path) -> Path:
+    """A checkout that holds what the first steps of the set-up read, and no .venv."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder / "scripts" / "setup.sh"
+
+
+def test_setup_without_a_supported_python_names_the_remedy(tmp_path: Path) -> None:
+    script = copy_of_the_setup(tmp_path)
+    result = subprocess.run(
+        [script],
+        env={**os.environ, "PYTHON": "python-that-does-not-exist"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    assert "no Python 3.11, 3.12 or 3.13 was found" in result.stderr
+    assert "PYTHON=/path/to/python3.11" in result.stderr
+
+
+@pytest.mark.full
+def test_setup_without_a_network_names_the_remedy(tmp_path: Path) -> None:
+    script = copy_of_the_setup(tmp_path)
+    # Every index is a closed port, and nothing is in any cache.
+    nowhere = "http://127.0.0.1:9/simple"
+    result = subprocess.run(
+        [script],
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_"))},
+            "PYTHON": sys.executable,
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": nowhere,
+            "PIP_RETRIES": "0",
+            "UV_HTTP_RETRIES": "0",
+            "UV_CACHE_DIR": str(tmp_path / "cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert "the packages could not be fetched: check the network" in result.stderr
