@@ -41,6 +41,14 @@ class EchoProposer(EagleProposer):
         self.max_draft_len = min(self.max_model_len, draft_limit)
         """Positions from here on are beyond what the drafter can be asked about."""
 
+    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """One forward: vLLM would run one a speculative token, as if the tree were a chain."""
+        nodes, self.num_speculative_tokens = self.num_speculative_tokens, 1
+        try:
+            super().dummy_run(num_tokens, *args, **kwargs)
+        finally:
+            self.num_speculative_tokens = nodes
+
     def propose_forest(
         self,
         *,
