@@ -91,9 +91,9 @@ bootstrap_uv() {
   rm -rf "$PRIVATE_UV"
   # A venv where Python has one; Debian keeps it in a package of its own, but pip --target works.
   if "$python" -m venv "$PRIVATE_UV" >/dev/null 2>&1; then
-    "$PRIVATE_UV/bin/python" -m pip install --quiet uv || die "$NO_NETWORK"
+    "$PRIVATE_UV/bin/python" -m pip install --quiet --disable-pip-version-check uv || die "$NO_NETWORK"
   elif "$python" -m pip --version >/dev/null 2>&1; then
-    "$python" -m pip install --quiet --target "$PRIVATE_UV" uv || die "$NO_NETWORK"
+    "$python" -m pip install --quiet --disable-pip-version-check --target "$PRIVATE_UV" uv || die "$NO_NETWORK"
   else
     die "neither uv nor pip was found: install one (Debian and Ubuntu: sudo apt-get install python3-pip python3-venv)"
   fi
