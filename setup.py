@@ -50,17 +50,25 @@ SOURCES = [
     "csrc/cpu/tree_attention_portable.cpp",
 ]
 
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mfma",
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header sets it off
+]
+
 # Only these files may use more than the baseline instruction set.
 X86_SOURCES = {
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
-    "csrc/cpu/tree_attention_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header sets it off
+    "csrc/cpu/tree_attention_avx512.cpp": AVX512_FLAGS,
+    "csrc/cpu/tree_attention_amx.cpp": [
+        *AVX512_FLAGS,
+        "-mavx512bf16",
+        "-mamx-tile",
+        "-mamx-bf16",
     ],
 }
 

@@ -9,7 +9,8 @@
 
 namespace echo_vllm::cpu {
 
-enum class Isa : int { kPortable, kAvx2, kAvx512 };
+// kAmx is kAvx512 with AMX tiles where the cache has the amx layout.
+enum class Isa : int { kPortable, kAvx2, kAvx512, kAmx };
 
 // What this machine and this build can run, slowest first; never empty.
 const std::vector<Isa>& supported_isas();

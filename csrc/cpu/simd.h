@@ -16,6 +16,7 @@
 #include "../common/macros.h"
 
 #define ECHO_INLINE static inline __attribute__((always_inline))
+#define ECHO_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace echo_vllm::cpu {
 namespace {
@@ -68,11 +69,6 @@ ECHO_INLINE Vec load(const float* p) {
 
 ECHO_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
-ECHO_INLINE Vec select(IntVec condition, Vec yes, Vec no) {
-  return reinterpret_cast<Vec>((reinterpret_cast<IntVec>(yes) & condition) |
-                               (reinterpret_cast<IntVec>(no) & ~condition));
-}
-
 ECHO_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 ECHO_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -124,6 +120,15 @@ ECHO_INLINE float to_float(Float16 x) {
   return half_to_float(h)[0];
 }
 
+// Copies one number, converting it only if the types differ.
+template <class T>
+ECHO_INLINE void convert(T from, float* to) {
+  *to = to_float(from);
+}
+
+ECHO_INLINE void convert(BFloat16 from, BFloat16* to) { *to = from; }
+ECHO_INLINE void convert(Float16 from, Float16* to) { *to = from; }
+
 // Round to nearest even, as torch does.
 ECHO_INLINE UintVec round_to_bfloat16(Vec v) {
   const UintVec bits = reinterpret_cast<UintVec>(v);
@@ -133,7 +138,13 @@ ECHO_INLINE UintVec round_to_bfloat16(Vec v) {
 }
 
 ECHO_INLINE void store(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+#elif defined(__AVX512F__)
+  const __m256i h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(round_to_bfloat16(v)));
+#else
   const HalfVec h = __builtin_convertvector(round_to_bfloat16(v), HalfVec);
+#endif
   std::memcpy(p, &h, sizeof(h));
 }
 
@@ -184,28 +195,52 @@ ECHO_INLINE float horizontal_sum(Vec v) {
   return v[0];
 }
 
-// e^x for x <= 88 to about 1 ulp; below -86 the result stays near 4e-38, not zero.
-ECHO_INLINE Vec exp(Vec x) {
-  x = min(max(x, splat(-86.0f)), splat(88.0f));
+// `yes` in the lanes whose bit is set in `bits`, counted from bit `first`, else `no`.
+ECHO_INLINE Vec select(uint64_t bits, int first, Vec yes, Vec no) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_mask_blend_ps(static_cast<__mmask16>(bits >> first),
+                                                    reinterpret_cast<__m512>(no),
+                                                    reinterpret_cast<__m512>(yes)));
+#else
+  const UintVec one_bit = splat_bits(1) << reinterpret_cast<UintVec>(lane_index());
+  const UintVec word = splat_bits(static_cast<uint32_t>(bits >> first));
+  const IntVec condition = reinterpret_cast<IntVec>((word & one_bit) != 0);
+  return reinterpret_cast<Vec>((reinterpret_cast<IntVec>(yes) & condition) |
+                               (reinterpret_cast<IntVec>(no) & ~condition));
+#endif
+}
+
+// 2^x for x <= 126 from a polynomial of the given degree on [-0.5, 0.5] (minimax in the relative
+// error). Far below zero the result is about 1e-38 rather than zero.
+template <int kDegree>
+ECHO_INLINE Vec exp2(Vec x) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const Vec shifted = x * 1.44269504088896341f + 12582912.0f;
-  const Vec n = shifted - 12582912.0f;
-  // ln 2 in two parts, so that x - n ln 2 keeps its low bits.
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  x = max(x, splat(-125.0f));
+  const Vec shifted = x + 12582912.0f;
+  const Vec r = x - (shifted - 12582912.0f);
+  Vec p;
+  if constexpr (kDegree == 3) {  // 8e-5
+    p = r * 5.5171668530e-02f + 2.4261112511e-01f;
+    p = p * r + 6.9326096773e-01f;
+    p = p * r + 9.9992805719e-01f;
+  } else {  // 2e-7
+    static_assert(kDegree == 5);
+    p = r * 1.3276472455e-03f + 9.6755409613e-03f;
+    p = p * r + 5.5507130921e-02f;
+    p = p * r + 2.4022120237e-01f;
+    p = p * r + 6.9314694405e-01f;
+    p = p * r + 1.0000001192e+00f;
+  }
   const UintVec exponent = reinterpret_cast<UintVec>(shifted) << 23;
   return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(p) + exponent);
 }
 
+ECHO_INLINE float exp2(float x) { return exp2<5>(splat(x))[0]; }
+
 ECHO_INLINE Vec tanh(Vec x) {
-  x = min(max(x, splat(-20.0f)), splat(20.0f));
-  const Vec e = exp(x + x);
+  constexpr float kTwoLog2E = 2.88539008177792681f;
+  x = min(max(x, splat(-10.0f)), splat(10.0f));
+  const Vec e = exp2<5>(x * kTwoLog2E);
   return (e - 1.0f) / (e + 1.0f);
 }
 

@@ -25,11 +25,12 @@ constexpr const char* kOp = "tree_attention";
 constexpr int64_t kMinParallelWork = 1 << 19;
 // More tasks than threads even out their different lengths.
 constexpr int64_t kTasksPerThread = 4;
-// Splitting a context costs a partial result; shorter parts do not repay it.
-constexpr int kMinSplitTokens = 4 * kTileKeys;
+// Splitting the keys costs a partial result; shorter parts do not repay it.
+constexpr int64_t kMinSplitTiles = 4;
 
 const TreeAttentionKernel& kernel_for(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAmx) return tree_attention_kernel_amx();
   if (isa == Isa::kAvx512) return tree_attention_kernel_avx512();
   if (isa == Isa::kAvx2) return tree_attention_kernel_avx2();
 #endif
@@ -100,8 +101,9 @@ CacheView check_cache(const char* name, const Tensor& cache, KvLayout layout, in
   return {cache.size(0), {cache.stride(0), cache.stride(1), 0}};
 }
 
-// The first token of the context that any row of the request may see, rounded down to a tile.
-int first_context_token(const TreeAttentionArgs& args, int request) {
+// The first key that a window leaves visible to any row of the request, rounded down to a tile; in
+// the context, or in the tile where the suffix begins.
+int first_key_of(const TreeAttentionArgs& args, int request) {
   if (args.sliding_window <= 0) return 0;
   const int rows = args.row_start[request + 1] - args.row_start[request];
   int64_t first = INT32_MAX;
@@ -109,7 +111,8 @@ int first_context_token(const TreeAttentionArgs& args, int request) {
     first = std::min(first, args.positions[args.query_start[request] + row] -
                                 args.sliding_window + 1);
   }
-  return static_cast<int>(std::max<int64_t>(first, 0) / kTileKeys * kTileKeys);
+  first = std::clamp<int64_t>(first, 0, args.context_lens[request]);
+  return static_cast<int>(first / kTileKeys * kTileKeys);
 }
 
 void check_request(const TreeAttentionArgs& args, int request, int64_t num_tokens,
@@ -136,7 +139,7 @@ void check_request(const TreeAttentionArgs& args, int request, int64_t num_token
         args.block_size);
   if (rows == 0) return;
   const int32_t* blocks = args.block_table + request * args.block_table_stride;
-  for (int64_t i = first_context_token(args, request) / args.block_size;
+  for (int64_t i = first_key_of(args, request) / args.block_size;
        i * args.block_size < context; ++i) {
     check(blocks[i] >= 0 && blocks[i] < num_blocks, kOp, ": block_table[", request, ", ", i,
           "] = ", blocks[i], ", but the cache has ", num_blocks, " blocks");
@@ -166,13 +169,13 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
   };
   Plan plan;
   int64_t total_work = 0;
-  std::vector<int> context_begin(num_requests);
+  std::vector<int> first_key(num_requests);
   std::vector<int64_t> work(num_requests);
   for (int r = 0; r < num_requests; ++r) {
     if (lines_of(r) == 0) continue;
     plan.max_lines = std::max(plan.max_lines, lines_of(r));
-    context_begin[r] = std::min(first_context_token(args, r), args.context_lens[r]);
-    const int64_t keys = args.context_lens[r] - context_begin[r] + args.suffix_len[r];
+    first_key[r] = first_key_of(args, r);
+    const int64_t keys = args.context_lens[r] + args.suffix_len[r] - first_key[r];
     work[r] = 2 * lines_of(r) * keys * args.head_size;
     total_work += work[r] * args.num_kv_heads;
   }
@@ -184,11 +187,10 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
   int64_t partial_floats = 0;
   for (int r = 0; r < num_requests; ++r) {
     if (lines_of(r) == 0) continue;
-    const int context = args.context_lens[r];
-    const int tokens = context - context_begin[r];
+    const int num_keys = args.context_lens[r] + args.suffix_len[r];
+    const int64_t tiles = (num_keys - first_key[r] + kTileKeys - 1) / kTileKeys;
     const int64_t splits = std::clamp<int64_t>((work[r] + work_per_task - 1) / work_per_task, 1,
-                                               std::max(1, tokens / kMinSplitTokens));
-    const int64_t tiles = (tokens + kTileKeys - 1) / kTileKeys;
+                                               std::max<int64_t>(1, tiles / kMinSplitTiles));
     for (int head = 0; head < args.num_kv_heads; ++head) {
       Item item{r, head, static_cast<int64_t>(plan.tasks.size()), splits, nullptr, 0};
       if (splits > 1) {
@@ -197,10 +199,10 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
       }
       for (int64_t s = 0; s < splits; ++s) {
         const auto bound = [&](int64_t part) {
-          const int64_t token = context_begin[r] + tiles * part / splits * kTileKeys;
-          return static_cast<int>(std::min<int64_t>(token, context));
+          return static_cast<int>(
+              std::min<int64_t>(first_key[r] + tiles * part / splits * kTileKeys, num_keys));
         };
-        plan.tasks.push_back({r, head, bound(s), bound(s + 1), s == splits - 1, nullptr});
+        plan.tasks.push_back({r, head, bound(s), bound(s + 1), nullptr});
         plan.item_of_task.push_back(static_cast<int>(plan.items.size()));
       }
       plan.items.push_back(item);
@@ -219,6 +221,7 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
 }
 
 void execute(const TreeAttentionArgs& args, const Plan& plan, const TreeAttentionKernel& kernel) {
+  if (plan.tasks.empty()) return;
   const int64_t scratch_floats = kernel.scratch_size(args, plan.max_lines);
   // Tasks of an item still to be done; whoever does the last one merges.
   std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[plan.items.size()]);

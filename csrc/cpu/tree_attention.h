@@ -4,6 +4,8 @@
 // What the operator (tree_attention.cpp) hands to a kernel, and the table of kernels, one per
 // instruction set. Only plain data crosses this border: the kernels are compiled with other
 // instruction sets than the rest of the library and must not share inline library code with it.
+//
+// The keys of a request are numbered through: first the context's tokens, then its suffix rows.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +16,7 @@ namespace echo_vllm::cpu {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
-// Keys per tile: the visibility of a tile is one mask word per row.
+// Keys per tile: what a row may see of a tile is one mask word.
 constexpr int kTileKeys = 64;
 
 // All strides are in elements; the last dimension of every tensor is contiguous.
@@ -51,25 +53,24 @@ struct TreeAttentionArgs {
   Dtype dtype;
 };
 
-// One unit of work: the rows and q heads of one (request, kv head) against a part of its keys.
+// One unit of work: the rows and q heads of one (request, kv head) against a range of its keys.
 struct TreeAttentionTask {
   int request;
   int kv_head;
-  int context_begin, context_end;  // tokens; the begin is a multiple of kTileKeys
-  bool with_suffix;
+  int begin, end;  // keys; begin is a multiple of kTileKeys
   // Null: the task covers all keys and writes the output. Else the state of the online softmax
   // goes here, for merge().
   float* partial;
 };
 
-// Floats of one partial state for `rows` rows: the row maxima, the row sums, the weighted values.
-ECHO_HOST_DEVICE int64_t partial_size(int64_t rows, int head_size) {
-  return rows * (2 + static_cast<int64_t>(head_size));
+// Floats of one partial state: per line (row x q head) the maximum, the sum, the weighted values.
+ECHO_HOST_DEVICE int64_t partial_size(int64_t lines, int head_size) {
+  return lines * (2 + static_cast<int64_t>(head_size));
 }
 
 struct TreeAttentionKernel {
-  // Floats of scratch memory (64-byte aligned) for tasks of at most `rows` rows x q heads.
-  int64_t (*scratch_size)(const TreeAttentionArgs& args, int64_t rows);
+  // Floats of scratch memory (64-byte aligned) for tasks of at most `lines` rows x q heads.
+  int64_t (*scratch_size)(const TreeAttentionArgs& args, int64_t lines);
   void (*run)(const TreeAttentionArgs& args, const TreeAttentionTask& task, float* scratch);
   // Merges `count` partial states, `stride` floats apart, and writes the output rows.
   void (*merge)(const TreeAttentionArgs& args, int request, int kv_head, const float* partials,
@@ -80,6 +81,7 @@ const TreeAttentionKernel& tree_attention_kernel_portable();
 #if defined(__x86_64__)
 const TreeAttentionKernel& tree_attention_kernel_avx2();
 const TreeAttentionKernel& tree_attention_kernel_avx512();
+const TreeAttentionKernel& tree_attention_kernel_amx();
 #endif
 
 }  // namespace echo_vllm::cpu

@@ -4,6 +4,9 @@
 
 namespace echo_vllm::cpu {
 
-const TreeAttentionKernel& tree_attention_kernel_avx2() { return kKernel; }
+const TreeAttentionKernel& tree_attention_kernel_avx2() {
+  static constexpr TreeAttentionKernel kKernel{scratch_size, run, merge};
+  return kKernel;
+}
 
 }  // namespace echo_vllm::cpu

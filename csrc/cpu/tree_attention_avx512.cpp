@@ -4,6 +4,9 @@
 
 namespace echo_vllm::cpu {
 
-const TreeAttentionKernel& tree_attention_kernel_avx512() { return kKernel; }
+const TreeAttentionKernel& tree_attention_kernel_avx512() {
+  static constexpr TreeAttentionKernel kKernel{scratch_size, run, merge};
+  return kKernel;
+}
 
 }  // namespace echo_vllm::cpu

@@ -30,12 +30,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(error / expected.double().abs().max().clamp(min=1.0))
 
 
-def assert_matches_reference(case: TreeAttentionCase) -> None:
+def assert_matches_reference(case: TreeAttentionCase, tolerance: float | None = None) -> None:
+    tolerance = tolerance or TOLERANCE[case.dtype]
     actual = case.run(ops.tree_attention)
     expected = case.run(reference.tree_attention)
     assert not actual[case.owned_rows].isnan().any(), "an element of the output was not written"
     assert actual[~case.owned_rows].isnan().all(), "a row of another request was written"
-    assert relative_error(actual[case.owned_rows], expected[case.owned_rows]) < TOLERANCE[case.dtype]
+    assert relative_error(actual[case.owned_rows], expected[case.owned_rows]) < tolerance
 
 
 @st.composite
@@ -131,8 +132,8 @@ def test_thread_count_does_not_matter(isa: str, threads: int) -> None:
 
 def test_large_scores_do_not_overflow(isa: str) -> None:
     case = build(BASE)
-    case = case.with_arguments(scale=100.0)
-    assert_matches_reference(case)
+    # Scores of some thousands: float32 itself rounds them by 1e-4.
+    assert_matches_reference(case.with_arguments(scale=100.0), tolerance=1e-3)
 
 
 def test_rows_that_see_nothing_are_zero(isa: str) -> None:

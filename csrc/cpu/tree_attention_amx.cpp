@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+//
+// Tree attention on AMX tiles for bfloat16 caches in the amx layout, in which a tile of K or V is
+// one contiguous kilobyte. Other dtypes and layouts run the AVX-512 kernel.
+#include <immintrin.h>
+
+#include "tree_attention_kernel.h"
+
+namespace echo_vllm::cpu {
+namespace {
+
+// Rows of one tile register, lines per step (two registers of scores side by side, two deep), and
+// the keys that one multiplication of weights and V takes.
+constexpr int kTileRows16 = 16;
+constexpr int kAmxLines = 2 * kTileRows16;
+constexpr int kAmxKeys = 32;
+constexpr int kAmxDims = 32;
+
+// Tile registers: 0-3 accumulate [line half][column half], 4 and 5 hold lines, 6 and 7 K or V.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t column_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// GCC's tile intrinsics do not tell the compiler that they read and write memory.
+ECHO_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
+
+class TileSession {
+ public:
+  explicit TileSession(int lines) {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+      config.column_bytes[i] = 64;
+      config.rows[i] = i < 6 ? min_int(kTileRows16, lines) : kTileRows16;
+    }
+    memory_barrier();
+    _tile_loadconfig(&config);
+  }
+  ~TileSession() { _tile_release(); }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+};
+
+class AmxWorker {
+ public:
+  AmxWorker(const TreeAttentionArgs& args, int request, int kv_head, float* scratch)
+      : args_(args), request_(request), kv_head_(kv_head), lines_(args, request, kv_head) {
+    Carver carver(scratch);
+    carve(carver, lines_.count());
+  }
+
+  // Lays the buffers out for that many lines; with the worker's own number, they can be used.
+  void carve(Carver& carver, int64_t lines) {
+    const int64_t head_size = args_.head_size;
+    lines_.carve(carver, lines);
+    query_ = halves(carver, (lines + kTileRows16) * head_size);
+    scores_ = carver.floats(kAmxLines * kTileStride);
+    weights_ = halves(carver, kAmxLines * kTileKeys);
+    keys_ = halves(carver, kTileKeys * head_size);
+    values_ = halves(carver, kTileKeys * head_size);
+  }
+
+  void run(const TreeAttentionTask& task) {
+    lines_.reset();
+    pack_query();
+    {
+      const TileSession session(lines_.count());
+      for (int begin = task.begin; begin < task.end; begin += kTileKeys) {
+        tile(begin, min_int(begin + kTileKeys, task.end));
+      }
+    }
+    if (task.partial != nullptr) {
+      lines_.save(task.partial);
+    } else {
+      lines_.write_output<BFloat16>();
+    }
+  }
+
+ private:
+  static BFloat16* halves(Carver& carver, int64_t count) {
+    return reinterpret_cast<BFloat16*>(carver.floats((count + 1) / 2));
+  }
+
+  void pack_query() {
+    BFloat16* target = query_;
+    const size_t bytes = sizeof(BFloat16) * args_.head_size;
+    for (int row = 0; row < lines_.rows(); ++row) {
+      for (int head = 0; head < lines_.group(); ++head, target += args_.head_size) {
+        std::memcpy(target, lines_.query<BFloat16>(row, head), bytes);
+      }
+    }
+    // A tile reads 16 lines; what lies behind the last one stays in rows that nobody looks at.
+    const int padding = round_up(lines_.count(), kTileRows16) - lines_.count();
+    std::memset(target, 0, bytes * padding);
+  }
+
+  const BFloat16* key_block(int64_t block) const {
+    return static_cast<const BFloat16*>(args_.key_cache) + block * args_.key_strides.block +
+           kv_head_ * args_.key_strides.head;
+  }
+
+  const BFloat16* value_block(int64_t block) const {
+    return static_cast<const BFloat16*>(args_.value_cache) + block * args_.value_strides.block +
+           kv_head_ * args_.value_strides.head;
+  }
+
+  void tile(int begin, int end) {
+    const int count = end - begin;
+    const uint64_t seen = lines_.seen(begin, count);
+    if (seen == 0) return;
+    if (seen == ~uint64_t{0} && end <= args_.context_lens[request_]) {
+      for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
+        for (int t = 0; t < run.count; t += kAmxKeys) {
+          const int offset = run.offset + t;
+          set_source(run.column + t, key_block(run.index) + int64_t{offset} * args_.head_size,
+                     value_block(run.index) + int64_t{offset} * kAmxTileColumns,
+                     int64_t{args_.block_size} * kAmxTileColumns);
+        }
+      });
+    } else {
+      assemble(begin, end, seen);
+      for (int t = 0; t < count; t += kAmxKeys) {
+        set_source(t, keys_ + int64_t{t} * args_.head_size, values_ + int64_t{t} * kAmxTileColumns,
+                   int64_t{kTileKeys} * kAmxTileColumns);
+      }
+    }
+    const int steps = (count + kAmxKeys - 1) / kAmxKeys;
+    for (int line = 0; line < lines_.count(); line += kAmxLines) {
+      const int lines = min_int(kAmxLines, lines_.count() - line);
+      if (lines > kTileRows16) {
+        attend<true>(line, lines, begin, count, steps);
+      } else {
+        attend<false>(line, lines, begin, count, steps);
+      }
+    }
+  }
+
+  template <bool kTwoHalves>
+  ECHO_INLINE_MEMBER void attend(int line, int lines, int begin, int count, int steps) {
+    score<kTwoHalves>(line, steps);
+    lines_.softmax<3>(line, lines, begin, count, kAmxKeys, scores_, weights_, kTileKeys);
+    weigh<kTwoHalves>(line, steps);
+  }
+
+  // scores_[lines, 32 * steps] = Q K^T
+  template <bool kTwoHalves>
+  void score(int line, int steps) {
+    const int head_size = args_.head_size;
+    const int query_bytes = head_size * static_cast<int>(sizeof(BFloat16));
+    constexpr int kScoreBytes = kTileStride * sizeof(float);
+    const BFloat16* query = query_ + int64_t{line} * head_size;
+    memory_barrier();
+    for (int step = 0; step < steps; ++step) {
+      const BFloat16* left = sources_[step].key;
+      const BFloat16* right = left + int64_t{kAmxTileColumns} * head_size;
+      _tile_zero(0);
+      _tile_zero(1);
+      if (kTwoHalves) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int d = 0; d < head_size; d += kAmxDims) {
+        _tile_loadd(6, left + d * kAmxTileColumns, 64);
+        _tile_loadd(7, right + d * kAmxTileColumns, 64);
+        _tile_loadd(4, query + d, query_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (kTwoHalves) {
+          _tile_loadd(5, query + kTileRows16 * head_size + d, query_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      float* scores = scores_ + step * kAmxKeys;
+      _tile_stored(0, scores, kScoreBytes);
+      _tile_stored(1, scores + kAmxTileColumns, kScoreBytes);
+      if (kTwoHalves) {
+        _tile_stored(2, scores + kTileRows16 * kTileStride, kScoreBytes);
+        _tile_stored(3, scores + kTileRows16 * kTileStride + kAmxTileColumns, kScoreBytes);
+      }
+    }
+    memory_barrier();
+  }
+
+  // weighted[lines, D] += weights_[lines, 32 * steps] V
+  template <bool kTwoHalves>
+  void weigh(int line, int steps) {
+    const int head_size = args_.head_size;
+    const int weighted_bytes = head_size * static_cast<int>(sizeof(float));
+    constexpr int kWeightBytes = kTileKeys * sizeof(BFloat16);
+    memory_barrier();
+    for (int d = 0; d < head_size; d += 2 * kAmxTileColumns) {
+      float* weighted = lines_.weighted(line) + d;
+      float* second_half = weighted + kTileRows16 * head_size;
+      _tile_loadd(0, weighted, weighted_bytes);
+      _tile_loadd(1, weighted + kAmxTileColumns, weighted_bytes);
+      if (kTwoHalves) {
+        _tile_loadd(2, second_half, weighted_bytes);
+        _tile_loadd(3, second_half + kAmxTileColumns, weighted_bytes);
+      }
+      for (int step = 0; step < steps; ++step) {
+        const Source& source = sources_[step];
+        const BFloat16* left = source.value + d / kAmxTileColumns * source.value_stride;
+        _tile_loadd(6, left, 64);
+        _tile_loadd(7, left + source.value_stride, 64);
+        _tile_loadd(4, weights_ + step * kAmxKeys, kWeightBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (kTwoHalves) {
+          _tile_loadd(5, weights_ + kTileRows16 * kTileKeys + step * kAmxKeys, kWeightBytes);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, weighted, weighted_bytes);
+      _tile_stored(1, weighted + kAmxTileColumns, weighted_bytes);
+      if (kTwoHalves) {
+        _tile_stored(2, second_half, weighted_bytes);
+        _tile_stored(3, second_half + kAmxTileColumns, weighted_bytes);
+      }
+    }
+    memory_barrier();
+  }
+
+  // Copies the keys of a tile that the cache does not hold in one piece into a block of kTileKeys
+  // tokens of our own, in the same layout.
+  void assemble(int begin, int end, uint64_t seen) {
+    const int head_size = args_.head_size;
+    for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
+      if (run.is_suffix) {
+        copy_suffix(run);
+        return;
+      }
+      // Groups of 16 tokens of K and pairs of tokens of V: what is copied too much at the end of
+      // the context is overwritten or never counts.
+      std::memcpy(keys_ + int64_t{run.column} * head_size,
+                  key_block(run.index) + int64_t{run.offset} * head_size,
+                  sizeof(BFloat16) * round_up(run.count, kAmxTileColumns) * head_size);
+      const BFloat16* value = value_block(run.index);
+      for (int d = 0; d < head_size; d += kAmxTileColumns) {
+        std::memcpy(values_ + amx_value_offset(kTileKeys, run.column, d),
+                    value + amx_value_offset(args_.block_size, run.offset, d),
+                    sizeof(BFloat16) * round_up(run.count, 2) * kAmxTileColumns);
+      }
+    });
+    // Weights of unseen keys are zero, but their V may be anything, NaN too.
+    const uint64_t used = bit_range(0, round_up(end - begin, kAmxKeys));
+    for (uint64_t hidden = used & ~seen; hidden != 0; hidden &= hidden - 1) {
+      const int token = __builtin_ctzll(hidden);
+      for (int d = 0; d < head_size; ++d) values_[amx_value_offset(kTileKeys, token, d)] = {};
+    }
+  }
+
+  void copy_suffix(const KeyRun& run) {
+    const int head_size = args_.head_size;
+    for (int t = 0; t < run.count; ++t) {
+      const int token = run.column + t;
+      const BFloat16* key = static_cast<const BFloat16*>(args_.suffix_key) +
+                            (run.index + t) * args_.suffix_key_stride_row +
+                            kv_head_ * args_.suffix_key_stride_head;
+      BFloat16* to = keys_ + amx_key_offset(head_size, token, 0);
+      for (int d = 0; d < head_size; d += 2, to += 2 * kAmxTileColumns) {
+        std::memcpy(to, key + d, 2 * sizeof(BFloat16));
+      }
+      const BFloat16* value = static_cast<const BFloat16*>(args_.suffix_value) +
+                              (run.index + t) * args_.suffix_value_stride_row +
+                              kv_head_ * args_.suffix_value_stride_head;
+      for (int d = 0; d < head_size; d += kAmxTileColumns) {
+        to = values_ + amx_value_offset(kTileKeys, token, d);
+        for (int i = 0; i < kAmxTileColumns; ++i) to[2 * i] = value[d + i];
+      }
+    }
+  }
+
+  // Where 32 keys of a tile are: two groups of K behind each other, and V of dim group g at
+  // value + g * value_stride.
+  struct Source {
+    const BFloat16* key;
+    const BFloat16* value;
+    int64_t value_stride;
+  };
+
+  void set_source(int column, const BFloat16* key, const BFloat16* value, int64_t value_stride) {
+    sources_[column / kAmxKeys] = {key, value, value_stride};
+  }
+
+  const TreeAttentionArgs& args_;
+  const int request_, kv_head_;
+  Lines lines_;
+  Source sources_[kTileKeys / kAmxKeys];
+  BFloat16* query_;    // [lines, D]
+  float* scores_;      // [kAmxLines, kTileStride]
+  BFloat16* weights_;  // [kAmxLines, kTileKeys]
+  BFloat16* keys_;     // one block of kTileKeys tokens
+  BFloat16* values_;
+};
+
+int64_t scratch_size_amx(const TreeAttentionArgs& args, int64_t lines) {
+  if (args.layout != KvLayout::kAmx) return scratch_size(args, lines);
+  Carver counter(nullptr);
+  AmxWorker(args, 0, 0, nullptr).carve(counter, lines);
+  return counter.used();
+}
+
+void run_amx(const TreeAttentionArgs& args, const TreeAttentionTask& task, float* scratch) {
+  if (args.layout == KvLayout::kAmx) {
+    AmxWorker(args, task.request, task.kv_head, scratch).run(task);
+  } else {
+    run(args, task, scratch);
+  }
+}
+
+void merge_amx(const TreeAttentionArgs& args, int request, int kv_head, const float* partials,
+               int64_t count, int64_t stride, float* scratch) {
+  if (args.layout != KvLayout::kAmx) {
+    merge(args, request, kv_head, partials, count, stride, scratch);
+    return;
+  }
+  Lines lines(args, request, kv_head);
+  Carver carver(scratch);
+  lines.carve(carver);
+  lines.merge(partials, count, stride);
+  lines.write_output<BFloat16>();
+}
+
+}  // namespace
+
+const TreeAttentionKernel& tree_attention_kernel_amx() {
+  static constexpr TreeAttentionKernel kKernel{scratch_size_amx, run_amx, merge_amx};
+  return kKernel;
+}
+
+}  // namespace echo_vllm::cpu
