@@ -18,6 +18,7 @@ import pytest
 
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine, free_blocks, generate, runner
+from tests.engine.tiny import Shape, make_head
 
 PROMPTS = Path(__file__).parent.parent / "data" / "prompts.jsonl"
 
@@ -164,17 +165,47 @@ def test_the_last_positions_before_max_model_len_are_exact(tiny: TinyModel) -> N
     assert [len(tokens) for tokens in wanted] == [128 - 40 - 3 * i for i in range(16)]
 
 
-@pytest.mark.full
-def test_a_head_with_a_reduced_vocabulary_is_exact(
-    tiny: TinyModel, plain_tokens: list[list[int]], tmp_path: Path
-) -> None:
-    from tests.engine.tiny import make_head
+# Heads that stock vLLM loads, each unlike the default one in a way that the runtime could miss.
+HEADS: dict[str, dict[str, Any]] = {
+    "reduced-vocabulary": {"draft_vocab": 7},
+    "other-kv-shape": {"shape": Shape(heads=3, kv_heads=1, head_dim=64)},
+    "narrower-than-target": {"shape": Shape(hidden=48, mlp=64), "target_hidden": 64},
+    "last-layer-only": {"aux": False},
+    "norms": {"norm_before_residual": True, "norm_output": True},
+    "two-layers": {"layers": 2},
+}
 
-    head = make_head(tmp_path / "head", tiny.shape, seed=5, draft_vocab=7)
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", HEADS)
+def test_any_head_that_stock_vllm_loads_is_exact(
+    kind: str, tiny: TinyModel, plain_tokens: list[list[int]], tmp_path: Path
+) -> None:
+    options = {"shape": tiny.shape, "seed": 5, **HEADS[kind]}
+    head = make_head(tmp_path / "head", **options)
+    stock = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
+    with tiny_engine(tiny, stock) as llm:
+        generate(llm, tiny_prompts(4), greedy(16))
+        assert counters(llm)["spec_decode_num_drafts"] > 0
     with tiny_engine(tiny, echo(head, 12, max_depth=4, top_k=3)) as llm:
         check_forests(llm, 12)
-        assert generate(llm, tiny_prompts(40), greedy()) == plain_tokens[:40]
-        assert counters(llm)["spec_decode_num_accepted_tokens"] > 100
+        assert generate(llm, tiny_prompts(32), greedy(64)) == [t[:64] for t in plain_tokens[:32]]
+        assert counters(llm)["spec_decode_num_accepted_tokens"] > 50
+
+
+@pytest.mark.full
+def test_our_chain_drafts_the_tokens_of_stock_eagle3(tiny: TinyModel) -> None:
+    """Same drafter, same drafts: acceptance counts must agree with vLLM's own chain."""
+    prompts = tiny_prompts(40)
+    stock = {"method": "eagle3", "model": str(tiny.head), "num_speculative_tokens": 4}
+    with tiny_engine(tiny, stock) as llm:
+        wanted_tokens, wanted = generate(llm, prompts, greedy()), counters(llm)
+    with tiny_engine(tiny, echo(tiny.head, 4, policy="chain")) as llm:
+        tokens, found = generate(llm, prompts, greedy()), counters(llm)
+    assert tokens == wanted_tokens
+    # A request's last steps differ: vLLM drafts when only the bonus token is left to generate.
+    for name in ("spec_decode_num_accepted_tokens", "spec_decode_num_drafts"):
+        assert found[name] == pytest.approx(wanted[name], rel=0.02), name
 
 
 def chat(model: Path, prompts: list[str]) -> list[str]:

@@ -101,14 +101,45 @@ def make_target(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
 
 
 def make_head(
-    folder: Path, shape: Shape = Shape(), seed: int = 1, draft_vocab: int | None = None
+    folder: Path,
+    shape: Shape = Shape(),
+    seed: int = 1,
+    draft_vocab: int | None = None,
+    *,
+    target_hidden: int | None = None,
+    layers: int = 1,
+    aux: bool = True,
+    **config_fields: Any,
 ) -> Path:
-    """Write a random EAGLE-3 head for a target of `shape`."""
+    """Write a random EAGLE-3 head.
+
+    Args:
+        folder: where to.
+        shape: of the head itself; vocab is the target's.
+        seed: of the weights.
+        draft_vocab: tokens that the head can draft; all by default.
+        target_hidden: hidden size of the target, by default the head's.
+        layers: of the head.
+        aux: whether it reads three layers of the target, or only the last.
+        config_fields: more fields for its config.json.
+    """
     weights = _Weights(seed)
     draft = draft_vocab or shape.vocab
-    weights.matrix("fc.weight", shape.hidden, 3 * shape.hidden)
+    config = _config(shape, "LlamaForCausalLMEagle3", layers)
+    config |= {"draft_vocab_size": draft, **config_fields}
+    if aux:
+        config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
+        weights.matrix("fc.weight", shape.hidden, 3 * (target_hidden or shape.hidden))
+    else:
+        config["eagle_config"] = {"use_aux_hidden_state": False}
+    if target_hidden:
+        config["target_hidden_size"] = target_hidden
+        weights.matrix("embed_tokens.weight", shape.vocab, shape.hidden, shape.hidden**0.5)
     weights.layer("midlayer", shape, 2 * shape.hidden)
     weights.ones("midlayer.hidden_norm.weight", shape.hidden)
+    for i in range(1, layers):
+        weights.layer(f"layers.{i}", shape, shape.hidden)
+        weights.ones(f"layers.{i}.hidden_norm.weight", shape.hidden)
     weights.ones("norm.weight", shape.hidden)
     weights.matrix("lm_head.weight", draft, shape.hidden, 2.0)
     if draft < shape.vocab:  # vLLM has no vocabulary map for a head with the whole vocabulary.
@@ -116,8 +147,4 @@ def make_head(
         weights.tensors["d2t"] = chosen - torch.arange(draft)
         seen = torch.zeros(shape.vocab, dtype=torch.bool)
         weights.tensors["t2d"] = seen.index_fill(0, chosen, True)
-    config = _config(shape, "LlamaForCausalLMEagle3", 1)
-    config |= {"draft_vocab_size": draft, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
     return weights.save(folder, config)
-
-
