@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The `echo` section: what is accepted, and the one sentence for what is not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_vllm.config import MAX_DEPTH, MAX_TOP_K, EchoConfig, EchoConfigError
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TREE = [[0], [1], [0, 0]]
+
+
+def parse(section: object, num_nodes: int = 16) -> EchoConfig:
+    return EchoConfig.from_section(section, num_speculative_tokens=num_nodes)
+
+
+@pytest.mark.parametrize(
+    ("section", "num_nodes", "expected"),
+    [
+        ({}, 16, ("topn", 6, 4, None)),
+        ({}, 3, ("topn", 3, 4, None)),
+        ({}, 84, ("topn", 6, 4, None)),
+        ({"max_depth": 1, "top_k": 16}, 16, ("topn", 1, 16, None)),
+        ({"policy": "topn", "max_depth": 2}, 20, ("topn", 2, 4, None)),
+        ({"policy": "chain"}, 1, ("chain", 1, 1, None)),
+        ({"policy": "chain"}, 32, ("chain", 32, 1, None)),
+        ({"policy": "chain", "max_depth": 5, "top_k": 1}, 5, ("chain", 5, 1, None)),
+        ({"policy": "static", "tree": TREE}, 3, ("static", 2, 2, ((0,), (1,), (0, 0)))),
+        (
+            {"policy": "static", "tree": [[3, 0], [3]], "max_depth": 2, "top_k": 4},
+            256,
+            ("static", 2, 4, ((3,), (3, 0))),
+        ),
+    ],
+)
+def test_accepted_sections_get_every_default_filled_in(
+    section: dict[str, Any], num_nodes: int, expected: tuple[Any, ...]
+) -> None:
+    config = parse(section, num_nodes)
+    assert (config.policy, config.max_depth, config.top_k, config.tree) == expected
+
+
+FIELD = "speculative_config.echo"
+NODES = "speculative_config.num_speculative_tokens"
+FIELDS = "the fields are policy, max_depth, top_k, tree."
+SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
+
+
+@pytest.mark.parametrize(
+    ("section", "num_nodes", "sentence"),
+    [
+        (
+            [],
+            16,
+            f"{FIELD} must be a JSON object, got []; leave it out, or write {{}}, for the "
+            "defaults.",
+        ),
+        (
+            {"topk": 3},
+            16,
+            f"{FIELD}.topk is not a known field, got 3; did you mean top_k?; {FIELDS}",
+        ),
+        ({"zzz": None}, 16, f"{FIELD}.zzz is not a known field, got null; {FIELDS}"),
+        (
+            {"policy": "echo"},
+            16,
+            f'{FIELD}.policy must be one of chain, static, topn, got "echo"; set it to one of '
+            "them.",
+        ),
+        (
+            {"policy": "top-n"},
+            16,
+            f'{FIELD}.policy must be one of chain, static, topn, got "top-n"; did you mean topn?; '
+            "set it to one of them.",
+        ),
+        (
+            {"policy": 1},
+            16,
+            f"{FIELD}.policy must be one of chain, static, topn, got 1; set it to one of them.",
+        ),
+        *[
+            (
+                {name: value},
+                16,
+                f"{FIELD}.{name} must be {kind} 1 and {limit}, got {shown}; set it in that range, "
+                f"or remove it for the default of {default}.",
+            )
+            for name, limit, default in (("max_depth", MAX_DEPTH, 6), ("top_k", MAX_TOP_K, 4))
+            for value, shown, kind in (
+                (0, "0", "between"),
+                (-1, "-1", "between"),
+                (limit + 1, f"{limit + 1}", "between"),
+                (2.0, "2.0", "an integer between"),
+                (True, "true", "an integer between"),
+                ("2", '"2"', "an integer between"),
+                (None, "null", "an integer between"),
+            )
+        ],
+        (
+            {"policy": "chain"},
+            33,
+            f"{NODES} must be at most 32 for policy chain, which drafts one node a level, got 33; "
+            f"lower it, or choose another {FIELD}.policy.",
+        ),
+        (
+            {"policy": "chain", "max_depth": 3},
+            4,
+            f"{FIELD}.max_depth must equal {NODES} (4) for policy chain, got 3; remove it, or "
+            "make the two equal.",
+        ),
+        (
+            {"policy": "chain", "top_k": 2},
+            4,
+            f"{FIELD}.top_k must be 1 for policy chain, got 2; remove it, or set {FIELD}.policy "
+            "to topn for a tree.",
+        ),
+        (
+            {"max_depth": 6},
+            5,
+            f"{FIELD}.max_depth must be at most {NODES} (5), because a path of 6 levels has 6 "
+            "nodes, got 6; lower it, or raise num_speculative_tokens.",
+        ),
+        (
+            {"max_depth": 2},
+            21,
+            f"{NODES} must be at most 20 with {FIELD}.top_k 4 and {FIELD}.max_depth 2 (top_k + "
+            "(max_depth - 1) * top_k^2 = 4 + 1 * 16 = 20 nodes can be drafted), got 21; lower it, "
+            "or raise top_k or max_depth.",
+        ),
+        (
+            {"tree": TREE},
+            16,
+            f"{FIELD}.tree belongs to policy static, got policy topn; remove {FIELD}.tree, or set "
+            f"{FIELD}.policy to static.",
+        ),
+        *[
+            (
+                section,
+                16,
+                f"{FIELD}.tree is required for policy static and must list at least one path, got "
+                f"{shown}; {SHAPE}",
+            )
+            for section, shown in (
+                ({"policy": "static"}, "null"),
+                ({"policy": "static", "tree": []}, "[]"),
+            )
+        ],
+        ({"policy": "static", "tree": 3}, 16, f"{FIELD}.tree must be a list, got 3; {SHAPE}"),
+        (
+            {"policy": "static", "tree": [[0], 1]},
+            16,
+            f"{FIELD}.tree[1] must be a list, got 1; {SHAPE}",
+        ),
+        (
+            {"policy": "static", "tree": [[0], [0, 1.5]]},
+            16,
+            f"{FIELD}.tree[1][1] must be a rank, an integer, got 1.5; {SHAPE}",
+        ),
+        (
+            {"policy": "static", "tree": [[0], []]},
+            16,
+            f"{FIELD}.tree[1] must have 1 to 32 ranks, got [] with 0; the root is not listed.",
+        ),
+        (
+            {"policy": "static", "tree": [[0], [16]]},
+            16,
+            f"{FIELD}.tree[1] must hold child ranks between 0 and 15, got [16]; rank 0 is the "
+            "draft's best token.",
+        ),
+        (
+            {"policy": "static", "tree": [[0], [-1]]},
+            16,
+            f"{FIELD}.tree[1] must hold child ranks between 0 and 15, got [-1]; rank 0 is the "
+            "draft's best token.",
+        ),
+        (
+            {"policy": "static", "tree": [[0], [1], [0]]},
+            16,
+            f"{FIELD}.tree[2] repeats the path [0]; list every path once.",
+        ),
+        (
+            {"policy": "static", "tree": [[0], [1, 0]]},
+            16,
+            f"{FIELD}.tree[1] is [1, 0] but its parent [1] is not in the list; add the parent, or "
+            "remove the path.",
+        ),
+        (
+            {"policy": "static", "tree": TREE},
+            2,
+            f"{FIELD}.tree must have at most {NODES} (2) paths, got 3; shorten it, or raise "
+            "num_speculative_tokens.",
+        ),
+        (
+            {"policy": "static", "tree": TREE, "top_k": 3},
+            16,
+            f"{FIELD}.top_k follows from {FIELD}.tree for policy static and would have to be 2, "
+            "got 3; remove it.",
+        ),
+        (
+            {"policy": "static", "tree": TREE, "max_depth": 3},
+            16,
+            f"{FIELD}.max_depth follows from {FIELD}.tree for policy static and would have to be "
+            "2, got 3; remove it.",
+        ),
+    ],
+)
+def test_one_sentence_says_what_is_wrong(section: object, num_nodes: int, sentence: str) -> None:
+    with pytest.raises(EchoConfigError) as error:
+        parse(section, num_nodes)
+    assert str(error.value) == sentence
+
+
+def test_a_long_value_is_cut() -> None:
+    with pytest.raises(EchoConfigError) as error:
+        parse({"policy": "x" * 1000})
+    assert len(str(error.value)) < 250
+
+
+def test_the_config_is_frozen_and_hashable_and_travels() -> None:
+    config = parse({"policy": "static", "tree": TREE})
+    with pytest.raises(ValueError, match="frozen"):
+        config.top_k = 3
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy == config
+    assert hash(copy) == hash(config)
+    assert repr(copy) == repr(config)
+
+
+def test_every_field_says_its_range_and_default() -> None:
+    for name, field in EchoConfig.model_fields.items():
+        assert field.description, name
+        assert len(field.description) > 40, name
+        if name != "tree":
+            assert f"efault {json.dumps(field.default)}" in field.description, name
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=5),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children)
+    ),
+    max_leaves=8,
+)
+TREES = st.lists(st.lists(st.integers(-1, 17), max_size=4), max_size=8)
+SECTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "policy": st.sampled_from(["chain", "static", "topn"]) | JSON_VALUES,
+        "max_depth": st.integers(0, 34) | JSON_VALUES,
+        "top_k": st.integers(0, 18) | JSON_VALUES,
+        "tree": TREES | JSON_VALUES,
+        "other": JSON_VALUES,
+    },
+)
+
+
+@given(section=SECTIONS | JSON_VALUES, num_nodes=st.integers(1, 256))
+def test_any_section_is_either_valid_or_one_sentence(section: Any, num_nodes: int) -> None:
+    try:
+        config = parse(section, num_nodes)
+    except EchoConfigError as error:
+        sentence = str(error)
+        assert sentence.startswith("speculative_config.")
+        assert sentence.endswith(".")
+        assert "\n" not in sentence
+        return
+    assert 1 <= config.max_depth <= min(MAX_DEPTH, num_nodes)
+    assert 1 <= config.top_k <= MAX_TOP_K
+    assert (config.tree is not None) == (config.policy == "static")
+    # A filled-in config means the same when it is read again.
+    again = config.model_dump(mode="json", exclude_none=True)
+    assert parse(again, num_nodes) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "policy"),
+    [
+        ("echo.json", 16, "topn"),
+        ("chain.json", 4, "chain"),
+        ("static.json", 16, "static"),
+        ("topn-64.json", 64, "topn"),
+    ],
+)
+def test_the_examples_are_valid(name: str, num_nodes: int, policy: str) -> None:
+    example = json.loads((EXAMPLES / name).read_text())
+    assert example.keys() == {"method", "model", "num_speculative_tokens", "echo"}
+    assert example["method"] == "echo"
+    assert example["num_speculative_tokens"] == num_nodes
+    assert parse(example["echo"], num_nodes).policy == policy
+    assert (EXAMPLES.parent / example["model"] / "config.json").is_file()
+
+
+def test_no_example_is_left_out() -> None:
+    assert {file.name for file in EXAMPLES.glob("*.json")} == {
+        "echo.json",
+        "chain.json",
+        "static.json",
+        "topn-64.json",
+    }

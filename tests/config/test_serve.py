@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`vllm serve` with a configuration that cannot work: one sentence, at once, nothing left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.models import write_head, write_target
+
+LIMIT_S = 60
+METHOD = "speculative_config.method echo does not work with"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_target(folder / "target")
+    write_head(folder / "head")
+    write_head(folder / "other-head", hidden_size=128)
+    return folder
+
+
+def serve(models: Path, *arguments: str) -> tuple[int, str]:
+    """Exit status and the last line of the output; fails if the process takes too long."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(models / "target")),
+            *("--port", "0", *arguments),
+        ],
+        cwd=models,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {LIMIT_S} s; its output:\n{output}", pytrace=False)
+    assert_group_ends(process.pid)
+    assert "Traceback" not in output, output
+    return process.returncode, output.strip().splitlines()[-1]
+
+
+def assert_group_ends(group: int) -> None:
+    """No process of the server's group is left a moment after it ended."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("the server left a process behind", pytrace=False)
+
+
+def speculative(models: Path, **changes: Any) -> str:
+    config = {
+        "method": "echo",
+        "model": str(models / "head"),
+        "num_speculative_tokens": 16,
+        "echo": {},
+    }
+    return json.dumps(config | changes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("changes", "arguments", "sentence"),
+    [
+        pytest.param(
+            {"echo": {"top_k": 0}},
+            [],
+            "error: speculative_config.echo.top_k must be between 1 and 16, got 0; set it in that "
+            "range, or remove it for the default of 4.",
+            id="range",
+        ),
+        pytest.param(
+            {"echo": {"depth": 3}},
+            [],
+            "error: speculative_config.echo.depth is not a known field, got 3; did you mean "
+            "max_depth?; the fields are policy, max_depth, top_k, tree.",
+            id="unknown-field",
+        ),
+        pytest.param(
+            {"model": "no/such-head"},
+            [],
+            'error: speculative_config.model "no/such-head" is neither a folder nor a Hugging Face '
+            "repository that can be read (it is not in the local cache, and there is no connection "
+            "or HF_HUB_OFFLINE is set); set it to the folder or the Hugging Face id of an EAGLE-3 "
+            "head.",
+            id="missing-head",
+        ),
+        pytest.param(
+            {"model": "other-head"},
+            [],
+            'error: speculative_config.model "other-head" was made for a target with hidden size '
+            "128 (hidden_size in its config.json), but the target's is 64; choose a head that was "
+            "trained for this target.",
+            id="ill-fitting-head",
+        ),
+        pytest.param(
+            {},
+            ["--async-scheduling"],
+            f"error: {METHOD} --async-scheduling; remove it.",
+            id="engine-option",
+        ),
+    ],
+)
+def test_a_wrong_configuration_ends_at_once_with_one_sentence(
+    models: Path, changes: dict[str, Any], arguments: list[str], sentence: str
+) -> None:
+    inline = speculative(models, **changes)
+    status, last_line = serve(models, "--speculative-config", inline, *arguments)
+    assert (status, last_line) == (1, sentence)
+
+
+@pytest.mark.full
+def test_a_missing_file_ends_at_once_with_one_sentence(models: Path) -> None:
+    status, last_line = serve(models, "--speculative-config", "nowhere.json")
+    assert status == 2
+    assert last_line.endswith(
+        "error: argument --speculative-config/-sc: 'nowhere.json' is neither inline JSON ({...}) "
+        "nor a readable file: No such file or directory"
+    )
