@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Two tensor-parallel ranks on a CPU: the same tokens, and the same trees on both ranks.
+
+No rank tells another what it drafted or accepted, so both must come to the same trees.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from tests.conftest import IN_PROCESS_ENGINE, ROOT
+from tests.engine.engines import echo
+from tests.engine.ranks import Result, Task, decode
+from tests.engine.tiny import Shape, make_head, make_target
+
+pytestmark = pytest.mark.full
+
+# 64 of these tokens live on the first rank, 32 on the second: vLLM pads to a multiple of 64.
+VOCAB = 96
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """A speculating engine on one rank."""
+    folder = tmp_path_factory.mktemp("even-headed")
+    shape = Shape(vocab=VOCAB)
+    target = make_target(folder / "target", shape)
+    head = make_head(folder / "head", shape)
+    draw = random.Random(3)
+    prompts = [[draw.randrange(2, VOCAB) for _ in range(draw.randrange(1, 60))] for _ in range(12)]
+    spec = echo(head, 16, policy="topn", max_depth=4, top_k=4)
+    return Task(str(target), spec, 1, prompts, 40)
+
+
+@pytest.fixture(scope="module")
+def plain(task: Task) -> Result:
+    """One rank, without speculation."""
+    return decode(replace(task, speculation=None))
+
+
+@pytest.fixture(scope="module")
+def one_rank(task: Task) -> Result:
+    return decode(task)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("two ranks need two cores, and this process may use one only")
+    folder = tmp_path_factory.mktemp("two-ranks")
+    (folder / "task.json").write_text(json.dumps(asdict(replace(task, num_ranks=2))))
+    env = {
+        **os.environ,
+        **IN_PROCESS_ENGINE,
+        # One core a rank. vLLM's own choice could give both ranks the same one.
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores)),
+    }
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.engine.ranks"),
+            *(str(folder / "task.json"), str(folder / "result.json")),
+        ],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    return Result(**json.loads((folder / "result.json").read_text()))
+
+
+def test_greedy_tokens_are_those_of_one_rank_without_speculation(
+    plain: Result, two_ranks: Result
+) -> None:
+    assert two_ranks.greedy == plain.greedy
+
+
+def test_seeded_tokens_are_those_of_one_rank_without_speculation(
+    plain: Result, two_ranks: Result
+) -> None:
+    assert two_ranks.sampled == plain.sampled
+
+
+def test_both_ranks_make_the_same_trees(two_ranks: Result) -> None:
+    first, second = two_ranks.drafts
+    assert len(first) > 40
+    assert first == second
+
+
+def test_the_trees_and_counters_are_those_of_one_rank(one_rank: Result, two_ranks: Result) -> None:
+    assert two_ranks.counters == one_rank.counters
+    assert one_rank.counters["spec_decode_num_accepted_tokens"] > 0
+    tokens = [[tree[0] for tree in step] for step in one_rank.drafts[0]]
+    assert [[tree[0] for tree in step] for step in two_ranks.drafts[0]] == tokens
+    # The top tokens come from both halves of the vocabulary.
+    flat = [token for step in tokens for tree in step for token in tree]
+    assert min(flat) < 64 <= max(flat)

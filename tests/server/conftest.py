@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""One server with tree speculation for all tests of this folder, and clients to talk to it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.conftest import ROOT, Server, ServerFactory
+from tests.server.metrics import Metrics, wait_until_idle
+from tests.server.prompts import Prompt, read_prompts
+
+CONFIG = ROOT / "examples" / "echo.json"
+MAX_MODEL_LEN = 1024
+MODEL = "demo"
+ENV = {
+    # The log has a line of statistics every second.
+    "VLLM_LOG_STATS_INTERVAL": "1",
+    # On two cores, the front end needs one.
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+}
+
+
+@pytest.fixture
+def served(server: ServerFactory, demo_target: Path, demo_head: Path) -> Server:
+    """The demo target in bfloat16 with `examples/echo.json`, under the name MODEL."""
+    return server(
+        demo_target,
+        *("--speculative-config", str(CONFIG)),
+        *("--served-model-name", MODEL),
+        *("--dtype", "bfloat16"),
+        *("--max-model-len", str(MAX_MODEL_LEN)),
+        # As many as the tests have in flight, so that `n` of 2 makes some wait.
+        *("--max-num-seqs", "16"),
+        "--enforce-eager",
+        env=ENV,
+    )
+
+
+@pytest.fixture(scope="session")
+def num_nodes() -> int:
+    """`num_speculative_tokens` of the served configuration."""
+    value: int = json.loads(CONFIG.read_text())["num_speculative_tokens"]
+    return value
+
+
+@pytest.fixture(scope="session")
+def max_depth(num_nodes: int) -> int:
+    """`max_depth` of the served configuration."""
+    value: int = json.loads(CONFIG.read_text())["echo"].get("max_depth", min(6, num_nodes))
+    return value
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[Prompt]:
+    return read_prompts()
+
+
+@pytest.fixture
+def client(served: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as client:
+        yield client
+
+
+AsyncClient = Callable[[], AbstractAsyncContextManager[openai.AsyncOpenAI]]
+
+
+@pytest.fixture
+def async_client(served: Server) -> AsyncClient:
+    """Makes a client inside the event loop that uses it."""
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[openai.AsyncOpenAI]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=180
+        ) as client:
+            yield client
+
+    return connect
+
+
+@pytest.fixture
+def settled(served: Server) -> Callable[[], Metrics]:
+    """Waits until the server is idle and has published everything; returns its metrics then."""
+    return lambda: wait_until_idle(served)
