@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""One table from one run: plain decoding, vLLM's own EAGLE-3 chain, and this project's policies.
+
+    make bench-quick ARGS="--rounds 5"
+    python -m benchmarks.quick --prompts my_prompts.jsonl --configs topn-16,examples/echo.json
+
+Greedy decoding of real prompts, the same number of tokens for each request. Speed is tokens per
+second over plain decoding's, prefill included, as the median and range over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.configurations import DEMO_HEAD, SAME_CHAIN, built_in, choose
+from benchmarks.fleet import Fleet, add_common_options, exit_on_sigterm, integers, names, versions
+from benchmarks.report import Sample, table
+
+DESCRIPTION = "Speed of plain decoding, vLLM's eagle3 and echo's policies, in one interleaved run."
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quick", description=DESCRIPTION)
+    add_common_options(parser)
+    parser.add_argument(
+        "--concurrency", type=integers, default=[1, 4, 16], metavar="C,C,...", help="(1,4,16)"
+    )
+    parser.add_argument(
+        "--configs",
+        type=names,
+        default=list(built_in(DEMO_HEAD)),
+        metavar="NAME,...",
+        help=f"of {', '.join(built_in(DEMO_HEAD))}, or JSON files with a speculative_config (all)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Returns the exit code: 1 if a configuration failed."""
+    options = parse()
+    try:
+        configurations = choose(options.configs, options.head.resolve())
+        fleet = Fleet(configurations, options.concurrency, options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    samples: list[Sample] = []
+    started = time.monotonic()
+    with fleet:
+        fleet.load()
+        fleet.measure(samples.append)
+    chosen = [configuration.name for configuration in configurations]
+    pairs = [pair for pair in SAME_CHAIN if set(pair) <= set(chosen) - set(fleet.failures)]
+    text = table(samples, chosen, options.concurrency, pairs, fleet.failures)
+    print(text)
+    print(
+        f"\nTokens per second over those of plain decoding, median (range) of {options.rounds} "
+        f"rounds; {options.tokens} tokens a request, {options.dtype}, {options.threads} threads; "
+        f"{time.monotonic() - started:.0f} s in all."
+    )
+    if options.json:
+        report = {
+            "command": ["python", "-m", "benchmarks.quick", *sys.argv[1:]],
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": versions(),
+            "options": {
+                key: str(value) if isinstance(value, Path) else value
+                for key, value in vars(options).items()
+                if key not in ("model", "head", "json")
+            },
+            "configurations": {
+                c.name: c.speculation and {k: v for k, v in c.speculation.items() if k != "model"}
+                for c in configurations
+            },
+            "failures": fleet.failures,
+            "table": text.splitlines(),
+            "samples": [asdict(sample) for sample in samples],
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if fleet.failures else 0
+
+
+if __name__ == "__main__":
+    exit_on_sigterm()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; all engines are stopped", file=sys.stderr)
+        sys.exit(130)

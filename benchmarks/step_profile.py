@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Where the time of a decoding step goes, as Markdown tables, from one interleaved run.
+
+    python -m benchmarks.step_profile --json profile.json
+
+Every configuration runs the same prompts in turns, as in `benchmarks.quick`, with clocks around
+the stages (`benchmarks.timers`). Only steps without a prefill count. Times are given in
+hundredths of a step of plain decoding at the same concurrency, so that rows and tables compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.configurations import PLAIN, choose
+from benchmarks.fleet import Fleet, add_common_options, exit_on_sigterm, integers, names, versions
+from benchmarks.report import Sample, acceptance_length, markdown
+from benchmarks.timers import STAGES
+
+DESCRIPTION = "Shares of a decoding step by stage, in one interleaved run."
+CONFIGURATIONS = ["plain", "eagle3-k4", "chain-k4", "topn-16"]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_profile", description=DESCRIPTION
+    )
+    add_common_options(parser)
+    parser.add_argument(
+        "--concurrency", type=integers, default=[1, 16], metavar="C,C,...", help="(1,16)"
+    )
+    parser.add_argument(
+        "--configs",
+        type=names,
+        default=CONFIGURATIONS,
+        metavar="NAME,...",
+        help=f"as in benchmarks.quick ({','.join(CONFIGURATIONS)})",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
+    return parser.parse_args(arguments)
+
+
+def seconds_per_step(samples: Sequence[Sample], name: str, concurrency: int) -> dict[str, float]:
+    """Mean time of each stage in a pure decoding step; empty if there was none."""
+    runs = [s.run for s in samples if (s.configuration, s.concurrency) == (name, concurrency)]
+    steps = sum(run.pure_steps for run in runs)
+    if not steps:
+        return {}
+    return {stage: sum(run.stages.get(stage, 0.0) for run in runs) / steps for stage in STAGES}
+
+
+def profile_table(
+    samples: Sequence[Sample], configurations: Sequence[str], concurrency: int
+) -> str:
+    """One row a stage, one column a configuration, in hundredths of the first one's step."""
+    steps = {name: seconds_per_step(samples, name, concurrency) for name in configurations}
+    whole = sum(steps[configurations[0]].values())
+
+    def row(stage: str, seconds: Sequence[float]) -> list[str]:
+        return [stage, *(f"{100 * s / whole:.1f}" for s in seconds)]
+
+    at = [s for s in samples if s.concurrency == concurrency]
+    lengths = [acceptance_length(at, name) for name in configurations]
+    costs = [sum(steps[name].values()) / whole for name in configurations]
+    rows = [
+        row(stage, [steps[name].get(stage, 0.0) for name in configurations]) for stage in STAGES
+    ]
+    rows.append(row("whole step", [sum(steps[name].values()) for name in configurations]))
+    rows.append(["tokens a request and step", *(f"{x or 0:.2f}" for x in lengths)])
+    rows.append(
+        [
+            "speed-up of decoding",
+            *(f"{(x or 0) / c:.2f}" for x, c in zip(lengths, costs, strict=True)),
+        ]
+    )
+    return markdown([f"concurrency {concurrency}", *configurations], rows)
+
+
+def main() -> int:
+    """Returns the exit code: 1 if a configuration failed."""
+    options = parse()
+    try:
+        configurations = choose(options.configs, options.head.resolve())
+        fleet = Fleet(configurations, options.concurrency, options, instrumented=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    samples: list[Sample] = []
+    with fleet:
+        fleet.load()
+        fleet.measure(samples.append)
+    if PLAIN.name in fleet.failures:
+        return 1  # The progress line has said why; there is nothing to compare with.
+    shown = [c.name for c in configurations if c.name not in fleet.failures]
+    tables = [profile_table(samples, shown, c) for c in options.concurrency]
+    print("\n\n".join(tables))
+    if options.json:
+        report = {
+            "command": ["python", "-m", "benchmarks.step_profile", *sys.argv[1:]],
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": versions(),
+            "failures": fleet.failures,
+            "samples": [asdict(sample) for sample in samples],
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if fleet.failures else 0
+
+
+if __name__ == "__main__":
+    exit_on_sigterm()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; all engines are stopped", file=sys.stderr)
+        sys.exit(130)
