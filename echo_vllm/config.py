@@ -125,8 +125,15 @@ class EchoConfig(BaseModel):
                 f"{SECTION} must be a JSON object, got {show(section)}; "
                 "leave it out, or write {}, for the defaults."
             )
+        # vLLM takes dashes for underscores in the names of its own config's fields.
+        fields = {str(name).replace("-", "_"): value for name, value in section.items()}
+        if len(fields) < len(section):
+            raise EchoConfigError(
+                f"{SECTION} must not name a field twice, got {show(list(section))}; remove one of "
+                "the two spellings."
+            )
         try:
-            given = cls.model_validate(dict(section))
+            given = cls.model_validate(fields)
         except ValidationError as error:
             raise EchoConfigError(_first_sentence(error)) from None
         if given.policy != "static" and given.tree is not None:

@@ -30,6 +30,7 @@ def parse(section: object, num_nodes: int = 16) -> EchoConfig:
         ({}, 3, ("topn", 3, 4, None)),
         ({}, 84, ("topn", 6, 4, None)),
         ({"max_depth": 1, "top_k": 16}, 16, ("topn", 1, 16, None)),
+        ({"max-depth": 2, "top-k": 3}, 4, ("topn", 2, 3, None)),
         ({"policy": "topn", "max_depth": 2}, 20, ("topn", 2, 4, None)),
         ({"policy": "chain"}, 1, ("chain", 1, 1, None)),
         ({"policy": "chain"}, 32, ("chain", 32, 1, None)),
@@ -68,6 +69,12 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             {"topk": 3},
             16,
             f"{FIELD}.topk is not a known field, got 3; did you mean top_k?; {FIELDS}",
+        ),
+        (
+            {"top_k": 3, "top-k": 4},
+            16,
+            f'{FIELD} must not name a field twice, got ["top_k", "top-k"]; remove one of the two '
+            "spellings.",
         ),
         ({"zzz": None}, 16, f"{FIELD}.zzz is not a known field, got null; {FIELDS}"),
         (
