@@ -9,6 +9,7 @@ invariants, and the few operations that keep them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,9 @@ class DraftForest:
         sizes = [len(tree) for tree in parents]
         cu_nodes = torch.zeros(len(sizes) + 1, dtype=torch.int32)
         cu_nodes[1:] = torch.tensor(sizes, dtype=torch.int32).cumsum(0)
-        scores = [x for tree in path_logprobs for x in tree] if path_logprobs else [0.0] * sum(sizes)
+        scores = (
+            [x for tree in path_logprobs for x in tree] if path_logprobs else [0.0] * sum(sizes)
+        )
         return cls(
             token_ids=torch.tensor([t for tree in token_ids for t in tree], dtype=torch.int32),
             parents=torch.tensor([p for tree in parents for p in tree], dtype=torch.int32),
@@ -131,7 +134,7 @@ class DraftForest:
     def trees(self) -> list[tuple[list[int], list[int]]]:
         """`(token ids, parents)` of every request, as lists."""
         tokens, parents, cu = self.token_ids.tolist(), self.parents.tolist(), self.cu_nodes.tolist()
-        return [(tokens[a:b], parents[a:b]) for a, b in zip(cu, cu[1:], strict=False)]
+        return [(tokens[a:b], parents[a:b]) for a, b in itertools.pairwise(cu)]
 
     def validate(self, *, max_nodes: int, max_depth: int) -> None:
         """Check every invariant that verification and truncation rely on.
@@ -151,7 +154,7 @@ class DraftForest:
                 raise ValueError(f"{name} does not have one entry a node")
         tokens, parents = self.token_ids.tolist(), self.parents.tolist()
         depths, scores = self.depths.tolist(), self.path_logprobs.tolist()
-        for request, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
+        for request, (start, stop) in enumerate(itertools.pairwise(cu)):
             if stop < start:
                 raise ValueError(f"cu_nodes falls at request {request}")
             if stop - start > max_nodes:

@@ -36,6 +36,7 @@ class EchoProposer(EagleProposer):
         self, vllm_config: VllmConfig, device: torch.device, runner: Any, policy: DraftPolicy
     ) -> None:
         super().__init__(vllm_config, device, runner)
+        self.num_speculative_tokens: int
         self.policy = policy
         draft_limit = self.draft_model_config.max_model_len or self.max_model_len
         self.max_draft_len = min(self.max_model_len, draft_limit)
@@ -89,7 +90,7 @@ class EchoProposer(EagleProposer):
             self.positions[:num_tokens],
             self.hidden_states[:num_tokens],
             metadata,
-            {name: cad.slot_mapping for name in self._draft_attn_layer_names},
+            dict.fromkeys(self._draft_attn_layer_names, cad.slot_mapping),
         )
         if not len(requests):
             return DraftForest.empty(0)
@@ -208,7 +209,7 @@ class EchoProposer(EagleProposer):
                     token_ids[part].flatten().to(torch.int32),
                     flat_positions,
                     hidden[part].flatten(0, 1),
-                    {name: metadata for name in self._draft_attn_layer_names},
+                    dict.fromkeys(self._draft_attn_layer_names, metadata),
                     {},  # Nothing goes to the paged cache.
                 )
             )

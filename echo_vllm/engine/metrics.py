@@ -37,9 +37,7 @@ class EchoStatLogger(AggregateStatLoggerBase):
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
         depths = list(range(1, spec.echo.max_depth + 1))
         metrics: dict[str, Any] = {
-            "trees": counter(
-                "vllm:echo_trees", "Draft trees that the target verified.", _LABELS
-            ),
+            "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
             "nodes": counter(
                 "vllm:echo_verified_nodes", "Draft nodes that the target verified.", _LABELS
             ),

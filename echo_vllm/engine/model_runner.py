@@ -32,9 +32,7 @@ from echo_vllm.policy import make_policy
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    _Runner = GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
 else:
     _Runner = object
 
@@ -149,9 +147,7 @@ class EchoRunnerMixin(_Runner):
         return VerificationRows(num_trees, num_nodes + num_trees, row_start, depths, mask)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        builders = [
-            group.get_metadata_builder() for groups in self.attn_groups for group in groups
-        ]
+        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
         # A dummy run builds metadata without a step.
         rows = self.step.rows if self.step is not None and self.step.verdict is None else None
         for builder in builders:
@@ -168,7 +164,9 @@ class EchoRunnerMixin(_Runner):
         output = super().sample_tokens(grammar_output)
         if isinstance(output, ModelRunnerOutput) and self.step is not None:
             assert self.step.verdict is not None
-            output.echo_stats = StepStats.of(self.step.forest, self.step.verdict.num_accepted)
+            output.echo_stats = StepStats.of(
+                self.step.forest, self.step.verdict.num_accepted.tolist()
+            )
         self.step = None
         return output
 
@@ -177,6 +175,7 @@ class EchoRunnerMixin(_Runner):
     ) -> SamplerOutput:
         if self.step is None:  # A dummy run.
             return super()._sample(logits, spec_decode_metadata)
+        assert logits is not None
         num_reqs = self.input_batch.num_reqs
         self.step.verdict = verify(
             self.sampler,
@@ -193,6 +192,7 @@ class EchoRunnerMixin(_Runner):
         """Move the accepted paths' keys and values to where a chain would have left them."""
         if step.rows is None:
             return
+        assert step.verdict is not None
         accepted = step.verdict.accepted_rows
         requests, places = np.nonzero((accepted >= 0) & (accepted != np.arange(accepted.shape[1])))
         if not len(requests):
@@ -239,7 +239,8 @@ class EchoRunnerMixin(_Runner):
         """Draft a tree for every request that can use one; returns the trees' tokens."""
         assert isinstance(sampled_token_ids, list)
         step = self.step
-        assert step is not None and step.verdict is not None
+        assert step is not None
+        assert step.verdict is not None
         num_drafts = step.forest.cu_nodes.diff().tolist()
         cad, chain_rows = self.drafter.prepare_inputs(
             common_attn_metadata, sampled_token_ids, num_drafts
@@ -282,6 +283,7 @@ class EchoRunnerMixin(_Runner):
         """
         if step.rows is None:
             return chain_rows
+        assert step.verdict is not None
         rows = chain_rows.clone()
         accepted = step.verdict.accepted_rows
         starts = cad.query_start_loc_cpu.tolist()
@@ -299,10 +301,9 @@ class EchoRunnerMixin(_Runner):
             return False
         if params.structured_outputs is not None or params.thinking_token_budget is not None:
             return False
-        if params.max_tokens is not None:
-            # The bonus token alone finishes the request.
-            if len(request.output_token_ids) + 1 >= params.max_tokens:
-                return False
+        left = (params.max_tokens or self.max_model_len) - len(request.output_token_ids)
+        if left <= 1:  # The bonus token alone finishes the request.
+            return False
         return request.num_tokens + self.drafter.policy.max_depth <= self.drafter.max_draft_len
 
 

@@ -7,6 +7,7 @@ Plain lists of integers: they cross process borders inside vLLM's own output and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -36,7 +37,7 @@ class StepStats:
         """The stats of a verified forest; `num_accepted` has one entry a request."""
         stats = cls()
         cu = forest.cu_nodes.tolist()
-        for i, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
+        for i, (start, stop) in enumerate(itertools.pairwise(cu)):
             if start == stop:
                 continue
             levels = torch.bincount(forest.depths[start:stop])

@@ -234,11 +234,11 @@ def _sampling_of(
     outputs = sampling.output_token_ids
     penalties = {}
     if not sampling.no_penalties:
-        penalties = dict(
-            frequency_penalties=sampling.frequency_penalties[index],
-            presence_penalties=sampling.presence_penalties[index],
-            repetition_penalties=sampling.repetition_penalties[index],
-        )
+        penalties = {
+            "frequency_penalties": sampling.frequency_penalties[index],
+            "presence_penalties": sampling.presence_penalties[index],
+            "repetition_penalties": sampling.repetition_penalties[index],
+        }
     return replace(
         sampling,
         temperature=_rows(sampling.temperature, index),

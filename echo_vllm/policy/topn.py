@@ -9,8 +9,6 @@ arXiv 2406.16858). A child is never more probable than its parent, so the select
 
 from __future__ import annotations
 
-import torch
-
 from echo_vllm.forest import DraftForest
 from echo_vllm.policy.base import CandidatePool, Expansion
 

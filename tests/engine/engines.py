@@ -75,4 +75,5 @@ def runner(llm: Any) -> Any:
 def free_blocks(llm: Any) -> int:
     """Free KV blocks of an in-process engine."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    free: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return free

@@ -110,7 +110,9 @@ def main() -> int:
     parser.add_argument("--only", choices=["fp32", "bf16"])
     args = parser.parse_args()
     prompts = chat(DEMO_TARGET, project_prompts())[: args.prompts]
-    report: dict[str, Any] = {"command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])}
+    report: dict[str, Any] = {
+        "command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])
+    }
     if args.only != "fp32":
         report["bfloat16"] = bf16(prompts, args.tokens)
         print(report["bfloat16"], flush=True)

@@ -3,8 +3,9 @@
 """T > 0: what the real engine samples under tree speculation has the target's distribution.
 
 A random model with six tokens has a joint distribution of the first four generated ones that can be
-enumerated with Hugging Face's Llama; four tokens reach past an accepted path and its commit. The engine's samples are held against it by a
-chi-square test; bugs planted in the engine must make the same test fail.
+enumerated with Hugging Face's Llama; four tokens reach past an accepted path and its commit. The
+engine's samples are held against it by a chi-square test; bugs planted in the engine must make the
+same test fail.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def p_value(
     # An impossible sequence is proof, whatever the test statistic says.
     if any(joint[sample] == 0.0 for sample in observed):
         return 0.0
-    cells, rest = [], [0.0, 0.0]
+    cells: list[tuple[float, float]] = []
+    rest = [0.0, 0.0]
     for output, p in joint.items():
         expected = p * len(samples)
         if expected >= 5:
@@ -147,9 +149,7 @@ def sample(llm: Any, settings: list[Setting], each: int) -> list[list[tuple[int,
         )
         for s in settings
     ] * each
-    outputs = llm.generate(
-        [{"prompt_token_ids": PROMPT}] * len(params), params, use_tqdm=False
-    )
+    outputs = llm.generate([{"prompt_token_ids": PROMPT}] * len(params), params, use_tqdm=False)
     tokens = [tuple(o.outputs[0].token_ids) for o in outputs]
     return [tokens[i :: len(settings)] for i in range(len(settings))]
 
@@ -203,9 +203,9 @@ def plant_accept_on_less_or_equal(monkeypatch: pytest.MonkeyPatch, llm: Any) -> 
 
 def plant_a_missing_ancestor_bit(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
     """No node sees its parent (the root, at depth 1)."""
-    from echo_vllm.engine import model_runner
+    from echo_vllm import ops
 
-    build = model_runner.ops.build_super_tree
+    build = ops.build_super_tree
 
     def without_parent(parents: torch.Tensor, cu_nodes: torch.Tensor, words: int) -> Any:
         mask, depths = build(parents, cu_nodes, words)
@@ -217,21 +217,21 @@ def plant_a_missing_ancestor_bit(monkeypatch: pytest.MonkeyPatch, llm: Any) -> N
             mask[row, 0] &= ~(1 << (parent + 1))
         return mask, depths
 
-    monkeypatch.setattr(model_runner.ops, "build_super_tree", without_parent)
+    monkeypatch.setattr(ops, "build_super_tree", without_parent)
 
 
 def plant_positions_by_row(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
     """Rows get the position of their slot in place of their depth."""
-    from echo_vllm.engine import model_runner
+    from echo_vllm import ops
 
-    build = model_runner.ops.build_super_tree
+    build = ops.build_super_tree
 
     def flat(parents: torch.Tensor, cu_nodes: torch.Tensor, words: int) -> Any:
         mask, depths = build(parents, cu_nodes, words)
         own = torch.cat([torch.arange(n + 1) for n in cu_nodes.diff().tolist()])
         return mask, own.to(depths.dtype)
 
-    monkeypatch.setattr(model_runner.ops, "build_super_tree", flat)
+    monkeypatch.setattr(ops, "build_super_tree", flat)
 
 
 def plant_no_commit(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
@@ -278,7 +278,8 @@ def test_a_planted_duplicate_sibling_is_caught(
             forest = select(pool)
             first = forest.cu_nodes[:-1].to(torch.int64)
             roots = [
-                torch.nonzero(forest.parents[s : s + 10] == -1).flatten() + s for s in first.tolist()
+                torch.nonzero(forest.parents[s : s + 10] == -1).flatten() + s
+                for s in first.tolist()
             ]
             for own in roots:
                 forest.token_ids[own[-1]] = forest.token_ids[own[0]]
@@ -290,5 +291,6 @@ def test_a_planted_duplicate_sibling_is_caught(
 
         monkeypatch.setattr(policy, "select", duplicate)
         (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES // 4)
-    assert broken and all("stands twice under one parent" in message for message in broken)
+    assert broken
+    assert all("stands twice under one parent" in message for message in broken)
     assert p_value(samples, SETTINGS["plain"], target_logits, tiny.shape.vocab) > LEAST_P

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import TinyModel
-from tests.engine.engines import counters, echo, engine, free_blocks
-from tests.engine.test_exactness import tiny_prompts
+from tests.engine.engines import counters, echo, engine, free_blocks, runner
+from tests.engine.test_exactness import chat, greedy, tiny_prompts
 
 pytestmark = pytest.mark.full
 
@@ -136,38 +136,34 @@ def test_seeded_requests_survive_chunked_prefill(tiny: TinyModel, plain: Any) ->
     assert answers(outputs) == answers(plain["seeded"])
 
 
-def test_aborted_requests_leave_no_block_and_no_tree(tiny: TinyModel, trees: Any) -> None:
-    from tests.engine.engines import runner
-    from tests.engine.test_exactness import greedy
+def test_aborted_requests_leave_no_block_and_no_tree(tiny: TinyModel) -> None:
+    spec = echo(tiny.head, 12, max_depth=4, top_k=4)
+    with engine(tiny.target, spec, skip_tokenizer_init=True, max_model_len=256) as llm:
+        llm.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
+        blocks = free_blocks(llm)
+        core = llm.llm_engine
+        ids = [f"abort-{i}" for i in range(16)]
+        for request_id, prompt in zip(ids, tiny_prompts(16), strict=True):
+            core.add_request(request_id, prompt, greedy(150))
+        for step in range(40):
+            core.step()
+            if step % 3 == 0 and ids:
+                core.abort_request([ids.pop(len(ids) // 2)])
+        core.abort_request(ids)
+        while core.has_unfinished_requests():
+            core.step()
+        # Finished requests are forgotten with the next batch.
+        llm.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
+        assert free_blocks(llm) == blocks
+        assert len(runner(llm).draft_trees) <= 1
 
-    blocks = free_blocks(trees)
-    core = trees.llm_engine
-    ids = [f"abort-{i}" for i in range(16)]
-    for request_id, prompt in zip(ids, tiny_prompts(16), strict=True):
-        core.add_request(request_id, prompt, greedy(200))
-    for step in range(40):
-        core.step()
-        if step % 3 == 0 and ids:
-            core.abort_request([ids.pop(len(ids) // 2)])
-    core.abort_request(ids)
-    while core.has_unfinished_requests():
-        core.step()
-    # Finished requests are forgotten with the next batch.
-    trees.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
-    assert free_blocks(trees) == blocks
-    assert len(runner(trees).draft_trees) <= 1
 
-
-def test_bad_words_and_structured_output_and_stop_strings(
-    demo_target: Any, demo_head: Any
-) -> None:
+def test_bad_words_and_structured_output_and_stop_strings(demo_target: Any, demo_head: Any) -> None:
     """With a tokenizer: bad words along the path, a grammar for one request, stop strings."""
     import json
 
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
-
-    from tests.engine.test_exactness import chat
 
     schema = {
         "type": "object",

@@ -55,8 +55,7 @@ def test_any_prefix_of_every_tree_is_a_valid_forest(
     prefix = forest.prefix(torch.tensor(kept))
     prefix.validate(max_nodes=12, max_depth=12)
     assert prefix.trees() == [
-        (tokens[:n], parents[:n])
-        for (tokens, parents), n in zip(forest.trees(), kept, strict=True)
+        (tokens[:n], parents[:n]) for (tokens, parents), n in zip(forest.trees(), kept, strict=True)
     ]
 
 
@@ -121,5 +120,8 @@ def test_validate_names_what_is_broken(
 
 
 def test_a_chain_is_told_from_a_tree() -> None:
-    assert is_chain([]) and is_chain([ROOT]) and is_chain([ROOT, 0, 1])
-    assert not is_chain([ROOT, ROOT]) and not is_chain([ROOT, 0, 0])
+    assert is_chain([])
+    assert is_chain([ROOT])
+    assert is_chain([ROOT, 0, 1])
+    assert not is_chain([ROOT, ROOT])
+    assert not is_chain([ROOT, 0, 0])

@@ -93,7 +93,7 @@ def test_topn_with_a_wide_beam_is_the_true_best_set() -> None:
     policy = policy_of(size, policy="topn", max_depth=depth, top_k=k)
     (found,) = paths_of(policy.select(grow(policy, 1, seed=3)))
     best = table_drafter(3, 0, ()).topk(k)
-    every = {}
+    every: dict[tuple[int, ...], float] = {}
     for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         every[(token,)] = score
         below = table_drafter(3, 0, (token,)).topk(k)
@@ -146,11 +146,13 @@ def test_ties_fall_to_the_earlier_candidate() -> None:
     even = torch.full((1, 1, 2), math.log(0.5))
     pool.grow(policy.expand(1, pool), torch.tensor([[[4, 9]]]), even)
     expansion = policy.expand(2, pool)
-    assert expansion.frontier is not None and expansion.frontier.tolist() == [[0, 1]]
+    assert expansion.frontier is not None
+    assert expansion.frontier.tolist() == [[0, 1]]
     pool.grow(expansion, torch.tensor([[[1, 2], [3, 4]]]), torch.zeros(1, 2, 2))
     tokens, parents = policy.select(pool).trees()[0]
     # All six paths have probability 1/2: parents first, then level order.
-    assert tokens == [4, 9, 1] and parents == [ROOT, ROOT, 0]
+    assert tokens == [4, 9, 1]
+    assert parents == [ROOT, ROOT, 0]
 
 
 def test_every_frontier_row_is_counted_in_max_frontier() -> None:
