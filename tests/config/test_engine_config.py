@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,29 @@ def test_float16_and_float32_work_too(make_config: MakeConfig) -> None:
     for dtype in ("float16", "float32", "bfloat16"):
         assert str(make_config(dtype=dtype).model_config.dtype) == f"torch.{dtype}"
         make_config(dtype=dtype, kv_cache_dtype=dtype if dtype != "float32" else "auto")
+
+
+def test_graphs_are_piecewise_where_there_are_graphs() -> None:
+    """On CUDA; full graphs need the same number of rows in every step."""
+    from vllm.config import CUDAGraphMode
+
+    def choose(mode: Any) -> Any:
+        compilation = types.SimpleNamespace(cudagraph_mode=mode)
+        config: Any = types.SimpleNamespace(compilation_config=compilation)
+        validation._choose_piecewise_graphs(config)
+        return compilation.cudagraph_mode
+
+    assert choose(None) is CUDAGraphMode.PIECEWISE
+    assert choose(CUDAGraphMode.PIECEWISE) is CUDAGraphMode.PIECEWISE
+    assert choose(CUDAGraphMode.NONE) is CUDAGraphMode.NONE
+    with pytest.raises(EchoConfigError, match="cudagraph_mode FULL_AND_PIECEWISE, because"):
+        choose(CUDAGraphMode.FULL_AND_PIECEWISE)
+
+
+def test_a_device_without_a_worker_is_refused() -> None:
+    validation._check_worker_exists(validation.CPU_WORKER)
+    with pytest.raises(EchoConfigError, match='device "cuda" in this release'):
+        validation._check_worker_exists("echo_vllm.engine.worker.NoSuchWorker")
 
 
 class FakeTarget:
