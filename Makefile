@@ -13,6 +13,8 @@ HOST ?= 127.0.0.1
 CONFIG ?= examples/echo.json
 DTYPE ?= bfloat16
 COMPILE ?= 0
+# Engines of the tests run on one thread each, two test files at a time.
+WORKERS ?= 2
 ARGS ?=
 export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
@@ -33,10 +35,10 @@ serve: setup ## serve the demo model: PORT, HOST, CONFIG (empty: no speculation)
 	@exec scripts/serve.sh
 
 test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
-	@$(PYTHON_OF_VENV) -m pytest $(ARGS)
+	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: setup ## the fast tier (under three minutes)
-	@$(PYTHON_OF_VENV) -m pytest -m 'not full and not gpu' $(ARGS)
+	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile -m 'not full and not gpu' $(ARGS)
 
 check: setup ## ruff, mypy and clang-format; changes nothing
 	@scripts/check.sh

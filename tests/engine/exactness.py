@@ -27,7 +27,8 @@ from tests.conftest import DEMO_HEAD, DEMO_TARGET
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from tests.engine.engines import counters, echo, engine, generate
-from tests.engine.test_exactness import POLICIES, chat, greedy, project_prompts
+from tests.engine.prompts import chat, project_prompts
+from tests.engine.test_exactness import POLICIES, greedy
 
 OPTIONS = {"max_model_len": 1536, "max_num_seqs": 16}
 CHUNKED = {"max_num_batched_tokens": 64}

@@ -16,7 +16,8 @@ import pytest
 
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine, free_blocks, runner
-from tests.engine.test_exactness import chat, greedy, tiny_prompts
+from tests.engine.prompts import chat
+from tests.engine.test_exactness import greedy, tiny_prompts
 
 pytestmark = pytest.mark.full
 
