@@ -148,6 +148,8 @@ def main() -> None:
     for dtype_name in options.dtype or ["float32", "bfloat16"]:
         dtype = getattr(torch, dtype_name)
         amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        if amx:
+            torch.cpu._init_amx()  # in a model, a matrix product has done so by then
         layout = options.layout or ("amx" if amx else "vec")
         print(f"\n{dtype_name}, layout {layout}, block size {options.block_size}")
         print("heads   D  requests rows context      ours us     vLLM us   ratio")

@@ -14,11 +14,15 @@
 namespace echo_vllm::cpu {
 namespace {
 
-static_assert(kTileKeys == kBitsPerWord);
+static_assert(kTaskKeys == kBitsPerWord);
 
-// Floats from one row of a [lines, kTileKeys] tile of scores to the next. Vectors that begin inside
-// the tile may end behind it.
-constexpr int kTileStride = kTileKeys + 16;
+// A tile of keys is what is worked on at a time; each kernel chooses how many of these.
+constexpr int kMaxTileWords = 4;
+constexpr int kMaxTileKeys = kMaxTileWords * kBitsPerWord;
+
+// Numbers from one row of a [..., keys] buffer to the next: vectors that begin inside a tile may
+// end behind it.
+ECHO_INLINE constexpr int tile_stride(int keys) { return keys + 16; }
 
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
@@ -43,6 +47,31 @@ class Carver {
  private:
   float* base_;
   int64_t used_ = 0;
+};
+
+// A bit per key of a tile.
+struct KeyBits {
+  uint64_t words[kMaxTileWords];
+
+  bool test(int key) const { return test_mask_bit(words, key); }
+
+  bool none(int count) const {
+    uint64_t any = 0;
+    for (int w = 0; w < words_for_bits(count); ++w) any |= words[w];
+    return any == 0;
+  }
+
+  bool all(int begin, int end) const {
+    bool all = true;
+    for (int key = begin; key < end;) {
+      const int word = key / kBitsPerWord, first = key % kBitsPerWord;
+      const int last = min_int(end - word * kBitsPerWord, kBitsPerWord);
+      const uint64_t wanted = bit_range(first, last);
+      all = all && (words[word] & wanted) == wanted;
+      key = word * kBitsPerWord + last;
+    }
+    return all;
+  }
 };
 
 class Lines {
@@ -111,38 +140,42 @@ class Lines {
     return bits;
   }
 
-  // What any row may see of these keys.
-  uint64_t seen(int begin, int count) const {
-    if (args_.sliding_window <= 0 && begin + count <= context_) return bit_range(0, count);
-    uint64_t bits = 0;
-    for (int row = 0; row < rows_; ++row) bits |= visible(row, begin, count);
+  // Which keys of the tile [begin, begin + count) any row may see.
+  KeyBits seen(int begin, int count) const {
+    KeyBits bits;
+    for (int w = 0; w < words_for_bits(count); ++w) {
+      const int first = begin + w * kBitsPerWord;
+      const int keys = min_int(count - w * kBitsPerWord, kBitsPerWord);
+      if (args_.sliding_window <= 0 && first + keys <= context_) {
+        bits.words[w] = bit_range(0, keys);
+        continue;
+      }
+      bits.words[w] = 0;
+      for (int row = 0; row < rows_; ++row) bits.words[w] |= visible(row, first, keys);
+    }
     return bits;
   }
 
-  // Turns the scores (Q K^T, not scaled) of `lines` lines with the keys [begin, begin + count) into
-  // weights relative to each line's new maximum, and rescales what the line has gathered so far.
-  // Columns from `count` to the next multiple of `multiple` (of kLanes) may hold rubbish on entry;
-  // their weights are zero. `scores` and `weights` may be the same memory.
+  // Turns the scores (Q K^T, not scaled) of `lines` lines with the keys of the tile
+  // [begin, begin + count) into weights relative to each line's new maximum, and rescales what the
+  // line has gathered so far. Columns from `count` to the next multiple of `multiple` (of kLanes)
+  // may hold rubbish on entry; their weights are zero. `scores` and `weights` may be the same memory.
   template <int kDegree, class W>
   void softmax(int first_line, int lines, int begin, int count, int multiple, float* scores,
-               W* weights, int64_t weights_stride) {
+               int64_t scores_stride, W* weights, int64_t weights_stride) {
     const int padded = round_up(count, multiple);
-    const uint64_t all = bit_range(0, padded);
-    int row = first_line / group_;
-    int head = first_line % group_;
-    uint64_t bits = visible(row, begin, count);
+    int row = -1;
+    KeyBits bits;
     for (int i = 0; i < lines; ++i) {
-      float* line_scores = scores + static_cast<int64_t>(i) * kTileStride;
-      W* line_weights = weights + i * weights_stride;
-      if (bits == all) {
-        softmax_line<kDegree, true>(first_line + i, line_scores, line_weights, padded, bits);
-      } else {
-        softmax_line<kDegree, false>(first_line + i, line_scores, line_weights, padded, bits);
+      if ((first_line + i) / group_ != row) {
+        row = (first_line + i) / group_;
+        for (int w = 0; w < words_for_bits(padded); ++w) {
+          const int keys = min_int(count - w * kBitsPerWord, kBitsPerWord);
+          bits.words[w] = keys <= 0 ? 0 : visible(row, begin + w * kBitsPerWord, keys);
+        }
       }
-      if (++head == group_ && i + 1 < lines) {
-        head = 0;
-        bits = visible(++row, begin, count);
-      }
+      softmax_line<kDegree>(first_line + i, scores + i * scores_stride,
+                            weights + i * weights_stride, padded, bits);
     }
   }
 
@@ -203,32 +236,60 @@ class Lines {
     return hidden <= 0 ? 0 : hidden >= count ? count : static_cast<int>(hidden);
   }
 
-  template <int kDegree, bool kAllVisible, class W>
-  ECHO_INLINE_MEMBER void softmax_line(int line, float* scores, W* weights, int padded,
-                                       uint64_t bits) {
+  template <bool kAllVisible>
+  ECHO_INLINE_MEMBER Vec scale_scores(float* scores, int columns, uint64_t bits, Vec maximum) {
     const bool capped = args_.softcap > 0.0f;
     const float factor = capped ? args_.scale / args_.softcap : args_.scale * kLog2E;
-    Vec maximum = splat(kMinusInfinity);
-    for (int c = 0; c < padded; c += kLanes) {
+    for (int c = 0; c < columns; c += kLanes) {
       Vec score = load(scores + c) * factor;
       if (capped) score = tanh(score) * (args_.softcap * kLog2E);
       if (!kAllVisible) score = select(bits, c, score, splat(kMinusInfinity));
       store(scores + c, score);
       maximum = max(score, maximum);
     }
-    const float old_max = max_[line];
-    const float tile_max = horizontal_max(maximum);
-    if (tile_max == kMinusInfinity) {
-      for (int c = 0; c < padded; c += kLanes) store(weights + c, Vec{});
-      return;
-    }
-    const float new_max = tile_max > old_max ? tile_max : old_max;
-    Vec sum = Vec{};
-    for (int c = 0; c < padded; c += kLanes) {
-      Vec weight = exp2<kDegree>(load(scores + c) - new_max);
+    return maximum;
+  }
+
+  template <int kDegree, bool kAllVisible, class W>
+  ECHO_INLINE_MEMBER Vec weigh_scores(const float* scores, W* weights, int columns, uint64_t bits,
+                                      float maximum, Vec sum) {
+    for (int c = 0; c < columns; c += kLanes) {
+      Vec weight = exp2<kDegree>(load(scores + c) - maximum);
       if (!kAllVisible) weight = select(bits, c, weight, Vec{});
       store(weights + c, weight);
       sum += weight;
+    }
+    return sum;
+  }
+
+  template <int kDegree, class W>
+  void softmax_line(int line, float* scores, W* weights, int padded, const KeyBits& bits) {
+    Vec maximum = splat(kMinusInfinity);
+    for (int begin = 0; begin < padded; begin += kBitsPerWord) {
+      const int columns = min_int(padded - begin, kBitsPerWord);
+      const uint64_t word = bits.words[begin / kBitsPerWord];
+      if (word == bit_range(0, columns)) {
+        maximum = scale_scores<true>(scores + begin, columns, word, maximum);
+      } else if (word != 0) {
+        maximum = scale_scores<false>(scores + begin, columns, word, maximum);
+      }
+    }
+    const float old_max = max_[line];
+    const float tile_max = horizontal_max(maximum);
+    const float new_max = tile_max > old_max ? tile_max : old_max;
+    Vec sum = Vec{};
+    for (int begin = 0; begin < padded; begin += kBitsPerWord) {
+      const int columns = min_int(padded - begin, kBitsPerWord);
+      const uint64_t word = bits.words[begin / kBitsPerWord];
+      if (word == bit_range(0, columns)) {
+        sum = weigh_scores<kDegree, true>(scores + begin, weights + begin, columns, word, new_max,
+                                          sum);
+      } else if (word != 0) {
+        sum = weigh_scores<kDegree, false>(scores + begin, weights + begin, columns, word, new_max,
+                                           sum);
+      } else {
+        for (int c = 0; c < columns; c += kLanes) store(weights + begin + c, Vec{});
+      }
     }
     if (new_max == old_max) {
       sum_[line] += horizontal_sum(sum);

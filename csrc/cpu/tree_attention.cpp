@@ -25,8 +25,9 @@ constexpr const char* kOp = "tree_attention";
 constexpr int64_t kMinParallelWork = 1 << 19;
 // More tasks than threads even out their different lengths.
 constexpr int64_t kTasksPerThread = 4;
-// Splitting the keys costs a partial result; shorter parts do not repay it.
-constexpr int64_t kMinSplitTiles = 4;
+// Splitting the keys costs a partial result; parts of fewer than this many kTaskKeys do not repay
+// it.
+constexpr int64_t kMinSplitUnits = 4;
 
 const TreeAttentionKernel& kernel_for(Isa isa) {
 #if defined(__x86_64__)
@@ -101,8 +102,8 @@ CacheView check_cache(const char* name, const Tensor& cache, KvLayout layout, in
   return {cache.size(0), {cache.stride(0), cache.stride(1), 0}};
 }
 
-// The first key that a window leaves visible to any row of the request, rounded down to a tile; in
-// the context, or in the tile where the suffix begins.
+// The first key that a window leaves visible to any row of the request, rounded down to where
+// a task may begin.
 int first_key_of(const TreeAttentionArgs& args, int request) {
   if (args.sliding_window <= 0) return 0;
   const int rows = args.row_start[request + 1] - args.row_start[request];
@@ -112,7 +113,7 @@ int first_key_of(const TreeAttentionArgs& args, int request) {
                                 args.sliding_window + 1);
   }
   first = std::clamp<int64_t>(first, 0, args.context_lens[request]);
-  return static_cast<int>(first / kTileKeys * kTileKeys);
+  return static_cast<int>(first / kTaskKeys * kTaskKeys);
 }
 
 void check_request(const TreeAttentionArgs& args, int request, int64_t num_tokens,
@@ -188,9 +189,9 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
   for (int r = 0; r < num_requests; ++r) {
     if (lines_of(r) == 0) continue;
     const int num_keys = args.context_lens[r] + args.suffix_len[r];
-    const int64_t tiles = (num_keys - first_key[r] + kTileKeys - 1) / kTileKeys;
+    const int64_t units = (num_keys - first_key[r] + kTaskKeys - 1) / kTaskKeys;
     const int64_t splits = std::clamp<int64_t>((work[r] + work_per_task - 1) / work_per_task, 1,
-                                               std::max<int64_t>(1, tiles / kMinSplitTiles));
+                                               std::max<int64_t>(1, units / kMinSplitUnits));
     for (int head = 0; head < args.num_kv_heads; ++head) {
       Item item{r, head, static_cast<int64_t>(plan.tasks.size()), splits, nullptr, 0};
       if (splits > 1) {
@@ -200,7 +201,7 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
       for (int64_t s = 0; s < splits; ++s) {
         const auto bound = [&](int64_t part) {
           return static_cast<int>(
-              std::min<int64_t>(first_key[r] + tiles * part / splits * kTileKeys, num_keys));
+              std::min<int64_t>(first_key[r] + units * part / splits * kTaskKeys, num_keys));
         };
         plan.tasks.push_back({r, head, bound(s), bound(s + 1), nullptr});
         plan.item_of_task.push_back(static_cast<int>(plan.items.size()));

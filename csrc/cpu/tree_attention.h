@@ -16,8 +16,8 @@ namespace echo_vllm::cpu {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
-// Keys per tile: what a row may see of a tile is one mask word.
-constexpr int kTileKeys = 64;
+// Tasks begin at a multiple of this many keys: one mask word.
+constexpr int kTaskKeys = 64;
 
 // All strides are in elements; the last dimension of every tensor is contiguous.
 struct TreeAttentionArgs {
@@ -57,7 +57,7 @@ struct TreeAttentionArgs {
 struct TreeAttentionTask {
   int request;
   int kv_head;
-  int begin, end;  // keys; begin is a multiple of kTileKeys
+  int begin, end;  // keys; begin is a multiple of kTaskKeys
   // Null: the task covers all keys and writes the output. Else the state of the online softmax
   // goes here, for merge().
   float* partial;

@@ -17,6 +17,10 @@ constexpr int kAmxLines = 2 * kTileRows16;
 constexpr int kAmxKeys = 32;
 constexpr int kAmxDims = 32;
 
+// Keys worked on at a time.
+constexpr int kAmxTileKeys = 256;
+constexpr int kAmxTileStride = tile_stride(kAmxTileKeys);
+
 // Tile registers: 0-3 accumulate [line half][column half], 4 and 5 hold lines, 6 and 7 K or V.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -58,10 +62,10 @@ class AmxWorker {
     const int64_t head_size = args_.head_size;
     lines_.carve(carver, lines);
     query_ = halves(carver, (lines + kTileRows16) * head_size);
-    scores_ = carver.floats(kAmxLines * kTileStride);
-    weights_ = halves(carver, kAmxLines * kTileKeys);
-    keys_ = halves(carver, kTileKeys * head_size);
-    values_ = halves(carver, kTileKeys * head_size);
+    scores_ = carver.floats(kAmxLines * kAmxTileStride);
+    weights_ = halves(carver, kAmxLines * kAmxTileKeys);
+    keys_ = halves(carver, kAmxTileKeys * head_size);
+    values_ = halves(carver, kAmxTileKeys * head_size);
   }
 
   void run(const TreeAttentionTask& task) {
@@ -69,8 +73,8 @@ class AmxWorker {
     pack_query();
     {
       const TileSession session(lines_.count());
-      for (int begin = task.begin; begin < task.end; begin += kTileKeys) {
-        tile(begin, min_int(begin + kTileKeys, task.end));
+      for (int begin = task.begin; begin < task.end; begin += kAmxTileKeys) {
+        tile(begin, min_int(begin + kAmxTileKeys, task.end));
       }
     }
     if (task.partial != nullptr) {
@@ -81,6 +85,14 @@ class AmxWorker {
   }
 
  private:
+  // Where 32 keys are: two groups of K behind each other, and V of dim group g at
+  // value + g * value_stride.
+  struct Source {
+    const BFloat16* key;
+    const BFloat16* value;
+    int64_t value_stride;
+  };
+
   static BFloat16* halves(Carver& carver, int64_t count) {
     return reinterpret_cast<BFloat16*>(carver.floats((count + 1) / 2));
   }
@@ -110,25 +122,20 @@ class AmxWorker {
 
   void tile(int begin, int end) {
     const int count = end - begin;
-    const uint64_t seen = lines_.seen(begin, count);
-    if (seen == 0) return;
-    if (seen == ~uint64_t{0} && end <= args_.context_lens[request_]) {
-      for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
-        for (int t = 0; t < run.count; t += kAmxKeys) {
-          const int offset = run.offset + t;
-          set_source(run.column + t, key_block(run.index) + int64_t{offset} * args_.head_size,
-                     value_block(run.index) + int64_t{offset} * kAmxTileColumns,
-                     int64_t{args_.block_size} * kAmxTileColumns);
-        }
-      });
-    } else {
-      assemble(begin, end, seen);
-      for (int t = 0; t < count; t += kAmxKeys) {
-        set_source(t, keys_ + int64_t{t} * args_.head_size, values_ + int64_t{t} * kAmxTileColumns,
-                   int64_t{kTileKeys} * kAmxTileColumns);
+    const KeyBits seen = lines_.seen(begin, count);
+    if (seen.none(count)) return;
+    const int steps = (count + kAmxKeys - 1) / kAmxKeys;
+    for (int step = 0; step < steps; ++step) {
+      const int first = step * kAmxKeys;
+      const int step_end = min_int(begin + first + kAmxKeys, end);
+      const uint64_t step_seen =
+          seen.words[first / kBitsPerWord] >> first % kBitsPerWord & bit_range(0, kAmxKeys);
+      if (step_seen == bit_range(0, kAmxKeys) && step_end <= args_.context_lens[request_]) {
+        sources_[step] = in_place(begin + first);
+      } else {
+        sources_[step] = copied(begin + first, step_end, step, step_seen);
       }
     }
-    const int steps = (count + kAmxKeys - 1) / kAmxKeys;
     for (int line = 0; line < lines_.count(); line += kAmxLines) {
       const int lines = min_int(kAmxLines, lines_.count() - line);
       if (lines > kTileRows16) {
@@ -142,7 +149,8 @@ class AmxWorker {
   template <bool kTwoHalves>
   ECHO_INLINE_MEMBER void attend(int line, int lines, int begin, int count, int steps) {
     score<kTwoHalves>(line, steps);
-    lines_.softmax<3>(line, lines, begin, count, kAmxKeys, scores_, weights_, kTileKeys);
+    lines_.softmax<3>(line, lines, begin, count, kAmxKeys, scores_, kAmxTileStride, weights_,
+                      kAmxTileKeys);
     weigh<kTwoHalves>(line, steps);
   }
 
@@ -151,7 +159,7 @@ class AmxWorker {
   void score(int line, int steps) {
     const int head_size = args_.head_size;
     const int query_bytes = head_size * static_cast<int>(sizeof(BFloat16));
-    constexpr int kScoreBytes = kTileStride * sizeof(float);
+    constexpr int kScoreBytes = kAmxTileStride * sizeof(float);
     const BFloat16* query = query_ + int64_t{line} * head_size;
     memory_barrier();
     for (int step = 0; step < steps; ++step) {
@@ -179,8 +187,8 @@ class AmxWorker {
       _tile_stored(0, scores, kScoreBytes);
       _tile_stored(1, scores + kAmxTileColumns, kScoreBytes);
       if (kTwoHalves) {
-        _tile_stored(2, scores + kTileRows16 * kTileStride, kScoreBytes);
-        _tile_stored(3, scores + kTileRows16 * kTileStride + kAmxTileColumns, kScoreBytes);
+        _tile_stored(2, scores + kTileRows16 * kAmxTileStride, kScoreBytes);
+        _tile_stored(3, scores + kTileRows16 * kAmxTileStride + kAmxTileColumns, kScoreBytes);
       }
     }
     memory_barrier();
@@ -191,7 +199,7 @@ class AmxWorker {
   void weigh(int line, int steps) {
     const int head_size = args_.head_size;
     const int weighted_bytes = head_size * static_cast<int>(sizeof(float));
-    constexpr int kWeightBytes = kTileKeys * sizeof(BFloat16);
+    constexpr int kWeightBytes = kAmxTileKeys * sizeof(BFloat16);
     memory_barrier();
     for (int d = 0; d < head_size; d += 2 * kAmxTileColumns) {
       float* weighted = lines_.weighted(line) + d;
@@ -211,7 +219,7 @@ class AmxWorker {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (kTwoHalves) {
-          _tile_loadd(5, weights_ + kTileRows16 * kTileKeys + step * kAmxKeys, kWeightBytes);
+          _tile_loadd(5, weights_ + kTileRows16 * kAmxTileKeys + step * kAmxKeys, kWeightBytes);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
@@ -226,43 +234,61 @@ class AmxWorker {
     memory_barrier();
   }
 
-  // Copies the keys of a tile that the cache does not hold in one piece into a block of kTileKeys
-  // tokens of our own, in the same layout.
-  void assemble(int begin, int end, uint64_t seen) {
-    const int head_size = args_.head_size;
+  // 32 keys of one cache block: a block holds a multiple of 32.
+  Source in_place(int begin) const {
+    const int64_t block = args_.block_table[request_ * args_.block_table_stride +
+                                            begin / args_.block_size];
+    const int64_t offset = begin % args_.block_size;
+    return {key_block(block) + offset * args_.head_size,
+            value_block(block) + offset * kAmxTileColumns,
+            int64_t{args_.block_size} * kAmxTileColumns};
+  }
+
+  // Copies up to 32 keys that the cache does not hold as the tiles need them (suffix rows, the end
+  // of the context, keys behind a window) into a block of 32 tokens in the same layout.
+  Source copied(int begin, int end, int step, uint64_t seen) {
+    const int head_size = args_.head_size, count = end - begin;
+    BFloat16* keys = keys_ + int64_t{step} * kAmxKeys * head_size;
+    BFloat16* values = values_ + int64_t{step} * kAmxKeys * head_size;
+    // Weights of padding and of unseen keys are zero, but their V may be anything, NaN too.
+    const int first_padding = count / 2 * 2;
+    for (int d = 0; d < head_size; d += kAmxTileColumns) {
+      std::memset(values + amx_value_offset(kAmxKeys, first_padding, d), 0,
+                  sizeof(BFloat16) * (kAmxKeys - first_padding) * kAmxTileColumns);
+    }
     for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
       if (run.is_suffix) {
-        copy_suffix(run);
+        copy_suffix(run, keys, values);
         return;
       }
       // Groups of 16 tokens of K and pairs of tokens of V: what is copied too much at the end of
       // the context is overwritten or never counts.
-      std::memcpy(keys_ + int64_t{run.column} * head_size,
+      std::memcpy(keys + int64_t{run.column} * head_size,
                   key_block(run.index) + int64_t{run.offset} * head_size,
                   sizeof(BFloat16) * round_up(run.count, kAmxTileColumns) * head_size);
       const BFloat16* value = value_block(run.index);
       for (int d = 0; d < head_size; d += kAmxTileColumns) {
-        std::memcpy(values_ + amx_value_offset(kTileKeys, run.column, d),
+        std::memcpy(values + amx_value_offset(kAmxKeys, run.column, d),
                     value + amx_value_offset(args_.block_size, run.offset, d),
                     sizeof(BFloat16) * round_up(run.count, 2) * kAmxTileColumns);
       }
     });
-    // Weights of unseen keys are zero, but their V may be anything, NaN too.
-    const uint64_t used = bit_range(0, round_up(end - begin, kAmxKeys));
-    for (uint64_t hidden = used & ~seen; hidden != 0; hidden &= hidden - 1) {
+    const uint64_t touched = bit_range(0, round_up(count, 2));
+    for (uint64_t hidden = touched & ~seen; hidden != 0; hidden &= hidden - 1) {
       const int token = __builtin_ctzll(hidden);
-      for (int d = 0; d < head_size; ++d) values_[amx_value_offset(kTileKeys, token, d)] = {};
+      for (int d = 0; d < head_size; ++d) values[amx_value_offset(kAmxKeys, token, d)] = {};
     }
+    return {keys, values, int64_t{kAmxKeys} * kAmxTileColumns};
   }
 
-  void copy_suffix(const KeyRun& run) {
+  void copy_suffix(const KeyRun& run, BFloat16* keys, BFloat16* values) {
     const int head_size = args_.head_size;
     for (int t = 0; t < run.count; ++t) {
       const int token = run.column + t;
       const BFloat16* key = static_cast<const BFloat16*>(args_.suffix_key) +
                             (run.index + t) * args_.suffix_key_stride_row +
                             kv_head_ * args_.suffix_key_stride_head;
-      BFloat16* to = keys_ + amx_key_offset(head_size, token, 0);
+      BFloat16* to = keys + amx_key_offset(head_size, token, 0);
       for (int d = 0; d < head_size; d += 2, to += 2 * kAmxTileColumns) {
         std::memcpy(to, key + d, 2 * sizeof(BFloat16));
       }
@@ -270,32 +296,20 @@ class AmxWorker {
                               (run.index + t) * args_.suffix_value_stride_row +
                               kv_head_ * args_.suffix_value_stride_head;
       for (int d = 0; d < head_size; d += kAmxTileColumns) {
-        to = values_ + amx_value_offset(kTileKeys, token, d);
+        to = values + amx_value_offset(kAmxKeys, token, d);
         for (int i = 0; i < kAmxTileColumns; ++i) to[2 * i] = value[d + i];
       }
     }
   }
 
-  // Where 32 keys of a tile are: two groups of K behind each other, and V of dim group g at
-  // value + g * value_stride.
-  struct Source {
-    const BFloat16* key;
-    const BFloat16* value;
-    int64_t value_stride;
-  };
-
-  void set_source(int column, const BFloat16* key, const BFloat16* value, int64_t value_stride) {
-    sources_[column / kAmxKeys] = {key, value, value_stride};
-  }
-
   const TreeAttentionArgs& args_;
   const int request_, kv_head_;
   Lines lines_;
-  Source sources_[kTileKeys / kAmxKeys];
+  Source sources_[kAmxTileKeys / kAmxKeys];
   BFloat16* query_;    // [lines, D]
-  float* scores_;      // [kAmxLines, kTileStride]
-  BFloat16* weights_;  // [kAmxLines, kTileKeys]
-  BFloat16* keys_;     // one block of kTileKeys tokens
+  float* scores_;      // [kAmxLines, kAmxTileStride]
+  BFloat16* weights_;  // [kAmxLines, kAmxTileKeys]
+  BFloat16* keys_;     // blocks of kAmxKeys tokens, one per step
   BFloat16* values_;
 };
 

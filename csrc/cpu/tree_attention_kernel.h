@@ -14,7 +14,9 @@
 namespace echo_vllm::cpu {
 namespace {
 
-// Lines handled per tile at a time, so that their scores stay in the L1 cache.
+// Keys per tile, and lines handled per tile at a time, so that their scores stay in the L1 cache.
+constexpr int kTileKeys = 128;
+constexpr int kTileStride = tile_stride(kTileKeys);
 constexpr int kLineChunk = 48;
 // From this many lines on it pays to convert a tile of 16-bit K and V to fp32 once.
 constexpr int kLinesToConvert = 16;
@@ -45,8 +47,8 @@ class Worker {
     pack_query();
     for (int begin = task.begin; begin < task.end; begin += kTileKeys) {
       const int end = min_int(begin + kTileKeys, task.end);
-      const uint64_t seen = lines_.seen(begin, end - begin);
-      if (seen == 0) continue;
+      const KeyBits seen = lines_.seen(begin, end - begin);
+      if (seen.none(end - begin)) continue;
       if (converts_) {
         attend_converted(begin, end, seen);
       } else {
@@ -119,7 +121,7 @@ class Worker {
   }
 
   // K and V of the tile go to fp32 first: K to [D, kTileStride], V to [kTileKeys, D].
-  void attend_converted(int begin, int end, uint64_t seen) {
+  void attend_converted(int begin, int end, const KeyBits& seen) {
     const int count = end - begin;
     for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
       if (args_.layout == KvLayout::kAmx && !run.is_suffix) {
@@ -144,14 +146,15 @@ class Worker {
       const int lines = min_int(kLineChunk, lines_.count() - line);
       gemm<false>(query_of(line), args_.head_size, keys_, kTileStride, scores_, kTileStride, lines,
                   round_up(count, kLanes), args_.head_size);
-      lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, scores_, kTileStride);
+      lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, kTileStride, scores_,
+                                  kTileStride);
       gemm<true>(scores_, kTileStride, values_, args_.head_size, lines_.weighted(line),
                  args_.head_size, lines, args_.head_size, count);
     }
   }
 
   // K and V are read where they are; row-major K is transposed first, in its own type.
-  void attend_in_place(int begin, int end, uint64_t seen) {
+  void attend_in_place(int begin, int end, const KeyBits& seen) {
     const int count = end - begin;
     Source sources[kTileKeys];
     KeyRun runs[kTileKeys];
@@ -168,8 +171,7 @@ class Worker {
         transposes = true;
       }
       // V of unseen keys counts zero times, but may be unwritten memory or somebody else's block.
-      const uint64_t own = bit_range(run.column, run.column + run.count);
-      if ((seen & own) != own) {
+      if (!seen.all(run.column, run.column + run.count)) {
         copy_values(s, run, seen, values);
         s.value = values + static_cast<int64_t>(run.column) * args_.head_size;
         s.value_stride = args_.head_size;
@@ -186,7 +188,8 @@ class Worker {
                     scores_ + runs[i].column, kTileStride, lines, round_up(runs[i].count, kLanes),
                     args_.head_size);
       }
-      lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, scores_, kTileStride);
+      lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, kTileStride, scores_,
+                                  kTileStride);
       for (int i = 0; i < num_runs; ++i) {
         gemm<true>(scores_ + runs[i].column, kTileStride, sources[i].value,
                    sources[i].value_stride, lines_.weighted(line), args_.head_size, lines,
@@ -209,11 +212,11 @@ class Worker {
   }
 
   template <class U>
-  void copy_values(const Source& s, const KeyRun& run, uint64_t seen, U* values) {
+  void copy_values(const Source& s, const KeyRun& run, const KeyBits& seen, U* values) {
     for (int t = 0; t < run.count; ++t) {
       const T* from = s.value + t * s.value_stride;
       U* to = values + static_cast<int64_t>(run.column + t) * args_.head_size;
-      const bool is_seen = (seen & bit_in_word(run.column + t)) != 0;
+      const bool is_seen = seen.test(run.column + t);
       for (int d = 0; d < args_.head_size; d += kLanes) {
         store(to + d, is_seen ? load(from + d) : Vec{});
       }
@@ -238,7 +241,7 @@ class Worker {
   }
 
   // Unpacks whole groups: tiles start at a multiple of 16, and a block holds a multiple of 32.
-  void unpack_amx(const KeyRun& run, uint64_t seen) {
+  void unpack_amx(const KeyRun& run, const KeyBits& seen) {
     const int head_size = args_.head_size;
     const T* key = static_cast<const T*>(args_.key_cache) + run.index * args_.key_strides.block +
                    kv_head_ * args_.key_strides.head;
@@ -262,10 +265,9 @@ class Worker {
         }
       }
     }
-    const uint64_t own = bit_range(run.column, run.column + run.count);
-    for (uint64_t hidden = own & ~seen; hidden != 0; hidden &= hidden - 1) {
-      float* unseen = values_ + static_cast<int64_t>(__builtin_ctzll(hidden)) * head_size;
-      std::memset(unseen, 0, sizeof(float) * head_size);
+    for (int t = run.column; t < run.column + run.count; ++t) {
+      if (seen.test(t)) continue;
+      std::memset(values_ + static_cast<int64_t>(t) * head_size, 0, sizeof(float) * head_size);
     }
   }
 

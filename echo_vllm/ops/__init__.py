@@ -14,6 +14,7 @@ j % 64 of its word j // 64.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
+@functools.cache  # an operator runs in every layer of every step
 def _implementation(op: str) -> Callable[..., Any]:
     choice = os.environ.get("ECHO_VLLM_OPS", "")
     if choice == "reference":

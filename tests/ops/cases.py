@@ -75,8 +75,8 @@ def write_cache(
         (split_cache(kv_cache)[1], reference.value_offsets(layout, block_size, head_size), value),
     ):
         regions = cache.view(*cache.shape[:2], -1)
-        for token, slot in enumerate(slots.tolist()):
-            regions[slot // block_size][:, offsets[slot % block_size]] = tokens[token]
+        block = slots[:, None] // block_size
+        regions[block, :, offsets[slots % block_size]] = tokens.transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,17 @@ def build(shape: Shape) -> TreeAttentionCase:
         num_suffix_rows += length + draw.randrange(3)
     words = -(-max(shape.suffix_lens, default=0) // 64) + draw.randrange(2)
     mask_rows = [[draw.getrandbits(63)] * words for _ in range(row_start[-1] + draw.randrange(2))]
-    suffix_is_seen = torch.zeros(num_suffix_rows, dtype=torch.bool)
     for request, (rows, length) in enumerate(zip(shape.rows, shape.suffix_lens, strict=True)):
         for row in range(rows):
-            bits = random_bits(draw, length)
-            for j in range(length):
-                suffix_is_seen[suffix_start[request] + j] |= bool(bits >> j & 1)
             beyond = draw.getrandbits(64 * words) >> length << length  # no such suffix row
-            mask_rows[row_start[request] + row] = to_words(bits | beyond, words)
+            bits = random_bits(draw, length) | beyond
+            mask_rows[row_start[request] + row] = to_words(bits, words)
+    mask = torch.tensor(mask_rows, dtype=torch.int64).reshape(len(mask_rows), words)
+    suffix_is_seen = torch.zeros(num_suffix_rows, dtype=torch.bool)
+    for request, length in enumerate(shape.suffix_lens):
+        own = mask[row_start[request] : row_start[request + 1]]
+        begin = suffix_start[request]
+        suffix_is_seen[begin : begin + length] = reference.mask_bits(own, length).any(0)
     suffix = normal(num_suffix_rows, 3 * num_kv_heads, head_size)
     suffix[~suffix_is_seen] = float("nan")
 
@@ -232,7 +235,7 @@ def build(shape: Shape) -> TreeAttentionCase:
         "suffix_value": suffix[:, 2 * num_kv_heads :],
         "suffix_start": int32(suffix_start),
         "suffix_len": int32(list(shape.suffix_lens)),
-        "mask": torch.tensor(mask_rows, dtype=torch.int64).reshape(len(mask_rows), words),
+        "mask": mask,
         "positions": positions,
         "scale": head_size**-0.5,
         "softcap": shape.softcap,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from echo_vllm import ops
 from echo_vllm.ops import reference
-from tests.ops.cases import PACKED_LAYOUTS, Shape, TreeAttentionCase, build, write_cache_by_vllm
+from tests.ops.cases import Shape, TreeAttentionCase, build, write_cache_by_vllm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -102,11 +102,16 @@ def test_long_suffixes(isa: str, suffix: int) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["vec", "amx", "nhd"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("vec", torch.float32),
+        ("vec", torch.bfloat16),
+        ("amx", torch.bfloat16),
+        ("nhd", torch.float32),
+    ],
+)
 def test_long_context_is_split_over_threads(isa: str, layout: str, dtype: torch.dtype) -> None:
-    if layout == "amx" and dtype != torch.bfloat16:
-        return  # there is no such cache
     shape = variant(
         layout=layout, dtype=dtype, num_kv_heads=1, rows=(17,), contexts=(3001,), suffix_lens=(17,)
     )
@@ -143,15 +148,22 @@ def test_rows_that_see_nothing_are_zero(isa: str) -> None:
     assert (out[case.owned_rows] == 0).all()
 
 
-@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("vec", torch.float32),
+        ("vec", torch.bfloat16),
+        ("vec16", torch.float32),
+        ("amx", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("context", [0, 1, 100, 700])
 @pytest.mark.parametrize("window", [-1, 50])
 def test_a_chain_is_stock_causal_attention(
     isa: str, vllm_cpu_kernels: None, layout: str, dtype: torch.dtype, context: int, window: int
 ) -> None:
-    if layout == "amx" and (dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()):
-        pytest.skip("vLLM uses the amx layout for bfloat16 on machines with AMX only")
+    if layout == "amx" and not torch.cpu._init_amx():
+        pytest.skip("vLLM uses the amx layout on machines with AMX only")
     num_heads, num_kv_heads, head_size, block_size, rows = 6, 2, 64, 32, 40
     if window > 0 and window < rows:
         raise AssertionError("the op's window does not reach into the suffix")
