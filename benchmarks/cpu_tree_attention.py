@@ -4,8 +4,8 @@
 
 vLLM's kernel knows no tree mask, so it runs the rows as a causal chain: the same number of rows,
 the same context, the same cache. It reads the rows' own K/V from the cache, ours from the dense
-suffix. Runs alternate; the fastest of each is reported (the least disturbed by other processes), and
-the ratio ours / vLLM's (below 1: ours is faster).
+suffix. Runs alternate; the fastest of each is reported (the least disturbed by other processes),
+and the ratio ours / vLLM's (below 1: ours is faster).
 
     python benchmarks/cpu_tree_attention.py [--dtype float32|bfloat16] [--threads N] [--quick]
 """

@@ -21,8 +21,8 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
                     const Tensor& query_start, const Tensor& row_start, const Tensor& suffix_key,
                     const Tensor& suffix_value, const Tensor& suffix_start,
                     const Tensor& suffix_len, const Tensor& mask, const Tensor& positions,
-                    double scale, double softcap, int64_t sliding_window,
-                    const std::string& layout, const Tensor& out);
+                    double scale, double softcap, int64_t sliding_window, const std::string& layout,
+                    const Tensor& out);
 
 void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
                const Tensor& dst_slots, int64_t block_size, const std::string& layout);

@@ -42,8 +42,7 @@ inline std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  check(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got shape ",
-        ShapeOf{t});
+  check(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got shape ", ShapeOf{t});
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim,
@@ -53,8 +52,8 @@ inline void check_size(const char* op, const char* name, const Tensor& t, int64_
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  check(t.scalar_type() == dtype, op, ": ", name, " must be ",
-        torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(t.scalar_type()));
+  check(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype),
+        ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 
 inline void check_last_dim_contiguous(const char* op, const char* name, const Tensor& t) {

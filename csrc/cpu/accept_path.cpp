@@ -22,10 +22,12 @@ void accept_all(const Forest& forest, const int64_t* sampled, const Token* token
     std::fill(path, path + max_depth + 1, -1);
     path[0] = 0;
     int depth = 0;
-    for (int row = 0; depth < max_depth; path[++depth] = row) {
-      row = find_child_row(forest.parents_of(r), forest.nodes_of(r), row, request_sampled[row],
-                           token_ids + first_node);
-      if (row < 0) break;
+    while (depth < max_depth) {
+      const int row = path[depth];
+      const int child = find_child_row(forest.parents_of(r), forest.nodes_of(r), row,
+                                       request_sampled[row], token_ids + first_node);
+      if (child < 0) break;
+      path[++depth] = child;
     }
     num_accepted[r] = depth;
   }

@@ -98,7 +98,8 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
   std::vector<std::pair<int64_t, int64_t>> tasks;
   int64_t elements_per_move = 0;
   for (size_t layer = 0; layer < kv_caches.size(); ++layer) {
-    shapes.push_back(check_layer(kv_caches[layer], static_cast<int64_t>(layer), block_size, layout));
+    shapes.push_back(
+        check_layer(kv_caches[layer], static_cast<int64_t>(layer), block_size, layout));
     const LayerShape& shape = shapes.back();
     fewest_blocks = std::min(fewest_blocks, shape.num_blocks);
     elements_per_move += 2 * shape.num_kv_heads * shape.head_size;
@@ -112,8 +113,8 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
   const int64_t num_slots = fewest_blocks * block_size;
   std::vector<Move> moves;
   for (int64_t j = 0; j < src_slots.size(0); ++j) {
-    check(src[j] >= 0 && src[j] < num_slots && dst[j] >= 0 && dst[j] < num_slots, kOp, ": move ",
-          j, " from slot ", src[j], " to slot ", dst[j], " is outside the ", num_slots,
+    check(src[j] >= 0 && src[j] < num_slots && dst[j] >= 0 && dst[j] < num_slots, kOp, ": move ", j,
+          " from slot ", src[j], " to slot ", dst[j], " is outside the ", num_slots,
           " slots of the cache");
     if (src[j] == dst[j]) continue;
     moves.push_back({src[j] / block_size, dst[j] / block_size,

@@ -56,10 +56,10 @@ ECHO_INLINE void gemm_strip(const float* a, int64_t lda, const T* b, int64_t ldb
   c += i * ldc;
   switch (rows - i) {
     case 5:
-      gemm_tile<kTileRows < 6 ? 1 : 5, kVecs, kAccumulate>(a, lda, b, ldb, c, ldc, depth);
+      gemm_tile < kTileRows<6 ? 1 : 5, kVecs, kAccumulate>(a, lda, b, ldb, c, ldc, depth);
       break;
     case 4:
-      gemm_tile<kTileRows < 6 ? 1 : 4, kVecs, kAccumulate>(a, lda, b, ldb, c, ldc, depth);
+      gemm_tile < kTileRows<6 ? 1 : 4, kVecs, kAccumulate>(a, lda, b, ldb, c, ldc, depth);
       break;
     case 3:
       gemm_tile<3, kVecs, kAccumulate>(a, lda, b, ldb, c, ldc, depth);

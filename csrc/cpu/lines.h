@@ -159,7 +159,8 @@ class Lines {
   // Turns the scores (Q K^T, not scaled) of `lines` lines with the keys of the tile
   // [begin, begin + count) into weights relative to each line's new maximum, and rescales what the
   // line has gathered so far. Columns from `count` to the next multiple of `multiple` (of kLanes)
-  // may hold rubbish on entry; their weights are zero. `scores` and `weights` may be the same memory.
+  // may hold rubbish on entry; their weights are zero. `scores` and `weights` may be the same
+  // memory.
   template <int kDegree, class W>
   void softmax(int first_line, int lines, int begin, int count, int multiple, float* scores,
                int64_t scores_stride, W* weights, int64_t weights_stride) {
@@ -231,8 +232,7 @@ class Lines {
   // The first of `count` context tokens from `begin` on that the row's window leaves visible.
   int window_begin(int row, int begin, int count) const {
     if (args_.sliding_window <= 0) return 0;
-    const int64_t hidden =
-        args_.positions[first_row_ + row] - args_.sliding_window + 1 - begin;
+    const int64_t hidden = args_.positions[first_row_ + row] - args_.sliding_window + 1 - begin;
     return hidden <= 0 ? 0 : hidden >= count ? count : static_cast<int>(hidden);
   }
 

@@ -109,8 +109,8 @@ int first_key_of(const TreeAttentionArgs& args, int request) {
   const int rows = args.row_start[request + 1] - args.row_start[request];
   int64_t first = INT32_MAX;
   for (int row = 0; row < rows; ++row) {
-    first = std::min(first, args.positions[args.query_start[request] + row] -
-                                args.sliding_window + 1);
+    first =
+        std::min(first, args.positions[args.query_start[request] + row] - args.sliding_window + 1);
   }
   first = std::clamp<int64_t>(first, 0, args.context_lens[request]);
   return static_cast<int>(first / kTaskKeys * kTaskKeys);
@@ -120,8 +120,7 @@ void check_request(const TreeAttentionArgs& args, int request, int64_t num_token
                    int64_t num_suffix_rows, int64_t num_mask_rows, int64_t max_blocks,
                    int64_t num_blocks) {
   const int64_t rows = static_cast<int64_t>(args.row_start[request + 1]) - args.row_start[request];
-  check(args.row_start[request] >= 0 && rows >= 0 &&
-            args.row_start[request + 1] <= num_mask_rows,
+  check(args.row_start[request] >= 0 && rows >= 0 && args.row_start[request + 1] <= num_mask_rows,
         kOp, ": row_start[", request, "..", request + 1, "] = ", args.row_start[request], ", ",
         args.row_start[request + 1], " is not a range of the ", num_mask_rows, " rows of mask");
   const int64_t query = args.query_start[request];
@@ -140,8 +139,8 @@ void check_request(const TreeAttentionArgs& args, int request, int64_t num_token
         args.block_size);
   if (rows == 0) return;
   const int32_t* blocks = args.block_table + request * args.block_table_stride;
-  for (int64_t i = first_key_of(args, request) / args.block_size;
-       i * args.block_size < context; ++i) {
+  for (int64_t i = first_key_of(args, request) / args.block_size; i * args.block_size < context;
+       ++i) {
     check(blocks[i] >= 0 && blocks[i] < num_blocks, kOp, ": block_table[", request, ", ", i,
           "] = ", blocks[i], ", but the cache has ", num_blocks, " blocks");
   }
@@ -292,9 +291,10 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
         ": the block size of the ", layout_name, " layout must be a multiple of 16, got ",
         block_size);
   if (layout == KvLayout::kAmx) {
-    check(dtype == ScalarType::BFloat16 && head_size % 32 == 0 && block_size % 32 == 0, kOp,
-          ": the amx layout holds bfloat16 with head and block sizes that are multiples of 32, got ",
-          torch::headeronly::toString(dtype), ", ", head_size, ", ", block_size);
+    check(
+        dtype == ScalarType::BFloat16 && head_size % 32 == 0 && block_size % 32 == 0, kOp,
+        ": the amx layout holds bfloat16 with head and block sizes that are multiples of 32, got ",
+        torch::headeronly::toString(dtype), ", ", head_size, ", ", block_size);
   }
 
   check_index_vector(kOp, "context_lens", context_lens, ScalarType::Int);

@@ -236,8 +236,8 @@ class AmxWorker {
 
   // 32 keys of one cache block: a block holds a multiple of 32.
   Source in_place(int begin) const {
-    const int64_t block = args_.block_table[request_ * args_.block_table_stride +
-                                            begin / args_.block_size];
+    const int64_t block =
+        args_.block_table[request_ * args_.block_table_stride + begin / args_.block_size];
     const int64_t offset = begin % args_.block_size;
     return {key_block(block) + offset * args_.head_size,
             value_block(block) + offset * kAmxTileColumns,

@@ -147,7 +147,7 @@ class Worker {
       gemm<false>(query_of(line), args_.head_size, keys_, kTileStride, scores_, kTileStride, lines,
                   round_up(count, kLanes), args_.head_size);
       lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, kTileStride, scores_,
-                                  kTileStride);
+                                 kTileStride);
       gemm<true>(scores_, kTileStride, values_, args_.head_size, lines_.weighted(line),
                  args_.head_size, lines, args_.head_size, count);
     }
@@ -189,11 +189,10 @@ class Worker {
                     args_.head_size);
       }
       lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, kTileStride, scores_,
-                                  kTileStride);
+                                 kTileStride);
       for (int i = 0; i < num_runs; ++i) {
-        gemm<true>(scores_ + runs[i].column, kTileStride, sources[i].value,
-                   sources[i].value_stride, lines_.weighted(line), args_.head_size, lines,
-                   args_.head_size, runs[i].count);
+        gemm<true>(scores_ + runs[i].column, kTileStride, sources[i].value, sources[i].value_stride,
+                   lines_.weighted(line), args_.head_size, lines, args_.head_size, runs[i].count);
       }
     }
   }

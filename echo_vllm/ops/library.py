@@ -9,6 +9,7 @@ kernel by the device of the tensors.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,41 +31,44 @@ def load_library() -> None:
             "ECHO_VLLM_OPS=reference runs without it, slowly"
         )
     try:
-        torch.ops.load_library(str(LIBRARY_PATH))
+        torch.ops.load_library(str(LIBRARY_PATH))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise RuntimeError(
             f"the C++ extension {LIBRARY_PATH} does not load with torch {torch.__version__} "
             f"({error}): build it again with `make setup` (or `python setup.py build_ext "
             "--inplace --force`); it needs torch >= 2.11"
         ) from error
-    _register_fake_kernels()
+    for op, fake in _FAKE_KERNELS.items():
+        torch.library.register_fake(f"echo_vllm::{op}", fake)
 
 
-def _register_fake_kernels() -> None:
-    @torch.library.register_fake("echo_vllm::tree_attention")
-    def _tree_attention(*arguments: object) -> None:
-        return None
+def _writes_in_place(*arguments: object) -> None:
+    """Fake kernel of operators that return nothing."""
 
-    @torch.library.register_fake("echo_vllm::commit_kv")
-    def _commit_kv(*arguments: object) -> None:
-        return None
 
-    @torch.library.register_fake("echo_vllm::build_super_tree")
-    def _build_super_tree(
-        parents: Tensor, cu_nodes: Tensor, num_words: int
-    ) -> tuple[Tensor, Tensor]:
-        num_rows = parents.shape[0] + cu_nodes.shape[0] - 1
-        return (
-            parents.new_empty((num_rows, num_words), dtype=torch.int64),
-            parents.new_empty((num_rows,), dtype=torch.int32),
-        )
+def _fake_build_super_tree(
+    parents: Tensor, cu_nodes: Tensor, num_words: int
+) -> tuple[Tensor, Tensor]:
+    num_rows = parents.shape[0] + cu_nodes.shape[0] - 1
+    return (
+        parents.new_empty((num_rows, num_words), dtype=torch.int64),
+        parents.new_empty((num_rows,), dtype=torch.int32),
+    )
 
-    @torch.library.register_fake("echo_vllm::accept_path")
-    def _accept_path(
-        sampled: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, max_depth: int
-    ) -> tuple[Tensor, Tensor]:
-        num_requests = cu_nodes.shape[0] - 1
-        return (
-            parents.new_empty((num_requests, max_depth + 1), dtype=torch.int32),
-            parents.new_empty((num_requests,), dtype=torch.int32),
-        )
+
+def _fake_accept_path(
+    sampled: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor]:
+    num_requests = cu_nodes.shape[0] - 1
+    return (
+        parents.new_empty((num_requests, max_depth + 1), dtype=torch.int32),
+        parents.new_empty((num_requests,), dtype=torch.int32),
+    )
+
+
+_FAKE_KERNELS: dict[str, Callable[..., object]] = {
+    "tree_attention": _writes_in_place,
+    "commit_kv": _writes_in_place,
+    "build_super_tree": _fake_build_super_tree,
+    "accept_path": _fake_accept_path,
+}

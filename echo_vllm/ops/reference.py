@@ -8,6 +8,8 @@ them. They loop over requests and rows in Python: nothing here is meant to be fa
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ BITS_PER_WORD = 64
 
 
 def key_offsets(layout: str, block_size: int, head_size: int) -> Tensor:
-    """Where K of (token, dim) lies inside one (block, kv head) region: int64 [block_size, head_size].
+    """Where K of (token, dim) lies in one (block, kv head) region: int64 [block_size, head_size].
 
     Raises ValueError for a layout that has no such region.
     """
@@ -42,7 +44,7 @@ def value_offsets(layout: str, block_size: int, head_size: int) -> Tensor:
 def gather_context(
     key_cache: Tensor, value_cache: Tensor, blocks: Tensor, length: int, layout: str
 ) -> tuple[Tensor, Tensor]:
-    """K and V of the first `length` tokens of one request, each [length, num_kv_heads, head_size]."""
+    """K and V of the first `length` tokens of a request: [length, num_kv_heads, head_size] each."""
     block_ids = blocks.long()
     if layout == "nhd":
         key = key_cache[block_ids].flatten(0, 1)[:length]
@@ -61,7 +63,7 @@ def gather_context(
 
 
 def mask_bits(mask: Tensor, length: int) -> Tensor:
-    """The first `length` bits of each row of an int64 [rows, words] mask, as bool [rows, length]."""
+    """The first `length` bits of each row of an int64 [rows, words] mask: bool [rows, length]."""
     column = torch.arange(length)
     words = mask[:, column // BITS_PER_WORD]
     return (words >> (column % BITS_PER_WORD)) & 1 != 0
@@ -113,7 +115,8 @@ def tree_attention(
         visible[:, context:] = mask_bits(mask[first_mask_row:end_mask_row], length)
 
         # [kv heads, group, rows, D] x [kv heads, 1, keys, D]
-        q = query[first_row : first_row + rows].to(accumulate).unflatten(1, (-1, group))
+        q = query[first_row : first_row + rows].to(accumulate)
+        q = q.view(rows, -1, group, q.shape[-1])
         k = key.to(accumulate).permute(1, 0, 2)[:, None]
         scores = q.permute(1, 2, 0, 3) @ k.transpose(-1, -2) * scale
         if softcap > 0:
@@ -154,7 +157,7 @@ def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple
     mask_rows: list[list[int]] = []
     depths: list[int] = []
     bounds = cu_nodes.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         ancestors_of_root = 1  # bit 0: the root sees itself
         rows = [ancestors_of_root]
         depth = [0]
@@ -183,7 +186,7 @@ def accept_path(
     bounds = cu_nodes.tolist()
     accepted_rows = torch.full((len(bounds) - 1, max_depth + 1), -1, dtype=torch.int32)
     num_accepted = torch.zeros(len(bounds) - 1, dtype=torch.int32)
-    for request, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for request, (begin, end) in enumerate(itertools.pairwise(bounds)):
         targets = sampled[begin + request : end + request + 1].tolist()
         child = {
             (parent + 1, token): node + 1

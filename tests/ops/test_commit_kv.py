@@ -49,7 +49,9 @@ def test_moves_happen_at_once(data: st.DataObject) -> None:
     slot = st.integers(0, num_blocks * block_size - 1)
     dst = data.draw(st.lists(slot, unique=True, max_size=40))
     src = data.draw(st.lists(slot, min_size=len(dst), max_size=len(dst)))
-    caches, dense = make_caches(layout, dtype, num_blocks, block_size, data.draw(st.integers(0, 99)))
+    caches, dense = make_caches(
+        layout, dtype, num_blocks, block_size, data.draw(st.integers(0, 99))
+    )
     by_reference = [cache.clone() for cache in caches]
     expected = [torch.empty_like(cache) for cache in caches]
     for cache, (key, value) in zip(expected, dense, strict=True):

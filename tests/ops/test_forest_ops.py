@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,7 +88,7 @@ def test_accepted_path_follows_the_samples(forest: list[Tree], data: st.DataObje
         path = rows[request, : int(counts[request]) + 1].tolist()
         own = sampled[int(cu_nodes[request]) + request :]
         assert path[0] == 0
-        for above, row in zip(path, path[1:], strict=False):
+        for above, row in itertools.pairwise(path):
             assert tree[row - 1] == (above - 1, own[above])
         assert (rows[request, len(path) :] == -1).all()
         if len(path) <= max_depth:
