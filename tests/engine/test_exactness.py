@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """T = 0, FP32: tree speculation gives the very tokens of the same engine without speculation.
 
-A tiny random model goes through the whole matrix of policies, shapes and server conditions, since it
+A tiny random model goes through the whole matrix of policies, shapes and conditions, since it
 costs little and its drafts are often rejected; `test_demo_exactness.py` asks the demo model.
 """
 
