@@ -6,8 +6,9 @@
 # stops it. Called by `make serve`, after the set-up, and by the container images.
 #
 # Environment, each with its default below: HOST, PORT, CONFIG (a file, inline JSON, or empty for
-# no speculation), DTYPE, COMPILE (1: torch.compile, a slower start), KV_CACHE, MODEL, NAME, and
-# ARGS with more options of `vllm serve`. What is set for vLLM or OpenMP itself wins.
+# no speculation), DTYPE, COMPILE (1: torch.compile, a slower start), KV_CACHE, MODEL, NAME, OPENMP
+# (gnu, which vLLM preloads by itself, or intel), and ARGS with more options of `vllm serve`. What is
+# set for vLLM or OpenMP itself wins.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,6 +21,7 @@ COMPILE=${COMPILE:-0}
 KV_CACHE=${KV_CACHE:-2G}
 MODEL=${MODEL:-models/smollm2-135m-instruct}
 NAME=${NAME:-smollm2-135m-instruct}
+OPENMP=${OPENMP:-gnu}
 PREFIX=${PREFIX:-$PWD/.venv}
 
 die() {
@@ -30,6 +32,7 @@ die() {
 main() {
   [[ -x $PREFIX/bin/vllm ]] || die "$PREFIX/bin/vllm is missing: run make setup first"
   [[ $PORT =~ ^[0-9]+$ ]] || die "PORT must be a number, got '$PORT'"
+  [[ $OPENMP == gnu || $OPENMP == intel ]] || die "OPENMP must be gnu or intel, got '$OPENMP'"
   if is_listening; then
     die "something listens on port $PORT already: stop it, or choose another with PORT=8001"
   fi
@@ -44,7 +47,9 @@ main() {
   if is_cpu_build; then
     arguments+=(--kv-cache-memory-bytes "$KV_CACHE")
     use_every_core_of_a_small_machine
-    preload_intel_openmp
+    if [[ $OPENMP == intel ]]; then
+      preload_intel_openmp
+    fi
   fi
   say_when_ready $$ &
   # shellcheck disable=SC2086  # ARGS holds several options
@@ -65,6 +70,8 @@ use_every_core_of_a_small_machine() {
   fi
 }
 
+# vLLM's log recommends Intel's OpenMP for speculation. It is not the default, because on a machine
+# busy with other programs it was the slower one; on an idle machine nobody has compared them yet.
 preload_intel_openmp() {
   local library=$PREFIX/lib/libiomp5.so
   if [[ -f $library && ${LD_PRELOAD:-} != *omp* ]]; then

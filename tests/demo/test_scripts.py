@@ -33,6 +33,12 @@ def test_serve_refuses_a_port_that_is_no_number() -> None:
     assert "PORT must be a number, got 'http'" in result.stderr
 
 
+def test_serve_refuses_an_unknown_openmp() -> None:
+    result = run("serve.sh", PORT="1", OPENMP="llvm")
+    assert result.returncode != 0
+    assert "OPENMP must be gnu or intel, got 'llvm'" in result.stderr
+
+
 def test_serve_refuses_a_port_in_use_and_names_another() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
