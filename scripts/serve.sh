@@ -71,7 +71,7 @@ use_every_core_of_a_small_machine() {
 }
 
 # vLLM's log recommends Intel's OpenMP for speculation. It is not the default, because on a machine
-# busy with other programs it was the slower one; on an idle machine nobody has compared them yet.
+# shared with other programs it gained nothing; on an idle machine nobody has compared them yet.
 preload_intel_openmp() {
   local library=$PREFIX/lib/libiomp5.so
   if [[ -f $library && ${LD_PRELOAD:-} != *omp* ]]; then
