@@ -33,9 +33,9 @@ class Run:
         request_steps: engine steps that gave them, counted once for each request in the step.
         verified: draft tokens that the target verified.
         accepted: draft tokens that it accepted.
-        stages: seconds by stage in the pure decoding steps, those without a prefill, if the engine
-            is instrumented (`benchmarks.timers`).
-        pure_steps: how many such steps `stages` covers.
+        stages: seconds by stage in the full decoding steps, those with all requests in flight and
+            no prefill among them, if the engine is instrumented (`benchmarks.timers`).
+        full_steps: how many such steps `stages` covers.
     """
 
     seconds: float
@@ -45,16 +45,16 @@ class Run:
     verified: int
     accepted: int
     stages: dict[str, float] = field(default_factory=dict)
-    pure_steps: int = 0
+    full_steps: int = 0
 
 
 def run_closed_loop(
-    engine: Any, job: Job, on_step: Callable[[bool], None] = lambda is_pure_decode: None
+    engine: Any, job: Job, on_step: Callable[[bool], None] = lambda is_full: None
 ) -> Run:
     """Run `job` on a `vllm.LLMEngine` that is idle.
 
     A request that ends is replaced at once, as by clients that each wait for their answer.
-    `on_step` is called after every step, with whether the step was free of prefills.
+    `on_step` is called after every step, with whether all requests in flight were decoding in it.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -75,7 +75,8 @@ def run_closed_loop(
             engine.add_request(f"bench-{next(_request_ids)}", waiting.pop(), params)
             in_flight += 1
         outputs = engine.step()
-        on_step(bool(outputs) and all(output.request_id in seen for output in outputs))
+        decoding = sum(output.request_id in seen for output in outputs)
+        on_step(decoding == job.concurrency)
         for output in outputs:
             new = len(output.outputs[0].token_ids)
             tokens += new

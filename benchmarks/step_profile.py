@@ -5,7 +5,7 @@
     python -m benchmarks.step_profile --json profile.json
 
 Every configuration runs the same prompts in turns, as in `benchmarks.quick`, with clocks around
-the stages (`benchmarks.timers`). Only steps without a prefill count. Times are given in
+the stages (`benchmarks.timers`). Only steps in which all requests in flight decode count. Times are given in
 hundredths of a step of plain decoding at the same concurrency, so that rows and tables compare.
 """
 
@@ -49,9 +49,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def seconds_per_step(samples: Sequence[Sample], name: str, concurrency: int) -> dict[str, float]:
-    """Mean time of each stage in a pure decoding step; empty if there was none."""
+    """Mean time of each stage in a full decoding step; empty if there was none."""
     runs = [s.run for s in samples if (s.configuration, s.concurrency) == (name, concurrency)]
-    steps = sum(run.pure_steps for run in runs)
+    steps = sum(run.full_steps for run in runs)
     if not steps:
         return {}
     return {stage: sum(run.stages.get(stage, 0.0) for run in runs) / steps for stage in STAGES}

@@ -59,7 +59,7 @@ _PLACES = [
 
 
 class StageTimers:
-    """Exclusive time by stage, for the steps that hold no prefill."""
+    """Exclusive time by stage, for the steps in which every request in flight decodes."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -91,11 +91,11 @@ class StageTimers:
         self._cut()
         self._step.clear()
         run = run_closed_loop(engine, job, self._end_step)
-        return replace(run, stages=dict(self._kept), pure_steps=self._steps)
+        return replace(run, stages=dict(self._kept), full_steps=self._steps)
 
-    def _end_step(self, is_pure_decode: bool) -> None:
+    def _end_step(self, is_full: bool) -> None:
         self._cut()
-        if is_pure_decode:
+        if is_full:
             self._steps += 1
             for stage, seconds in self._step.items():
                 self._kept[stage] += seconds

@@ -106,7 +106,7 @@ def test_a_stage_excludes_the_stages_inside_it() -> None:
     outer()
     timers._end_step(True)
     outer()
-    timers._end_step(False)  # A step with a prefill does not count.
+    timers._end_step(False)  # A step that is not full does not count.
     assert timers._kept == {FRONT_END: 0.5, "outer": 4.0, "inner": 2.0}
     assert timers._steps == 1
 
