@@ -5,8 +5,9 @@
     python -m benchmarks.step_profile --json profile.json
 
 Every configuration runs the same prompts in turns, as in `benchmarks.quick`, with clocks around
-the stages (`benchmarks.timers`). Only steps in which all requests in flight decode count. Times are given in
-hundredths of a step of plain decoding at the same concurrency, so that rows and tables compare.
+the stages (`benchmarks.timers`). Only steps in which all requests in flight decode count. Times are
+given in hundredths of a step of plain decoding at the same concurrency, so that rows and tables
+compare.
 """
 
 from __future__ import annotations
