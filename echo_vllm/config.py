@@ -44,7 +44,7 @@ def show(value: object) -> str:
         text = json.dumps(value)
     except TypeError:
         text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def closest(name: str, allowed: Sequence[str]) -> str:

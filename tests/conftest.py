@@ -38,7 +38,12 @@ IN_PROCESS_ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
+    # One thread an engine, wherever the system puts it: test files run side by side, and two
+    # engines that spin on the same cores make each other many times slower.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+ONE_THREAD = {name: IN_PROCESS_ENGINE[name] for name in list(IN_PROCESS_ENGINE)[-2:]}
 for name, value in {**OFFLINE, **IN_PROCESS_ENGINE}.items():
     os.environ.setdefault(name, value)
 
@@ -135,7 +140,7 @@ def start_server(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**inherited, "VLLM_CPU_KVCACHE_SPACE": "1", **OFFLINE, **env},
+            env={**inherited, "VLLM_CPU_KVCACHE_SPACE": "1", **ONE_THREAD, **OFFLINE, **env},
             cwd=ROOT,
             start_new_session=True,
         )

@@ -33,9 +33,22 @@ class EchoStatLogger(AggregateStatLoggerBase):
         if not self.enabled:
             return
         self.max_nodes = spec.num_speculative_tokens
+        self.max_depth = spec.echo.max_depth
+        self.model_name = vllm_config.model_config.served_model_name
+        self.engine_indexes = engine_indexes
+        self.metrics: dict[int, dict[str, Any]] = {}
         self._reset()
+
+    def _register(self) -> None:
+        """Make the metrics, once all of vLLM's loggers exist.
+
+        vLLM's own Prometheus logger is made after the plug-ins' and clears the registry of every
+        name with `vllm` in it.
+        """
+        if self.metrics:
+            return
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
-        depths = list(range(1, spec.echo.max_depth + 1))
+        depths = list(range(1, self.max_depth + 1))
         metrics: dict[str, Any] = {
             "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
             "nodes": counter(
@@ -66,10 +79,11 @@ class EchoStatLogger(AggregateStatLoggerBase):
                 buckets=[0, *depths],
             ),
         }
-        name = vllm_config.model_config.served_model_name
         self.metrics = {
-            index: {key: metric.labels(name, str(index)) for key, metric in metrics.items()}
-            for index in engine_indexes
+            index: {
+                key: metric.labels(self.model_name, str(index)) for key, metric in metrics.items()
+            }
+            for index in self.engine_indexes
         }
 
     def _reset(self) -> None:
@@ -88,6 +102,7 @@ class EchoStatLogger(AggregateStatLoggerBase):
         step = StepStats(**scheduler_stats.echo_stats)
         if not step.nodes:
             return
+        self._register()
         metrics = self.metrics[engine_idx]
         metrics["trees"].inc(len(step.nodes))
         metrics["nodes"].inc(sum(step.nodes))
@@ -120,4 +135,6 @@ class EchoStatLogger(AggregateStatLoggerBase):
         self._reset()
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say beyond vLLM's own lines."""
+        """Called when all loggers exist: show the metrics from the start, at zero."""
+        if self.enabled:
+            self._register()

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Engines of these tests live in the test's process, on one thread, so that they are
-deterministic and do not fight with each other over cores."""
+"""A tiny model that the tests of the engine share."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-# Before torch starts its thread pool.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from tests.engine.tiny import Shape, make_head, make_target
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from echo_vllm.ops import load_library
 from tests.ops.cases import load_vllm_cpu_kernels
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extension() -> None:
+    """`torch.ops.echo_vllm`, whichever test of this folder a worker runs first."""
+    load_library()
 
 
 @pytest.fixture(scope="session")
