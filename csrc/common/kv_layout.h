@@ -2,8 +2,9 @@
 // SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 //
 // Where one element of K or V lies inside a block of the paged cache. The layouts are those that
-// vLLM 0.32's cpu_attn_reshape_and_cache writes; tests/ops/test_kv_layout.py checks every one of
-// these functions against that op, element by element.
+// vLLM 0.32's cpu_attn_reshape_and_cache writes: tests/ops/test_kv_layout.py compares the same
+// offsets in echo_vllm/ops/reference.py with that op, element by element, and the other tests
+// compare these functions with the reference.
 //
 //   vec, vec16   [block, kv head, ...]: K is [head_size, block_size] (column-major), V is
 //                [block_size, head_size].

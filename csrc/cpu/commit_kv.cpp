@@ -44,39 +44,57 @@ LayerShape check_layer(const Tensor& cache, int64_t layer, int64_t block_size, K
   return {cache.size(0), cache.size(1), static_cast<int>(block_size), static_cast<int>(row / 2)};
 }
 
-// K and V of one token are gathered to / scattered from [K dims, V dims].
-template <class T>
-void move_head(T* head_base, int64_t block_stride, const LayerShape& shape, KvLayout layout,
-               const std::vector<Move>& moves, T* held) {
+// Calls f(offset in K, offset in V, dim) for every element of a token. The layout is a template
+// argument so that the offsets become strides.
+template <KvLayout kLayout, class F>
+void for_each_element(const LayerShape& shape, int token, const F& f) {
   const int head_size = shape.head_size, block_size = shape.block_size;
-  const int64_t value_region = static_cast<int64_t>(block_size) * head_size;
-  for (const bool reading : {true, false}) {
-    T* token_held = held;
-    for (const Move& m : moves) {
-      T* region = head_base + (reading ? m.src_block : m.dst_block) * block_stride;
-      const int token = reading ? m.src_token : m.dst_token;
-      for (int d = 0; d < head_size; ++d) {
-        T& key = region[key_offset(layout, block_size, head_size, token, d, 0)];
-        T& value = region[value_region + value_offset(layout, block_size, head_size, token, d, 0)];
-        if (reading) {
-          token_held[d] = key;
-          token_held[head_size + d] = value;
-        } else {
-          key = token_held[d];
-          value = token_held[head_size + d];
-        }
-      }
-      token_held += 2 * head_size;
-    }
+  for (int d = 0; d < head_size; ++d) {
+    f(key_offset(kLayout, block_size, head_size, token, d, 0),
+      value_offset(kLayout, block_size, head_size, token, d, 0), d);
+  }
+}
+
+// Moves one kv head of one layer. `held` takes K and V of every moved token in between.
+template <KvLayout kLayout, class T>
+void move_head(T* head_base, int64_t block_stride, const LayerShape& shape,
+               const std::vector<Move>& moves, T* held) {
+  const int head_size = shape.head_size;
+  const int64_t value_region = static_cast<int64_t>(shape.block_size) * head_size;
+  T* token_held = held;
+  for (const Move& m : moves) {
+    const T* keys = head_base + m.src_block * block_stride;
+    const T* values = keys + value_region;
+    for_each_element<kLayout>(shape, m.src_token, [&](int64_t key, int64_t value, int d) {
+      token_held[d] = keys[key];
+      token_held[head_size + d] = values[value];
+    });
+    token_held += 2 * head_size;
+  }
+  token_held = held;
+  for (const Move& m : moves) {
+    T* keys = head_base + m.dst_block * block_stride;
+    T* values = keys + value_region;
+    for_each_element<kLayout>(shape, m.dst_token, [&](int64_t key, int64_t value, int d) {
+      keys[key] = token_held[d];
+      values[value] = token_held[head_size + d];
+    });
+    token_held += 2 * head_size;
   }
 }
 
 template <class T>
 void move_head_of(const Tensor& cache, int64_t head, const LayerShape& shape, KvLayout layout,
                   const std::vector<Move>& moves) {
-  std::vector<T> held(moves.size() * 2 * shape.head_size);
-  move_head(static_cast<T*>(cache.mutable_data_ptr()) + head * cache.stride(1), cache.stride(0),
-            shape, layout, moves, held.data());
+  // Kept from task to task: a step commits in every (layer, kv head).
+  static thread_local std::vector<T> held;
+  held.resize(moves.size() * 2 * shape.head_size);
+  T* base = static_cast<T*>(cache.mutable_data_ptr()) + head * cache.stride(1);
+  if (layout == KvLayout::kAmx) {
+    move_head<KvLayout::kAmx>(base, cache.stride(0), shape, moves, held.data());
+  } else {
+    move_head<KvLayout::kVec>(base, cache.stride(0), shape, moves, held.data());
+  }
 }
 
 }  // namespace
