@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -14,19 +13,14 @@ import openai
 import pytest
 
 from tests.conftest import ROOT, Server, ServerFactory
+from tests.engine.prompts import project_prompts
 from tests.server.metrics import Metrics, wait_until_idle
-from tests.server.prompts import Prompt, read_prompts
 
 CONFIG = ROOT / "examples" / "echo.json"
 MAX_MODEL_LEN = 1024
 MODEL = "demo"
-ENV = {
-    # The log has a line of statistics every second.
-    "VLLM_LOG_STATS_INTERVAL": "1",
-    # On two cores, the front end needs one.
-    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
-}
+# The log has a line of statistics every second.
+ENV = {"VLLM_LOG_STATS_INTERVAL": "1"}
 
 
 @pytest.fixture
@@ -60,8 +54,8 @@ def max_depth(num_nodes: int) -> int:
 
 
 @pytest.fixture(scope="session")
-def prompts() -> list[Prompt]:
-    return read_prompts()
+def prompts() -> list[str]:
+    return project_prompts()
 
 
 @pytest.fixture
