@@ -183,7 +183,7 @@ def test_bad_words_and_structured_output_and_stop_strings(demo_target: Any, demo
     )
     params = [
         SamplingParams(temperature=0, max_tokens=48, bad_words=["Paris", " the", " is"]),
-        SamplingParams(temperature=0, max_tokens=48, stop=["five", "seven"]),
+        SamplingParams(temperature=0, max_tokens=48, stop=["words", "sentence"]),
         SamplingParams(
             temperature=0, max_tokens=48, structured_outputs=StructuredOutputsParams(json=schema)
         ),
@@ -198,5 +198,5 @@ def test_bad_words_and_structured_output_and_stop_strings(demo_target: Any, demo
     assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in wanted]
     assert answers(outputs) == answers(wanted)
     assert "Paris" not in outputs[0].outputs[0].text
-    assert outputs[1].outputs[0].stop_reason in ("five", "seven")
+    assert outputs[1].outputs[0].stop_reason in ("words", "sentence")
     assert json.loads(outputs[2].outputs[0].text).keys() == {"city", "people"}
