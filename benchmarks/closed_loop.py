@@ -28,6 +28,7 @@ class Run:
 
     Attributes:
         seconds: wall time from the first request to the last token.
+        cpu_seconds: CPU time of the engine's process meanwhile, all threads.
         tokens: generated tokens.
         decode_tokens: generated tokens without the first of each request, which prefill gives.
         request_steps: engine steps that gave them, counted once for each request in the step.
@@ -39,6 +40,7 @@ class Run:
     """
 
     seconds: float
+    cpu_seconds: float
     tokens: int
     decode_tokens: int
     request_steps: int
@@ -69,7 +71,7 @@ def run_closed_loop(
     drafted_before = _draft_counters(engine)
     seen: set[str] = set()
     in_flight = tokens = decode_tokens = request_steps = 0
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     while waiting or in_flight:
         while waiting and in_flight < job.concurrency:
             engine.add_request(f"bench-{next(_request_ids)}", waiting.pop(), params)
@@ -86,11 +88,12 @@ def run_closed_loop(
             seen.add(output.request_id)
             in_flight -= output.finished
     seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - cpu_started
     verified, accepted = (
         after - before
         for after, before in zip(_draft_counters(engine), drafted_before, strict=True)
     )
-    return Run(seconds, tokens, decode_tokens, request_steps, verified, accepted)
+    return Run(seconds, cpu_seconds, tokens, decode_tokens, request_steps, verified, accepted)
 
 
 def _draft_counters(engine: Any) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from benchmarks.timers import StageTimers
 
 START_TIMEOUT_S = 300.0
 JOB_TIMEOUT_S = 600.0
-KV_CACHE_BYTES = 512 << 20
+KV_CACHE_BYTES = 384 << 20
 
 
 @dataclass(frozen=True)

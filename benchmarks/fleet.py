@@ -148,20 +148,28 @@ class Fleet:
             engine.stop()
 
     def load(self) -> None:
-        """Load every engine and run a few tokens at each concurrency, untimed."""
+        """Load every engine, two at a time, and run a few tokens at each concurrency, untimed."""
         task = self._progress.add_task("loading", total=2 * len(self.configurations))
-        for configuration in self.configurations:
-            name = configuration.name
+        waiting = deque(self.configurations)
+        loading: deque[str] = deque()
+        while waiting or loading:
+            while waiting and len(loading) < 2:  # Loading is Python on one core, mostly.
+                loading.append(self._start(waiting.popleft()))
+            name = loading.popleft()
             self._progress.update(task, description=f"loading {name}")
-            self._engines[name] = EngineProcess(
-                configuration, self.options, self.threads, self._logs / f"{name}.log"
-            )
             self._attempt(name, EngineProcess.wait_ready)
             self._progress.advance(task)
-            self._progress.update(task, description=f"warming up {name}")
-            self._attempt(name, self._warm_up)
+        for configuration in self.configurations:
+            self._progress.update(task, description=f"warming up {configuration.name}")
+            self._attempt(configuration.name, self._warm_up)
             self._progress.advance(task)
         self._progress.remove_task(task)
+
+    def _start(self, configuration: Configuration) -> str:
+        name = configuration.name
+        log = self._logs / f"{name}.log"
+        self._engines[name] = EngineProcess(configuration, self.options, self.threads, log)
+        return name
 
     def _warm_up(self, engine: EngineProcess) -> None:
         for concurrency in self.concurrencies:

@@ -30,7 +30,7 @@ def sample(
     verified: int = 0,
     accepted: int = 0,
 ) -> Sample:
-    run = Run(seconds, tokens, decode_tokens, request_steps, verified, accepted)
+    run = Run(seconds, seconds, tokens, decode_tokens, request_steps, verified, accepted)
     return Sample(configuration, concurrency, round, run)
 
 
