@@ -18,7 +18,8 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from echo_vllm.engine.stats import StepStats
 
-logger = init_logger(__name__)
+# Under vLLM's own name, because vLLM configures the loggers below "vllm" and no others.
+logger = init_logger(f"vllm.{__name__}")
 
 _LABELS = ["model_name", "engine"]
 _POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256]

@@ -23,8 +23,9 @@ from tests.engine.tiny import Shape, make_head, make_target
 
 pytestmark = pytest.mark.full
 
-# 64 of these tokens live on the first rank, 32 on the second: vLLM pads to a multiple of 64.
-VOCAB = 96
+# vLLM pads these to 64, so that 32 live on the first rank and 8 on the second.
+VOCAB = 40
+ON_FIRST_RANK = 32
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +98,11 @@ def test_both_ranks_make_the_same_trees(two_ranks: Result) -> None:
     first, second = two_ranks.drafts
     assert len(first) > 40
     assert first == second
+    # The best tokens come from both ranks' parts of the vocabulary.
+    drafted = {token for trees in first for tokens, _ in trees for token in tokens}
+    assert min(drafted) < ON_FIRST_RANK <= max(drafted)
 
 
-def test_the_trees_and_counters_are_those_of_one_rank(one_rank: Result, two_ranks: Result) -> None:
+def test_as_much_is_accepted_as_on_one_rank(one_rank: Result, two_ranks: Result) -> None:
+    assert one_rank.counters["spec_decode_num_accepted_tokens"] > 100
     assert two_ranks.counters == one_rank.counters
-    assert one_rank.counters["spec_decode_num_accepted_tokens"] > 0
-    tokens = [[tree[0] for tree in step] for step in one_rank.drafts[0]]
-    assert [[tree[0] for tree in step] for step in two_ranks.drafts[0]] == tokens
-    # The top tokens come from both halves of the vocabulary.
-    flat = [token for step in tokens for tree in step for token in tree]
-    assert min(flat) < 64 <= max(flat)
