@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 SECTION = "speculative_config.echo"
 """How the section is called in errors."""
@@ -25,7 +25,11 @@ MAX_NODES = 256
 MAX_DEPTH = 32
 MAX_TOP_K = 16
 
-Policy = Literal["chain", "static", "topn"]
+Policy = Literal["chain", "static", "topn", "echo", "auto"]
+Share = Literal["batch", "equal"]
+
+ELASTIC = ("echo", "auto")
+"""Policies that share one budget over the batch; the fields below `tree` are theirs."""
 
 
 class EchoConfigError(ValueError):
@@ -44,7 +48,7 @@ def show(value: object) -> str:
         text = json.dumps(value)
     except TypeError:
         text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def closest(name: str, allowed: Sequence[str]) -> str:
@@ -67,6 +71,9 @@ class EchoConfig(BaseModel):
             "Which nodes are drafted and verified. `chain`: one path of num_speculative_tokens "
             "nodes. `static`: the fixed shape given by `tree`. `topn`: the "
             "num_speculative_tokens best nodes by path score of a tree grown level by level. "
+            "`echo`: calibrated gates stop unsure requests early, and one budget (`k_max`) for the "
+            "whole batch is spent on depth, then width. `auto`: as `echo`, but the budget is what "
+            "maximises the predicted tokens per second, and may be nothing. "
             'Default "topn".'
         ),
     )
@@ -100,6 +107,84 @@ class EchoConfig(BaseModel):
         ),
     )
 
+    width: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOP_K,
+        description=(
+            "For `echo` and `auto`: children considered after every node, of which at most "
+            "`top_k` a level are expanded; the others can only widen a tree. Range top_k to 16; "
+            "Default null: 8, or top_k where that is more."
+        ),
+    )
+    k_max: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description=(
+            "For `echo` and `auto`: the most draft nodes of the whole batch in one step, less the "
+            "prompt tokens in it; a hard limit. Range 0 to 1000000. Default null: `echo` takes it "
+            "from the hinge fitted to the measured cost of forwards, `auto` has no limit but what "
+            "pays."
+        ),
+    )
+    gamma: float | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description=(
+            "For `auto`, with `k_max`: replace the measured cost of a forward by the hinge "
+            "T * (1 + gamma * max(0, rows - k_max)), T being the time of one row. Range 0 to 1000. "
+            "Default null: the measured cost."
+        ),
+    )
+    gates: tuple[tuple[int, float], ...] | None = Field(
+        default=None,
+        description=(
+            "For `echo`: the gates as an object of depth and threshold, such as "
+            '{"1": 0.2, "3": 0.2}: a request goes on below that depth if its best path there is '
+            "more probable. {} for no gates. Default null: the gates of the profile."
+        ),
+    )
+    floor: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_NODES,
+        description=(
+            "For `echo` and `auto`: nodes that every request with a tree gets before anything is "
+            "shared out. Range 0 to 256. Default null: 1 for `echo`, 0 for `auto`."
+        ),
+    )
+    share: Share = Field(
+        default="batch",
+        description=(
+            "For `echo`: `batch` spends one budget over the batch, `equal` gives every request the "
+            'same part of it (a baseline). Default "batch".'
+        ),
+    )
+    online: bool = Field(
+        default=True,
+        description=(
+            "For `auto`: correct the cost model and the calibration by what is observed while "
+            "serving. Default true."
+        ),
+    )
+    profile: str | None = Field(
+        default=None,
+        description=(
+            "For `echo` and `auto`: the calibration written by `echo-vllm calibrate`. Default "
+            "null: echo_profile.json in the head's folder, and without it built-in values, with a "
+            "warning."
+        ),
+    )
+    trace: str | None = Field(
+        default=None,
+        description=(
+            "A file (.jsonl or .jsonl.gz) to record every drafting and its verification to, for "
+            "`echo-vllm trace` and `echo-vllm calibrate`. Default null: no trace."
+        ),
+    )
+
     POLICIES: ClassVar[tuple[str, ...]] = get_args(Policy)
 
     @field_validator("tree", mode="before")
@@ -108,6 +193,28 @@ class EchoConfig(BaseModel):
         if isinstance(tree, list):
             return tuple(tuple(path) if isinstance(path, list) else path for path in tree)
         return tree
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _object_to_pairs(cls, gates: Any) -> Any:
+        if not isinstance(gates, Mapping):
+            if gates is None or isinstance(gates, tuple):
+                return gates
+            raise ValueError("an object")
+        pairs = []
+        for depth, tau in gates.items():
+            if not (isinstance(depth, str) and depth.isdecimal() and 1 <= int(depth) <= MAX_DEPTH):
+                raise ValueError("an object")
+            if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau < 1:
+                raise ValueError("an object")
+            pairs.append((int(depth), float(tau)))
+        return tuple(sorted(pairs))
+
+    @field_serializer("gates", when_used="json")
+    def _pairs_to_object(
+        self, gates: tuple[tuple[int, float], ...] | None
+    ) -> dict[str, float] | None:
+        return None if gates is None else {str(depth): tau for depth, tau in gates}
 
     @classmethod
     def from_section(cls, section: object, *, num_speculative_tokens: int) -> Self:
@@ -141,7 +248,14 @@ class EchoConfig(BaseModel):
                 f"{SECTION}.tree belongs to policy static, got policy {given.policy}; "
                 f"remove {SECTION}.tree, or set {SECTION}.policy to static."
             )
-        fill = {"chain": cls._fill_chain, "static": cls._fill_static, "topn": cls._fill_topn}
+        given._check_elastic_fields()
+        fill = {
+            "chain": cls._fill_chain,
+            "static": cls._fill_static,
+            "topn": cls._fill_topn,
+            "echo": cls._fill_elastic,
+            "auto": cls._fill_elastic,
+        }
         return fill[given.policy](given, num_speculative_tokens)
 
     def _fill_chain(self, num_nodes: int) -> Self:
@@ -181,7 +295,54 @@ class EchoConfig(BaseModel):
             top_k=1 + max(max(path) for path in tree),
         )
 
+    def _check_elastic_fields(self) -> None:
+        """Refuse a field that the chosen policy would ignore."""
+        for name, policies in _FIELDS_OF_POLICIES.items():
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.policy not in policies:
+                raise EchoConfigError(
+                    f"{SECTION}.{name} belongs to policy {' or '.join(policies)}, got policy "
+                    f"{self.policy}; remove {SECTION}.{name}, or set {SECTION}.policy to "
+                    f"{policies[0]}."
+                )
+
+    def _fill_elastic(self, num_nodes: int) -> Self:
+        width = self.width if self.width is not None else max(8, self.top_k)
+        if width < self.top_k:
+            raise EchoConfigError(
+                f"{SECTION}.width must be at least {SECTION}.top_k ({self.top_k}), got {width}; "
+                "raise it, or lower top_k."
+            )
+        if self.gamma is not None and self.k_max is None:
+            raise EchoConfigError(
+                f"{SECTION}.gamma needs {SECTION}.k_max, the rows at which the hinge begins, got "
+                f"gamma {self.gamma} alone; set k_max too, or remove gamma."
+            )
+        depth = self._depth_for(num_nodes, width)
+        for gate, _ in self.gates or ():
+            if gate > depth:
+                raise EchoConfigError(
+                    f"{SECTION}.gates must be at depths up to max_depth ({depth}), got a gate at "
+                    f"{gate}; remove it, or raise max_depth."
+                )
+        floor = self.floor if self.floor is not None else int(self.policy == "echo")
+        if floor > num_nodes:
+            raise EchoConfigError(
+                f"{SECTION}.floor must be at most speculative_config.num_speculative_tokens "
+                f"({num_nodes}), got {floor}; lower it."
+            )
+        return self._with(max_depth=depth, width=width, floor=floor)
+
     def _fill_topn(self, num_nodes: int) -> Self:
+        return self._with(max_depth=self._depth_for(num_nodes, self.top_k))
+
+    def _depth_for(self, num_nodes: int, width: int) -> int:
+        """The depth of a tree of `num_nodes` nodes, of which `width` candidates hang under each
+        expanded one.
+
+        Raises:
+            EchoConfigError: no such tree has as many nodes.
+        """
         depth = self.max_depth
         if depth > num_nodes:
             if "max_depth" in self.model_fields_set:
@@ -192,19 +353,37 @@ class EchoConfig(BaseModel):
                     "num_speculative_tokens."
                 )
             depth = num_nodes
-        reachable = self.top_k + (depth - 1) * self.top_k**2
+        each = self.top_k * width
+        reachable = width + (depth - 1) * each
         if num_nodes > reachable:
+            terms = (
+                "top_k + (max_depth - 1) * top_k^2"
+                if self.policy == "topn"
+                else "width + (max_depth - 1) * top_k * width"
+            )
             raise EchoConfigError(
                 f"speculative_config.num_speculative_tokens must be at most {reachable} with "
-                f"{SECTION}.top_k {self.top_k} and {SECTION}.max_depth {depth} (top_k + "
-                f"(max_depth - 1) * top_k^2 = {self.top_k} + {depth - 1} * {self.top_k**2} = "
-                f"{reachable} nodes can be drafted), got {num_nodes}; lower it, or raise top_k "
-                "or max_depth."
+                f"{SECTION}.top_k {self.top_k} and {SECTION}.max_depth {depth} ({terms} = {width} "
+                f"+ {depth - 1} * {each} = {reachable} nodes can be drafted), got {num_nodes}; "
+                "lower it, or raise top_k or max_depth."
             )
-        return self._with(max_depth=depth)
+        return depth
 
     def _with(self, **values: Any) -> Self:
         return type(self).model_validate({**self.model_dump(), **values})
+
+
+_FIELDS_OF_POLICIES = {
+    "width": ELASTIC,
+    "k_max": ELASTIC,
+    "gamma": ("auto",),
+    "gates": ("echo",),
+    "floor": ELASTIC,
+    "share": ("echo",),
+    "online": ("auto",),
+    "profile": ELASTIC,
+}
+"""Which policies read a field that others would ignore."""
 
 
 def _checked_tree(
@@ -273,14 +452,30 @@ def _first_sentence(error: ValidationError) -> str:
             f"{path} must be {'a rank, an integer' if len(report['loc']) == 3 else 'a list'}, got "
             f"{got}; give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
         )
-    limit = {"max_depth": MAX_DEPTH, "top_k": MAX_TOP_K}[name]
+    if name == "gates":
+        return (
+            f"{path} must be an object of depths (1 to {MAX_DEPTH}) and thresholds (at least 0, "
+            f'below 1), got {got}; write it as {{"1": 0.2, "3": 0.2}}, or remove it for the gates '
+            "of the profile."
+        )
+    if name == "share":
+        return f'{path} must be "batch" or "equal", got {got}; set it to one of them.'
+    if name == "online":
+        return f"{path} must be true or false, got {got}; set it to one of them."
+    if name in ("profile", "trace"):
+        return f"{path} must be the path of a file, got {got}; write it as a string."
+    low, high, kind_of_number = {
+        "max_depth": (1, MAX_DEPTH, "an integer "),
+        "top_k": (1, MAX_TOP_K, "an integer "),
+        "width": (1, MAX_TOP_K, "an integer "),
+        "k_max": (0, 1_000_000, "an integer "),
+        "gamma": (0, 1000, "a number "),
+        "floor": (0, MAX_NODES, "an integer "),
+    }[name]
     default = EchoConfig.model_fields[name].default
-    kind = (
-        "between"
-        if report["type"] in ("greater_than_equal", "less_than_equal")
-        else ("an integer between")
-    )
+    if report["type"] in ("greater_than_equal", "less_than_equal"):
+        kind_of_number = ""
     return (
-        f"{path} must be {kind} 1 and {limit}, got {got}; set it in that range, or remove it for "
-        f"the default of {default}."
+        f"{path} must be {kind_of_number}between {low} and {high}, got {got}; set it in that "
+        f"range, or remove it for the default{f' of {default}' if default is not None else ''}."
     )

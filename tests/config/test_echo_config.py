@@ -52,7 +52,7 @@ def test_accepted_sections_get_every_default_filled_in(
 
 FIELD = "speculative_config.echo"
 NODES = "speculative_config.num_speculative_tokens"
-FIELDS = "the fields are policy, max_depth, top_k, tree."
+FIELDS = f"the fields are {', '.join(EchoConfig.model_fields)}."
 SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
 
 
@@ -76,23 +76,70 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             f'{FIELD} must not name a field twice, got ["top_k", "top-k"]; remove one of the two '
             "spellings.",
         ),
+        (
+            {"policy": "echo", "gates": {"0": 0.2}},
+            16,
+            f"{FIELD}.gates must be an object of depths (1 to {MAX_DEPTH}) and thresholds (at "
+            'least 0, below 1), got {"0": 0.2}; write it as {"1": 0.2, "3": 0.2}, or remove it '
+            "for the gates of the profile.",
+        ),
+        (
+            {"policy": "echo", "gates": {"7": 0.2}},
+            16,
+            f"{FIELD}.gates must be at depths up to max_depth (6), got a gate at 7; remove it, or "
+            "raise max_depth.",
+        ),
+        (
+            {"policy": "topn", "k_max": 64},
+            16,
+            f"{FIELD}.k_max belongs to policy echo or auto, got policy topn; remove {FIELD}.k_max, "
+            f"or set {FIELD}.policy to echo.",
+        ),
+        (
+            {"policy": "auto", "gamma": 0.1},
+            16,
+            f"{FIELD}.gamma needs {FIELD}.k_max, the rows at which the hinge begins, got gamma 0.1 "
+            "alone; set k_max too, or remove gamma.",
+        ),
+        (
+            {"policy": "auto", "width": 2},
+            16,
+            f"{FIELD}.width must be at least {FIELD}.top_k (4), got 2; raise it, or lower top_k.",
+        ),
+        (
+            {"policy": "echo", "floor": 17},
+            16,
+            f"{FIELD}.floor must be at most speculative_config.num_speculative_tokens (16), got "
+            "17; lower it.",
+        ),
+        (
+            {"policy": "echo", "share": "fair"},
+            16,
+            f'{FIELD}.share must be "batch" or "equal", got "fair"; set it to one of them.',
+        ),
+        (
+            {"policy": "auto", "online": 1},
+            16,
+            f"{FIELD}.online must be true or false, got 1; set it to one of them.",
+        ),
         ({"zzz": None}, 16, f"{FIELD}.zzz is not a known field, got null; {FIELDS}"),
         (
-            {"policy": "echo"},
+            {"policy": "best"},
             16,
-            f'{FIELD}.policy must be one of chain, static, topn, got "echo"; set it to one of '
-            "them.",
+            f'{FIELD}.policy must be one of chain, static, topn, echo, auto, got "best"; set it to '
+            "one of them.",
         ),
         (
             {"policy": "top-n"},
             16,
-            f'{FIELD}.policy must be one of chain, static, topn, got "top-n"; did you mean topn?; '
-            "set it to one of them.",
+            f'{FIELD}.policy must be one of chain, static, topn, echo, auto, got "top-n"; '
+            "did you mean topn?; set it to one of them.",
         ),
         (
             {"policy": 1},
             16,
-            f"{FIELD}.policy must be one of chain, static, topn, got 1; set it to one of them.",
+            f"{FIELD}.policy must be one of chain, static, topn, echo, auto, got 1; set it to "
+            "one of them.",
         ),
         *[
             (
@@ -261,7 +308,14 @@ TREES = st.lists(st.lists(st.integers(-1, 17), max_size=4), max_size=8)
 SECTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "policy": st.sampled_from(["chain", "static", "topn"]) | JSON_VALUES,
+        "policy": st.sampled_from(["chain", "static", "topn", "echo", "auto"]) | JSON_VALUES,
+        "width": st.integers(0, 18) | JSON_VALUES,
+        "k_max": st.integers(-1, 300) | JSON_VALUES,
+        "gamma": st.floats(-1, 5) | JSON_VALUES,
+        "gates": st.dictionaries(st.sampled_from(["1", "2", "40", "x"]), st.floats(-0.5, 1.5))
+        | JSON_VALUES,
+        "floor": st.integers(-1, 300) | JSON_VALUES,
+        "share": st.sampled_from(["batch", "equal"]) | JSON_VALUES,
         "max_depth": st.integers(0, 34) | JSON_VALUES,
         "top_k": st.integers(0, 18) | JSON_VALUES,
         "tree": TREES | JSON_VALUES,
