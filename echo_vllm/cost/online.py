@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`OnlineCost`: a measured StepCost, kept true by the times of real steps.
+
+Start-up measures forwards alone, on an idle machine, with short contexts. Real steps differ: other
+processes, long contexts, heat. Each real time is compared with its prediction; the logarithm of
+the ratio goes into a bin of its count (one bin an octave), the bin's median is its correction.
+A median ignores the steps in which something else took the processor, up to half of them.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from echo_vllm.cost.curve import CostCurve
+from echo_vllm.cost.step_cost import StepCost
+
+WINDOW = 64
+"""Observations that a bin remembers."""
+
+PRIOR = 4.0
+"""Observations that the start-up measurement counts for in a bin."""
+
+REACH = 3.0
+"""Octaves outside of what was observed in which a correction fades to its half."""
+
+REFRESH = 16
+"""Observations of a curve after which it is worked out again, at the latest."""
+
+
+class RunningMedian:
+    """The median of the last WINDOW numbers.
+
+    Attributes:
+        seen: how many numbers there were in all.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, number: float) -> None:
+        self.seen += 1
+        if len(self._recent) == WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(number)
+        insort(self._sorted, number)
+
+    def median(self) -> float:
+        """Raises IndexError while there is no number."""
+        middle = len(self._sorted) // 2
+        if len(self._sorted) % 2:
+            return self._sorted[middle]
+        return (self._sorted[middle - 1] + self._sorted[middle]) / 2
+
+
+class CurveCorrection:
+    """What observations say about one curve, as a factor over the count.
+
+    Attributes:
+        pending: observations since `corrected` was last called.
+    """
+
+    def __init__(self, curve: CostCurve) -> None:
+        self.pending = 0
+        self._curve = curve
+        self._seen = 0
+        # octave -> (medians of log2 of the count, of the log of the ratio)
+        self._bins: dict[int, tuple[RunningMedian, RunningMedian]] = {}
+        # The corrected curve bends where the measured one does, and where something was observed.
+        # Points far behind keep the last slope from being that of two neighbours.
+        last = curve.counts[-1]
+        self._points = np.array([*curve.counts, 2 * last + 1, 4 * last + 3])
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `corrected` has news: often at first, later every REFRESH observations."""
+        return self.pending > 0 and self.pending >= min(REFRESH, self._seen // 4)
+
+    def observe(self, count: float, log_ratio: float) -> None:
+        place = math.log2(count)
+        octave = math.floor(place)
+        if octave not in self._bins:
+            self._bins[octave] = (RunningMedian(), RunningMedian())
+        places, ratios = self._bins[octave]
+        places.add(place)
+        ratios.add(log_ratio)
+        self._seen += 1
+        self.pending += 1
+
+    def corrected(self) -> CostCurve:
+        """The curve times the factor, monotone again."""
+        self.pending = 0
+        if not self._bins:
+            return self._curve
+        observed = [self._bins[octave] for octave in sorted(self._bins)]
+        places = np.array([place.median() for place, _ in observed])
+        logs = np.array([r.median() * r.seen / (r.seen + PRIOR) for _, r in observed])
+        counts = np.concatenate([self._points, np.exp2(places)])
+        counts.sort()
+        counts = counts[np.concatenate([[True], counts[1:] > counts[:-1]])]
+        at = np.log2(np.maximum(counts, 2.0**-20))
+        outside = np.maximum(0.0, np.maximum(places[0] - at, at - places[-1]))
+        log_factor = np.interp(at, places, logs) * np.exp2(-outside / REACH)
+        seconds = np.maximum.accumulate(self._curve(counts) * np.exp(log_factor))
+        return CostCurve.from_valid(counts, seconds)
+
+
+class OnlineCost:
+    """A StepCost that learns from real steps. Not thread-safe.
+
+    Corrections are factors: where nothing was observed within REACH octaves they fade to 1, and
+    with few observations they are closer to 1 (PRIOR). A drafting time is one number for several
+    forwards, so its ratio corrects the levels and the catch-up forward alike.
+
+    The result depends on timing: where several processes must decide alike, one of them owns the
+    OnlineCost and sends `current().to_dict()` to the others.
+    """
+
+    def __init__(self, base: StepCost) -> None:
+        self.base = base
+        self._verify = CurveCorrection(base.verify)
+        self._draft_level = CurveCorrection(base.draft_level)
+        self._catch_up = CurveCorrection(base.catch_up)
+        self._other = RunningMedian()
+        self._current = base
+
+    def observe_verify(self, rows: int, seconds: float) -> None:
+        """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
+        ratio = _log_ratio(seconds, self.base.verify(rows))
+        if ratio is not None and rows > 0:
+            self._verify.observe(rows, ratio)
+
+    def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
+        """Drafting took `seconds`: a catch-up over `committed` tokens and these levels."""
+        ratio = _log_ratio(seconds, self.base.draft(level_rows, committed))
+        if ratio is None:
+            return
+        if committed > 0:
+            self._catch_up.observe(committed, ratio)
+        # Once an octave, however many levels it has.
+        for rows in {rows.bit_length(): rows for rows in level_rows if rows > 0}.values():
+            self._draft_level.observe(rows, ratio)
+
+    def observe_other(self, seconds: float) -> None:
+        """A step spent `seconds` outside of target and drafter."""
+        if math.isfinite(seconds) and seconds >= 0:
+            self._other.add(seconds)
+
+    def current(self) -> StepCost:
+        """The cost as known now; the same object until enough new steps were observed.
+
+        One call works out one curve at most, so that no step pays for all of them.
+        """
+        now = self._current
+        if self._verify.is_due:
+            now = replace(now, verify=self._verify.corrected())
+        elif self._draft_level.is_due:
+            now = replace(now, draft_level=self._draft_level.corrected())
+        elif self._catch_up.is_due:
+            now = replace(now, catch_up=self._catch_up.corrected())
+        else:
+            return now
+        if seen := self._other.seen:
+            other = self.base.other
+            other += (self._other.median() - other) * seen / (seen + PRIOR)
+            now = replace(now, other=other)
+        self._current = now
+        return now
+
+
+def _log_ratio(seconds: float, predicted: float) -> float | None:
+    """log(seconds / predicted), or None where there is no such thing."""
+    if not (0 < seconds < math.inf and predicted > 0):
+        return None
+    return math.log(seconds / predicted)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Costs learned from real steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echo_vllm.cost import CostCurve, Hinge, OnlineCost, StepCost
+
+BASE = StepCost(
+    verify=Hinge(k_max=40, gamma=0.02, base=0.01).to_curve(),
+    draft_level=CostCurve((1, 64, 256), (0.001, 0.002, 0.008)),
+    catch_up=CostCurve((1, 64, 512), (0.001, 0.002, 0.01)),
+    other=0.002,
+)
+ASKED = np.array([1, 3, 7, 20, 50, 130, 300])
+
+
+def trained(scale: float, outliers: float, seed: int) -> OnlineCost:
+    """A cost that saw 600 steps of a machine `scale` times as slow, some of them 10 times."""
+    rng = np.random.default_rng(seed)
+    online = OnlineCost(BASE)
+    for _ in range(600):
+        rows, *levels = np.exp2(rng.uniform(0, 9, 4)).astype(int).tolist()
+        noise = scale * np.exp(rng.normal(0, 0.05, 3))
+        noise[rng.random(3) < outliers] *= 10
+        online.observe_verify(rows, BASE.verify(rows) * noise[0])
+        online.observe_draft(levels, rows, BASE.draft(levels, rows) * noise[1])
+        online.observe_other(BASE.other * noise[2])
+    return online
+
+
+def settled(online: OnlineCost) -> StepCost:
+    """The cost when each curve has had its turn."""
+    for _ in range(4):
+        cost = online.current()
+    return cost
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("outliers", [0.0, 0.2])
+def test_corrections_converge_to_a_scaled_machine(scale: float, outliers: float) -> None:
+    found = settled(trained(scale, outliers, seed=1))
+    for name in ("verify", "draft_level", "catch_up"):
+        now, base = getattr(found, name)(ASKED), getattr(BASE, name)(ASKED)
+        assert now == pytest.approx(scale * base, rel=0.1), name
+    assert found.other == pytest.approx(scale * BASE.other, rel=0.1)
+
+
+def test_a_bend_that_start_up_did_not_see_is_learned() -> None:
+    truth = Hinge(k_max=16, gamma=0.05, base=0.01)
+    online = OnlineCost(StepCost(BASE.verify, BASE.draft_level, BASE.catch_up))
+    for _ in range(60):
+        for rows in (2, 5, 11, 16, 24, 40, 70, 150):
+            online.observe_verify(rows, truth(rows))
+    asked = np.array([2, 5, 11, 24, 40, 70, 150])
+    assert online.current().verify(asked) == pytest.approx(truth(asked), rel=0.1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4000), st.floats(1e-6, 100), st.integers(1, 300)), max_size=80
+    )
+)
+def test_whatever_was_seen_more_rows_never_take_less_time(
+    observations: list[tuple[int, float, int]],
+) -> None:
+    online = OnlineCost(BASE)
+    for rows, seconds, level in observations:
+        online.observe_verify(rows, seconds)
+        online.observe_draft([level, 2], rows, seconds)
+        online.current()
+    cost = settled(online)
+    for curve in (cost.verify, cost.draft_level, cost.catch_up):
+        seconds_of = curve(np.arange(0, 5000, 7))
+        assert np.isfinite(seconds_of).all()
+        assert (np.diff(seconds_of) >= -1e-9 * seconds_of[1:]).all()
+
+
+def test_few_observations_say_little() -> None:
+    online = OnlineCost(BASE)
+    online.observe_verify(8, 10 * BASE.verify(8))
+    assert 1 < online.current().verify(8) / BASE.verify(8) < 2
+
+
+def test_a_correction_fades_with_the_distance() -> None:
+    online = OnlineCost(BASE)
+    for _ in range(200):
+        online.observe_verify(256, 2 * BASE.verify(256))
+    ratio = online.current().verify(ASKED) / BASE.verify(ASKED)
+    assert ratio[-2] == pytest.approx(2, rel=0.2)
+    assert 1 < ratio[0] < 1.3
+    assert (np.diff(ratio[:-1]) >= 0).all()
+
+
+def test_without_observations_the_cost_is_the_measured_one() -> None:
+    online = OnlineCost(BASE)
+    assert online.current() is BASE
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_ignored(seconds: float) -> None:
+    online = OnlineCost(BASE)
+    online.observe_verify(8, seconds)
+    online.observe_draft([4], 8, seconds)
+    online.observe_verify(0, 1.0)
+    online.observe_draft([], 0, 1.0)
+    assert online.current() is BASE
+
+
+def test_the_current_cost_is_kept_between_observations() -> None:
+    online = trained(2.0, 0.0, seed=3)
+    first = settled(online)
+    assert online.current() is first
+    online.observe_verify(8, 1.0)
+    assert online.current() is first, "one of many observations does not count"
+    for _ in range(16):
+        online.observe_verify(8, 1.0)
+    assert online.current() is not first
+
+
+def test_old_observations_are_forgotten() -> None:
+    online = OnlineCost(BASE)
+    for factor in (5.0, 1.5):
+        for _ in range(80):
+            online.observe_verify(8, factor * BASE.verify(8))
+    assert online.current().verify(8) == pytest.approx(1.5 * BASE.verify(8), rel=0.05)
