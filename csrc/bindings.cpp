@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(echo_vllm, m) {
   m.def(
       "accept_path(Tensor sampled, Tensor token_ids, Tensor parents, Tensor cu_nodes, "
       "int max_depth) -> (Tensor accepted_rows, Tensor num_accepted)");
+  m.def(
+      "select_budget(Tensor scores, Tensor tiers, Tensor parents, int budget, "
+      "int max_per_request) -> (Tensor columns, Tensor cu_nodes)");
   m.def("supported_cpu_isas() -> str");
 }
 
@@ -31,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CPU, m) {
   m.impl("commit_kv", TORCH_BOX(&echo_vllm::cpu::commit_kv));
   m.impl("build_super_tree", TORCH_BOX(&echo_vllm::cpu::build_super_tree));
   m.impl("accept_path", TORCH_BOX(&echo_vllm::cpu::accept_path));
+  m.impl("select_budget", TORCH_BOX(&echo_vllm::cpu::select_budget));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CompositeExplicitAutograd, m) {

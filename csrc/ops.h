@@ -34,6 +34,10 @@ std::tuple<Tensor, Tensor> accept_path(const Tensor& sampled, const Tensor& toke
                                        const Tensor& parents, const Tensor& cu_nodes,
                                        int64_t max_depth);
 
+std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tiers,
+                                         const Tensor& parents, int64_t budget,
+                                         int64_t max_per_request);
+
 // The instruction sets this machine can run, slowest first, separated by commas.
 std::string supported_isas_text();
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The operators: tree attention, K/V commit, and the forest's mask and walk.
+"""The operators: tree attention, K/V commit, the forest's mask and walk, and the budget's choice.
 
-Called by `echo_vllm.acceptance`, `echo_vllm.forest` and `echo_vllm.engine`; knows tensors only, no
+Called by `echo_vllm.acceptance`, `echo_vllm.policy` and `echo_vllm.engine`; knows tensors only, no
 vLLM. Each function runs the C++ kernel for the device of its tensors, or with
 `ECHO_VLLM_OPS=reference` in the environment the plain-torch version in `reference.py`.
 `ECHO_VLLM_CPU_ISA` forces the instruction set of the CPU kernels (`supported_cpu_isas()`).
@@ -31,6 +31,7 @@ __all__ = [
     "build_super_tree",
     "commit_kv",
     "load_library",
+    "select_budget",
     "supported_cpu_isas",
     "tree_attention",
 ]
@@ -40,6 +41,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "commit_kv": reference.commit_kv,
     "build_super_tree": reference.build_super_tree,
     "accept_path": reference.accept_path,
+    "select_budget": reference.select_budget,
 }
 
 
@@ -221,3 +223,36 @@ def accept_path(
         sampled, token_ids, parents, cu_nodes, max_depth
     )
     return accepted_rows, num_accepted
+
+
+def select_budget(
+    scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
+) -> tuple[Tensor, Tensor]:
+    """The best candidates of a whole batch, at most `budget`, as trees.
+
+    A candidate ranks by tier (ascending), score (descending), request, column (both ascending).
+    Each request first keeps the `max_per_request` best of its own; the `budget` best of these are
+    the result. As no child may rank before its parent, every result is ancestor-closed, and a
+    result with a greater budget holds every one with a smaller.
+
+    Args:
+        scores: float32 [R, P]; -inf or NaN: there is no candidate in this column.
+        tiers: int32 [R, P], 0 before 1 and so on; not read where there is no candidate.
+        parents: int64 [R, P], an earlier column of the same request, or -1 for the root; not read
+            where there is no candidate.
+        budget: nodes of the whole batch, >= 0.
+        max_per_request: nodes of one request, >= 0.
+
+    Returns:
+        columns: int64 [n], n <= budget. Request i's columns are those from `cu_nodes[i]` on, by
+            tier, falling score, column: parents come first, and every prefix is a tree.
+        cu_nodes: int32 [R + 1].
+
+    Raises:
+        RuntimeError: a child ranks before its parent, or its parent is no candidate or not an
+            earlier column (request and column are named), or shapes and dtypes do not fit.
+    """
+    columns, cu_nodes = _implementation("select_budget")(
+        scores, tiers, parents, budget, max_per_request
+    )
+    return columns, cu_nodes

@@ -66,9 +66,20 @@ def _fake_accept_path(
     )
 
 
+def _fake_select_budget(
+    scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
+) -> tuple[Tensor, Tensor]:
+    num_nodes = torch.library.get_ctx().new_dynamic_size()
+    return (
+        parents.new_empty((num_nodes,)),
+        parents.new_empty((parents.shape[0] + 1,), dtype=torch.int32),
+    )
+
+
 _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "tree_attention": _writes_in_place,
     "commit_kv": _writes_in_place,
     "build_super_tree": _fake_build_super_tree,
     "accept_path": _fake_accept_path,
+    "select_budget": _fake_select_budget,
 }

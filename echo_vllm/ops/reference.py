@@ -9,6 +9,7 @@ them. They loop over requests and rows in Python: nothing here is meant to be fa
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -200,3 +201,42 @@ def accept_path(
         accepted_rows[request, : len(path)] = torch.tensor(path, dtype=torch.int32)
         num_accepted[request] = len(path) - 1
     return accepted_rows, num_accepted
+
+
+def select_budget(
+    scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
+) -> tuple[Tensor, Tensor]:
+    """See `echo_vllm.ops.select_budget`."""
+    for name, limit in (("budget", budget), ("max_per_request", max_per_request)):
+        if limit < 0:
+            raise RuntimeError(f"select_budget: {name} must be >= 0, got {limit}")
+    candidates: list[tuple[int, float, int, int]] = []  # tier, -score, request, column
+    for request, row in enumerate(scores.tolist()):
+        own: list[tuple[int, float, int, int]] = []
+        rank: dict[int, tuple[int, float]] = {-1: (-(2**31), -math.inf)}  # column -> its rank
+        for column, score in enumerate(row):
+            if math.isnan(score) or score == -math.inf:
+                continue
+            parent, tier = int(parents[request, column]), int(tiers[request, column])
+            where = f"column {column} of request {request}"
+            if not -1 <= parent < column:
+                raise RuntimeError(
+                    f"select_budget: the parent of {where} must be -1 (the root) or an earlier "
+                    f"column, got {parent}"
+                )
+            if parent not in rank:
+                raise RuntimeError(
+                    f"select_budget: {where} has a score, but its parent, column {parent}, has none"
+                )
+            rank[column] = (tier, -score)
+            if rank[column] < rank[parent]:
+                raise RuntimeError(
+                    f"select_budget: {where} ranks before its parent, column {parent}"
+                )
+            own.append((tier, -score, request, column))
+        candidates += sorted(own)[:max_per_request]
+    kept = sorted(candidates)[:budget]
+    trees = [[node[3] for node in kept if node[2] == request] for request in range(len(scores))]
+    cu_nodes = torch.zeros(len(trees) + 1, dtype=torch.int32)
+    cu_nodes[1:] = torch.tensor([len(tree) for tree in trees], dtype=torch.int32).cumsum(0)
+    return torch.tensor([column for tree in trees for column in tree], dtype=torch.int64), cu_nodes

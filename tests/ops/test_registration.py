@@ -56,8 +56,15 @@ def test_opcheck_accept_path() -> None:
     opcheck(torch.ops.echo_vllm.accept_path, sampled, token_ids, *FOREST, 3)
 
 
+def test_opcheck_select_budget() -> None:
+    scores = torch.tensor([[-0.1, -0.5, -0.7, -float("inf")], [-0.2, -0.2, -1.0, -0.9]])
+    tiers = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 2]], dtype=torch.int32)
+    parents = torch.tensor([[-1, 0, 0, 1], [-1, -1, 0, 1]])
+    opcheck(torch.ops.echo_vllm.select_budget, scores, tiers, parents, 4, 3)
+
+
 def test_every_op_has_a_reference_and_a_cpu_kernel() -> None:
-    names = {"tree_attention", "commit_kv", "build_super_tree", "accept_path"}
+    names = {"tree_attention", "commit_kv", "build_super_tree", "accept_path", "select_budget"}
     available = ops.available_implementations()
     assert set(available) == names
     assert all({"reference", "cpu"} <= set(kinds) for kinds in available.values())
