@@ -18,9 +18,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.configurations import DEMO_HEAD, SAME_CHAIN, built_in, choose
-from benchmarks.fleet import Fleet, add_common_options, exit_on_sigterm, integers, names, versions
-from benchmarks.report import Sample, table
+from benchmarks.command_line import add_common_options, integers, measure, names
+from echo_vllm.bench.configurations import DEMO_HEAD, QUICK, SAME_CHAIN, built_in, choose
+from echo_vllm.bench.fleet import exit_on_sigterm
+from echo_vllm.bench.report import table
+from echo_vllm.bench.results import versions
 
 DESCRIPTION = "Speed of plain decoding, vLLM's eagle3 and echo's policies, in one interleaved run."
 
@@ -35,31 +37,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--configs",
         type=names,
-        default=list(built_in(DEMO_HEAD)),
+        default=QUICK,
         metavar="NAME,...",
-        help=f"of {', '.join(built_in(DEMO_HEAD))}, or JSON files with a speculative_config (all)",
+        help=(
+            f"of {', '.join(built_in(DEMO_HEAD))}, or JSON files with a speculative_config "
+            f"({','.join(QUICK)})"
+        ),
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Returns the exit code: 1 if a configuration failed."""
     options = parse()
+    started = time.monotonic()
     try:
         configurations = choose(options.configs, options.head.resolve())
-        fleet = Fleet(configurations, options.concurrency, options)
+        samples, failures = measure(options, configurations)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    samples: list[Sample] = []
-    started = time.monotonic()
-    with fleet:
-        fleet.load()
-        fleet.measure(samples.append)
     chosen = [configuration.name for configuration in configurations]
-    pairs = [pair for pair in SAME_CHAIN if set(pair) <= set(chosen) - set(fleet.failures)]
-    text = table(samples, chosen, options.concurrency, pairs, fleet.failures)
+    pairs = [pair for pair in SAME_CHAIN if set(pair) <= set(chosen) - set(failures)]
+    text = table(samples, chosen, options.concurrency, pairs, failures)
     print(text)
     print(
         f"\nTokens per second over those of plain decoding, median (range) of {options.rounds} "
@@ -80,12 +80,12 @@ def main() -> int:
                 c.name: c.speculation and {k: v for k, v in c.speculation.items() if k != "model"}
                 for c in configurations
             },
-            "failures": fleet.failures,
+            "failures": failures,
             "table": text.splitlines(),
             "samples": [asdict(sample) for sample in samples],
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if fleet.failures else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python -m benchmarks.step_profile --json profile.json
 
 Every configuration runs the same prompts in turns, as in `benchmarks.quick`, with clocks around
-the stages (`benchmarks.timers`). Only steps in which all requests in flight decode count. Times are
-given in hundredths of a step of plain decoding at the same concurrency, so that rows and tables
-compare.
+the stages (`echo_vllm.bench.timers`). Only steps in which all requests in flight decode count.
+Times are given in hundredths of a step of plain decoding at the same concurrency, so that rows and
+tables compare.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from benchmarks.configurations import PLAIN, choose
-from benchmarks.fleet import Fleet, add_common_options, exit_on_sigterm, integers, names, versions
-from benchmarks.report import Sample, acceptance_length, markdown
-from benchmarks.timers import STAGES
+from benchmarks.command_line import add_common_options, integers, measure, names
+from echo_vllm.bench.configurations import PLAIN, choose
+from echo_vllm.bench.fleet import exit_on_sigterm
+from echo_vllm.bench.report import Sample, acceptance_length, markdown
+from echo_vllm.bench.results import versions
+from echo_vllm.bench.timers import STAGES
 
 DESCRIPTION = "Shares of a decoding step by stage, in one interleaved run."
 CONFIGURATIONS = ["plain", "eagle3-k4", "chain-k4", "topn-16"]
@@ -45,7 +46,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME,...",
         help=f"as in benchmarks.quick ({','.join(CONFIGURATIONS)})",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
     return parser.parse_args(arguments)
 
 
@@ -90,17 +90,13 @@ def main() -> int:
     options = parse()
     try:
         configurations = choose(options.configs, options.head.resolve())
-        fleet = Fleet(configurations, options.concurrency, options, instrumented=True)
+        samples, failures = measure(options, configurations, instrumented=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    samples: list[Sample] = []
-    with fleet:
-        fleet.load()
-        fleet.measure(samples.append)
-    if PLAIN.name in fleet.failures:
+    if PLAIN.name in failures:
         return 1  # The progress line has said why; there is nothing to compare with.
-    shown = [c.name for c in configurations if c.name not in fleet.failures]
+    shown = [c.name for c in configurations if c.name not in failures]
     tables = [profile_table(samples, shown, c) for c in options.concurrency]
     print("\n\n".join(tables))
     if options.json:
@@ -108,11 +104,11 @@ def main() -> int:
             "command": ["python", "-m", "benchmarks.step_profile", *sys.argv[1:]],
             "date": time.strftime("%Y-%m-%d"),
             "versions": versions(),
-            "failures": fleet.failures,
+            "failures": failures,
             "samples": [asdict(sample) for sample in samples],
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if fleet.failures else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

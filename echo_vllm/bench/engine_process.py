@@ -24,25 +24,28 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.closed_loop import Job, Run, run_closed_loop
-from benchmarks.configurations import ROOT, Configuration
-from benchmarks.timers import StageTimers
+from echo_vllm.bench.closed_loop import Job, Run, run_closed_loop
+from echo_vllm.bench.configurations import Configuration
+from echo_vllm.bench.timers import StageTimers
 
 START_TIMEOUT_S = 300.0
-JOB_TIMEOUT_S = 600.0
+JOB_TIMEOUT_S = 1800.0
 KV_CACHE_BYTES = 384 << 20
+MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What all engines of a benchmark have in common."""
+    """What all workers of a benchmark have in common; `model` is a folder or a model's name."""
 
-    model: Path
+    model: str
     dtype: str
     max_num_seqs: int
-    max_model_len: int
+    threads: int
     compile: bool = False
     instrumented: bool = False
+    max_model_len: int = MAX_MODEL_LEN
+    kv_cache_bytes: int = KV_CACHE_BYTES
 
 
 class EngineError(RuntimeError):
@@ -52,9 +55,7 @@ class EngineError(RuntimeError):
 class EngineProcess:
     """The parent's end of an engine process."""
 
-    def __init__(
-        self, configuration: Configuration, options: EngineOptions, threads: int, log: Path
-    ) -> None:
+    def __init__(self, configuration: Configuration, options: EngineOptions, log: Path) -> None:
         """Start the process; `wait_ready` waits for its engine."""
         self.name = configuration.name
         self.log = log
@@ -65,8 +66,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **engine_environment(threads)},
-                cwd=ROOT,
+                env={**os.environ, **engine_environment(options)},
                 pass_fds=[theirs.fileno()],
                 # Ctrl-C is for the parent, which then stops its children one by one.
                 start_new_session=True,
@@ -92,9 +92,13 @@ class EngineProcess:
         run: Run = self._receive(JOB_TIMEOUT_S)
         return run
 
+    def hang_up(self) -> None:
+        """Ask the process to end; does not wait for it."""
+        self._connection.close()
+
     def stop(self) -> None:
         """End the process; politely if it is waiting, else without asking."""
-        self._connection.close()
+        self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         # Its own session, so that helpers of a compiler go too.
@@ -115,23 +119,29 @@ class EngineProcess:
         return answer
 
 
-def engine_environment(threads: int) -> dict[str, str]:
-    """Environment variables of every engine process, the same for each configuration.
+def common_environment(options: EngineOptions) -> dict[str, str]:
+    """Environment variables of every worker, of either kind and for each configuration."""
+    environment = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if Path(options.model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def engine_environment(options: EngineOptions) -> dict[str, str]:
+    """Environment variables of every engine process.
 
     OpenMP as vLLM sets it for its own worker processes, which the engines here do not use: Intel's
     runtime if vLLM's package brought it, threads bound to cores, asleep soon after the last loop.
     """
     environment = {
+        **common_environment(options),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(options.threads),
     }
     intel_openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if intel_openmp.is_file():
-        cores = sorted(os.sched_getaffinity(0))[:threads]
+        cores = sorted(os.sched_getaffinity(0))[: options.threads]
         environment |= {
             "LD_PRELOAD": " ".join(filter(None, [str(intel_openmp), os.environ.get("LD_PRELOAD")])),
             "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]",
@@ -146,11 +156,11 @@ def _make_engine(configuration: Configuration, options: EngineOptions) -> Any:
 
     return LLMEngine.from_engine_args(
         EngineArgs(
-            model=str(options.model),
+            model=options.model,
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            kv_cache_memory_bytes=options.kv_cache_bytes,
             enable_prefix_caching=False,
             enforce_eager=not options.compile,
             disable_log_stats=False,  # As in a server; the counters come from there.
@@ -187,7 +197,7 @@ def serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     # Under its real name, because what crosses the socket is pickled by module name.
-    from benchmarks import engine_process
+    from echo_vllm.bench import engine_process
 
     engine_process.serve(Connection(int(sys.argv[1])))
     sys.stdout.flush()

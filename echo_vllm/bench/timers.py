@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.closed_loop import Job, Run, run_closed_loop
+from echo_vllm.bench.closed_loop import Job, Run, run_closed_loop
 
 FRONT_END = "front end"
 STAGES = {

@@ -6,12 +6,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.configurations import SAME_CHAIN, STATIC_TREE, built_in, choose
-from benchmarks.prompts import read_prompts, window
-from benchmarks.timers import FRONT_END, StageTimers
+from echo_vllm.bench.configurations import (
+    MAX_DEPTH,
+    QUICK,
+    SAME_CHAIN,
+    STATIC_TREE,
+    built_in,
+    choose,
+    is_fixed,
+)
+from echo_vllm.bench.prompts import read_conversations, window
+from echo_vllm.bench.timers import FRONT_END, StageTimers
+from echo_vllm.calibration.profile import FILE_NAME, DepthProfile, DrafterProfile
 from echo_vllm.config import EchoConfig
 
 HEAD = Path("some/head")
@@ -53,8 +63,54 @@ def test_every_built_in_echo_section_is_valid() -> None:
                 num_speculative_tokens=speculation["num_speculative_tokens"],
             )
             policies.add(section.policy)
-    assert policies == {"chain", "static", "topn"}
+    assert policies == set(EchoConfig.POLICIES)
     assert len(STATIC_TREE) == 15
+
+
+def test_ablations_take_their_gates_from_the_profile(tmp_path: Path) -> None:
+    rest: dict[str, Any] = {"samples": 9, "auc": 0.8, "acceptance": 0.5}
+    rest |= {"survival_logprobs": (-1.0,), "survival_probs": (0.5,)}
+    rest |= {"ece_before": 0.1, "ece_after": 0.1}
+    taus = {2: 0.25, 5: 0.5}
+    depths = [
+        DepthProfile(depth=d, is_gate=d in taus, tau=taus.get(d), **rest) for d in range(1, 7)
+    ]
+    DrafterProfile(
+        target="t",
+        drafter="d",
+        dtype="float32",
+        created="2026-01-01",
+        prompts="some",
+        num_steps=9,
+        delta=0.7,
+        objective="o",
+        depths=tuple(depths),
+    ).save(tmp_path / FILE_NAME)
+    assert gates_of("echo-one-tau", tmp_path) == {"2": 0.2, "5": 0.2}
+    dense = {"1": 0.25, "2": 0.25, "3": 0.25, "4": 0.5, "5": 0.5, "6": 0.5}
+    assert gates_of("echo-dense-gates", tmp_path) == dense
+
+
+def test_ablations_without_a_profile_have_the_same_gate_at_every_depth() -> None:
+    expected = {str(depth): 0.2 for depth in range(1, MAX_DEPTH + 1)}
+    assert gates_of("echo-one-tau", HEAD) == gates_of("echo-dense-gates", HEAD) == expected
+
+
+def gates_of(name: str, head: Path) -> dict[str, float]:
+    speculation = built_in(head)[name].speculation
+    assert speculation is not None
+    gates: dict[str, float] = speculation["echo"]["gates"]
+    return gates
+
+
+def test_what_adapts_to_the_load_is_not_a_fixed_configuration() -> None:
+    fixed = [name for name in built_in(HEAD) if is_fixed(name)]
+    assert {"plain", "eagle3-k5", "ngram", "static-15", "topn-8"} <= set(fixed)
+    assert not {"eagle3-adaptive", "topn-equal", "auto-no-online", "echo-no-width"} & set(fixed)
+
+
+def test_the_quick_table_is_of_known_configurations() -> None:
+    assert set(QUICK) <= set(built_in(HEAD))
 
 
 def test_paired_chains_have_the_same_length() -> None:
@@ -70,16 +126,23 @@ def test_prompts_are_read_from_both_forms_in_a_fixed_order(tmp_path: Path) -> No
     path = tmp_path / "prompts.jsonl"
     entries = [{"prompt": f"p{i}"} for i in range(5)] + [{"turns": ["first", "second"]}]
     path.write_text("\n".join(map(json.dumps, entries)) + "\n\n")
-    prompts = read_prompts(path)
-    assert sorted(prompts) == ["first", "p0", "p1", "p2", "p3", "p4"]
-    assert prompts == read_prompts(path)
+    conversations = read_conversations([path])
+    assert sorted(conversations) == [["first", "second"], ["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
+    assert conversations == read_conversations([path])
+    assert sorted(read_conversations([path, path])) == sorted(conversations * 2)
 
 
 def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r":2: neither 'prompt' nor 'turns'"):
-        read_prompts(path)
+    with pytest.raises(ValueError, match=r":2: neither 'prompt' nor 'turns' in \['text'\]"):
+        read_conversations([path])
+    path.write_text('{"prompt": "a"}\n{')
+    with pytest.raises(ValueError, match=r":2: not JSON"):
+        read_conversations([path])
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_conversations([path])
 
 
 def test_a_window_begins_again_at_the_end() -> None:
