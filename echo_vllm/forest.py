@@ -34,6 +34,8 @@ class DraftForest:
         path_logprobs: [T] float32, the draft's log-probability of the path from the root
             to the node (nats).
         cu_nodes: [R + 1] int32, request i owns the nodes cu_nodes[i]:cu_nodes[i + 1].
+        columns: [T] int64, which candidates of the drafter's pool the nodes are; None for a forest
+            that was not selected from a pool.
     """
 
     token_ids: torch.Tensor
@@ -41,6 +43,7 @@ class DraftForest:
     depths: torch.Tensor
     path_logprobs: torch.Tensor
     cu_nodes: torch.Tensor
+    columns: torch.Tensor | None = None
 
     @property
     def num_requests(self) -> int:
@@ -123,6 +126,7 @@ class DraftForest:
             depths=self.depths[mask],
             path_logprobs=self.path_logprobs[mask],
             cu_nodes=rank[self.cu_nodes.to(torch.int64)].to(torch.int32),
+            columns=None if self.columns is None else self.columns[mask],
         )
 
     def prefix(self, num_nodes: torch.Tensor) -> DraftForest:

@@ -10,6 +10,7 @@ the committed context plus their own ancestors. A draft therefore leaves no trac
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,8 +26,42 @@ from echo_vllm.engine.attention.tree import (
     TreeAttention,
     num_mask_words,
 )
+from echo_vllm.engine.backlog import MAX_BACKLOG, DrafterBacklog, DrafterInput
 from echo_vllm.forest import DraftForest
-from echo_vllm.policy import CandidatePool, DraftPolicy
+from echo_vllm.policy import CandidatePool, DraftBatch, DraftPolicy
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What the drafter does for each request of a batch.
+
+    Attributes:
+        ids: all requests of the batch, in its order.
+        updating: indices, ascending, of those whose cache is brought up to date; the tokens of the
+            others wait in the backlog.
+        drafting: indices, ascending, of those that get a tree; all of them are in `updating`.
+    """
+
+    ids: list[str]
+    updating: list[int]
+    drafting: list[int]
+
+
+@dataclass
+class DraftReport:
+    """What the last drafting did.
+
+    Attributes:
+        committed: tokens that went through the drafter to bring its cache up to date.
+        level_rows: rows of each further forward.
+        pool: all candidates, None if nothing was drafted.
+        forest: those that were selected.
+    """
+
+    committed: int = 0
+    level_rows: list[int] = field(default_factory=list)
+    pool: CandidatePool | None = None
+    forest: DraftForest | None = None
 
 
 class EchoProposer(EagleProposer):
@@ -41,6 +76,8 @@ class EchoProposer(EagleProposer):
         draft_limit = self.draft_model_config.max_model_len or self.max_model_len
         self.max_draft_len = min(self.max_model_len, draft_limit)
         """Positions from here on are beyond what the drafter can be asked about."""
+        self.backlog = DrafterBacklog(min(MAX_BACKLOG, self.max_num_tokens - policy.max_depth - 1))
+        self.report = DraftReport()
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """One forward: vLLM would run one a speculative token, as if the tree were a chain."""
@@ -57,7 +94,8 @@ class EchoProposer(EagleProposer):
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
-        requests: torch.Tensor,
+        requests: Requests,
+        batch: DraftBatch,
         common_attn_metadata: CommonAttentionMetadata,
     ) -> DraftForest:
         """Catch up with the committed tokens, then draft a forest.
@@ -67,40 +105,126 @@ class EchoProposer(EagleProposer):
             positions: [n] int64, their positions.
             hidden_states: [n, target features], the target's hidden states at these tokens.
             next_token_ids: [batch] int32, the token after each request's last one.
-            requests: [R] int64, the requests of the batch that get a tree; may be empty.
+            requests: what is to be done for each request of the batch.
+            batch: what the policy is told.
             common_attn_metadata: of the n tokens, all requests of the batch.
 
         Returns:
-            The forest that the policy selected, R trees.
+            The forest that the policy selected, one tree for each of `requests.drafting`.
         """
-        cad = common_attn_metadata
-        hidden_states = self.model.combine_hidden_states(hidden_states)
-        num_tokens, last_rows, cad = self.set_inputs_first_pass(
-            target_token_ids=token_ids,
-            next_token_ids=next_token_ids,
-            target_positions=positions.clamp(max=self.max_draft_len - 1),
-            target_hidden_states=hidden_states,
-            token_indices_to_sample=None,
-            cad=cad,
-            num_rejected_tokens_gpu=None,
-        )
-        _, metadata = self.build_per_group_and_layer_attn_metadata(cad)
-        output, features = self._forward(
-            self.input_ids[:num_tokens],
-            self.positions[:num_tokens],
-            self.hidden_states[:num_tokens],
-            metadata,
-            dict.fromkeys(self._draft_attn_layer_names, cad.slot_mapping),
-        )
-        if not len(requests):
+        self.report = DraftReport()
+        last_rows = common_attn_metadata.query_start_loc_cpu[1:].to(torch.int64) - 1
+        # The drafter's token at a position is the one after it.
+        shifted = torch.empty_like(token_ids)
+        shifted[:-1] = token_ids[1:]
+        shifted[last_rows] = next_token_ids.to(shifted.dtype)
+        work = self._updates(shifted, positions, hidden_states, requests, common_attn_metadata)
+        outputs, features = [], []
+        for token_ids, positions, hidden_states, cad in work:
+            self.report.committed += len(token_ids)
+            _, metadata = self.build_per_group_and_layer_attn_metadata(cad)
+            output, above = self._forward(
+                token_ids,
+                positions.clamp(max=self.max_draft_len - 1),
+                self.model.combine_hidden_states(hidden_states),
+                metadata,
+                dict.fromkeys(self._draft_attn_layer_names, cad.slot_mapping),
+            )
+            rows = cad.query_start_loc_cpu[1:].to(torch.int64) - 1
+            outputs.append(output[rows])
+            features.append(above[rows])
+        if not requests.drafting:
             return DraftForest.empty(0)
-        rows = last_rows.to(torch.int64)[requests]
+        place = {request: i for i, request in enumerate(requests.updating)}
+        rows = torch.tensor([place[request] for request in requests.drafting])
+        drafting = torch.tensor(requests.drafting)
         return self._draft_trees(
-            output=output[rows],
-            features=features[rows],
-            context_lens=cad.seq_lens[requests],
-            block_table=cad.block_table_tensor[requests],
+            output=torch.cat(outputs)[rows],
+            features=torch.cat(features)[rows],
+            context_lens=common_attn_metadata.seq_lens[drafting],
+            block_table=common_attn_metadata.block_table_tensor[drafting],
+            batch=batch,
         )
+
+    def _updates(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        requests: Requests,
+        cad: CommonAttentionMetadata,
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, CommonAttentionMetadata]]:
+        """The drafter's inputs (tokens, positions, features, metadata) of the requests to update,
+        in one forward or, where a backlog makes it too large, in several; the other requests'
+        tokens join the backlog."""
+        if len(requests.updating) == cad.num_reqs and not len(self.backlog):
+            return [(token_ids, positions, hidden_states, cad)] if len(token_ids) else []
+        block_size = self.block_size
+        bounds = cad.query_start_loc_cpu.tolist()
+        first_positions = positions[cad.query_start_loc_cpu[:-1].to(torch.int64)].tolist()
+        updating = set(requests.updating)
+        inputs = []
+        for i, req_id in enumerate(requests.ids):
+            rows = slice(bounds[i], bounds[i + 1])
+            tokens = DrafterInput(first_positions[i], token_ids[rows], hidden_states[rows])
+            if i in updating:
+                inputs.append(self.backlog.take(req_id, tokens))
+            else:
+                # A copy, so that the features of the whole batch need not stay in memory.
+                tokens = DrafterInput(tokens.start, tokens.token_ids, tokens.features.clone())
+                blocks = cad.block_table_tensor[i].tolist()
+                self.backlog.put(req_id, tokens, blocks, block_size)
+        groups: list[list[int]] = []
+        size = 0
+        for i, tokens in enumerate(inputs):
+            length = tokens.stop - tokens.start
+            if not groups or size + length > self.max_num_tokens:
+                groups.append([])
+                size = 0
+            groups[-1].append(i)
+            size += length
+        return [
+            self._update(
+                [inputs[i] for i in group],
+                torch.tensor([requests.updating[i] for i in group]),
+                cad,
+                block_size,
+            )
+            for group in groups
+        ]
+
+    @staticmethod
+    def _update(
+        inputs: list[DrafterInput],
+        requests: torch.Tensor,
+        cad: CommonAttentionMetadata,
+        block_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CommonAttentionMetadata]:
+        """One forward over `inputs` of the batch's `requests`."""
+        positions = torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in inputs])
+        lengths = torch.tensor([tokens.stop - tokens.start for tokens in inputs])
+        start = torch.zeros(len(inputs) + 1, dtype=torch.int32)
+        start[1:] = lengths.cumsum(0)
+        block_table = cad.block_table_tensor[requests]
+        owner = torch.arange(len(inputs)).repeat_interleave(lengths)
+        blocks = block_table[owner, positions // block_size].to(torch.int64)
+        seq_lens = cad.seq_lens[requests]
+        part = cad.replace(
+            query_start_loc=start,
+            query_start_loc_cpu=start,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(inputs),
+            num_actual_tokens=len(positions),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=block_table,
+            slot_mapping=blocks * block_size + positions % block_size,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        token_ids = torch.cat([tokens.token_ids for tokens in inputs])
+        return token_ids, positions, torch.cat([tokens.features for tokens in inputs]), part
 
     def _draft_trees(
         self,
@@ -109,6 +233,7 @@ class EchoProposer(EagleProposer):
         features: torch.Tensor,
         context_lens: torch.Tensor,
         block_table: torch.Tensor,
+        batch: DraftBatch,
     ) -> DraftForest:
         """Grow the trees of R requests.
 
@@ -117,14 +242,15 @@ class EchoProposer(EagleProposer):
             features: [R, hidden], what the children of the root take as hidden state.
             context_lens: [R] int32, tokens in the drafter's paged cache.
             block_table: [R, max blocks] int32.
+            batch: what the policy is told.
         """
         policy = self.policy
         num_requests = output.shape[0]
         capacity = max(1, (policy.max_depth - 1) * policy.max_frontier)
         scratch = DraftScratch(num_requests * capacity)
         words = num_mask_words(capacity)
-        first_row = torch.arange(num_requests) * capacity
         pool = CandidatePool.empty(num_requests)
+        active = pool.active
         # Per candidate: the frontier row of the level above that it hangs under.
         level_parents = torch.zeros(0, dtype=torch.int64)
         # Per frontier row of the last expanded level: what it may see, and its features.
@@ -132,7 +258,13 @@ class EchoProposer(EagleProposer):
         above = features.unsqueeze(1)
         used = 0
         for depth in range(1, policy.max_depth + 1):
-            expansion = policy.expand(depth, pool)
+            expansion = policy.expand(depth, pool, batch)
+            if expansion is None:
+                break
+            going = expansion.requests
+            if going is not None and len(going) < len(active):
+                kept = torch.searchsorted(active, going)
+                seen, above, active = seen[kept], above[kept], going
             if expansion.frontier is not None:
                 level = pool.level(depth - 1)
                 in_level = expansion.frontier - level.start
@@ -145,23 +277,26 @@ class EchoProposer(EagleProposer):
                 )
                 used += width
                 hidden = above.gather(1, parents.unsqueeze(2).expand(-1, -1, above.shape[2]))
+                self.report.level_rows.append(len(active) * width)
                 output, features = self._forward_level(
-                    token_ids=pool.token_ids.gather(1, expansion.frontier),
+                    token_ids=pool.token_ids[active].gather(1, expansion.frontier),
                     hidden=hidden,
                     seen=seen,
-                    rows=first_row.unsqueeze(1) + slots,
-                    suffix_len=used,
-                    positions=context_lens - 1 + (depth - 1),
-                    context_lens=context_lens,
-                    block_table=block_table,
+                    first_rows=active * capacity,
+                    slots=slots,
+                    positions=context_lens[active] - 1 + (depth - 1),
+                    context_lens=context_lens[active],
+                    block_table=block_table[active],
                     scratch=scratch,
-                    capacity=capacity,
                 )
-                above = features.view(num_requests, width, -1)
+                above = features.view(len(active), width, -1)
             tokens, logprobs = self._top_tokens(output, policy.num_ranks)
-            shape = (num_requests, output.shape[0] // num_requests, policy.num_ranks)
+            shape = (len(active), output.shape[0] // len(active), policy.num_ranks)
             level_parents = pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
-        return policy.select(pool)
+        forest = policy.select(pool, batch)
+        self.report.pool = pool
+        self.report.forest = forest
+        return forest
 
     def _forward_level(
         self,
@@ -169,18 +304,18 @@ class EchoProposer(EagleProposer):
         token_ids: torch.Tensor,
         hidden: torch.Tensor,
         seen: torch.Tensor,
-        rows: torch.Tensor,
-        suffix_len: int,
+        first_rows: torch.Tensor,
+        slots: torch.Tensor,
         positions: torch.Tensor,
         context_lens: torch.Tensor,
         block_table: torch.Tensor,
         scratch: DraftScratch,
-        capacity: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One drafter forward over the frontier [R, W] of every request.
+        """One drafter forward over the frontier [A, W] of every active request.
 
         A frontier of more rows than the engine's largest batch runs in several forwards: rows of
-        one level do not see each other.
+        one level do not see each other. `first_rows` [A] is where each request's scratch rows
+        begin, `slots` [W] where in them this level goes.
         """
         num_requests, width = token_ids.shape
         step = max(1, self.max_num_tokens // width)
@@ -196,12 +331,12 @@ class EchoProposer(EagleProposer):
                 context_lens=context_lens[part],
                 query_start=row_start[:-1],
                 row_start=row_start,
-                suffix_start=torch.arange(part.start, part.stop, dtype=torch.int32) * capacity,
-                suffix_len=torch.full((count,), suffix_len, dtype=torch.int32),
+                suffix_start=first_rows[part].to(torch.int32),
+                suffix_len=torch.full((count,), int(slots[-1]) + 1, dtype=torch.int32),
                 mask=seen[part].reshape(count * width, -1),
                 positions=flat_positions,
                 scratch=scratch,
-                scratch_rows=rows[part].flatten(),
+                scratch_rows=(first_rows[part].unsqueeze(1) + slots).flatten(),
             )
             metadata = TreeCPUAttentionMetadata(tree=tree, rest=None)
             outputs.append(

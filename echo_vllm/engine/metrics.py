@@ -49,6 +49,7 @@ class EchoStatLogger(AggregateStatLoggerBase):
         if self.metrics:
             return
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
+        gauge = prometheus_client.Gauge
         depths = list(range(1, self.max_depth + 1))
         metrics: dict[str, Any] = {
             "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
@@ -63,6 +64,20 @@ class EchoStatLogger(AggregateStatLoggerBase):
                 "Nodes that the verified trees could have had at most; "
                 "verified nodes over this is the use of the budget.",
                 _LABELS,
+            ),
+            "verify_s": counter(
+                "vllm:echo_verify_seconds", "Seconds in target forward, sampling, commit.", _LABELS
+            ),
+            "draft_s": counter(
+                "vllm:echo_draft_seconds", "Seconds in the drafter and the policy.", _LABELS
+            ),
+            "starved": counter(
+                "vllm:echo_starved_requests",
+                "Drafts that got no node because others paid better, one a request and step.",
+                _LABELS,
+            ),
+            "waiting": gauge(
+                "vllm:echo_backlog_tokens", "Tokens that the drafter has not seen yet.", _LABELS
             ),
             "depth": histogram(
                 "vllm:echo_tree_depth", "Depth of verified trees.", _LABELS, buckets=depths
@@ -101,10 +116,14 @@ class EchoStatLogger(AggregateStatLoggerBase):
         if not self.enabled or scheduler_stats is None or scheduler_stats.echo_stats is None:
             return
         step = StepStats(**scheduler_stats.echo_stats)
-        if not step.nodes:
-            return
         self._register()
         metrics = self.metrics[engine_idx]
+        metrics["verify_s"].inc(step.verify_s)
+        metrics["draft_s"].inc(step.draft_s)
+        metrics["starved"].inc(step.starved)
+        metrics["waiting"].set(step.waiting)
+        if not step.nodes:
+            return
         metrics["trees"].inc(len(step.nodes))
         metrics["nodes"].inc(sum(step.nodes))
         metrics["accepted"].inc(sum(step.accepted))

@@ -11,23 +11,30 @@ whose every prefix is a tree.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from echo_vllm import ops
+from echo_vllm.cost import StepCost
 from echo_vllm.engine.attention.tree import VerificationRows, num_mask_words
-from echo_vllm.engine.drafter import EchoProposer
+from echo_vllm.engine.clock import StepClock
+from echo_vllm.engine.drafter import EchoProposer, Requests
+from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
+from echo_vllm.engine.tracing import TraceRecorder
 from echo_vllm.engine.verification import Verdict, verify
 from echo_vllm.forest import DraftForest, is_chain
-from echo_vllm.policy import make_policy
+from echo_vllm.policy import CandidatePool, DraftBatch, DraftPlan, make_policy
+from echo_vllm.policy.auto import AutoPolicy
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -43,7 +50,14 @@ class DraftTree:
 
     token_ids: list[int]
     parents: list[int]
+    path_logprobs: list[float]
     is_chain: bool
+
+
+NO_TREE = DraftTree([], [], [], True)
+
+MAX_SAMPLES = 4
+"""Requests of a drafting whose scores are reported to the scheduler."""
 
 
 @dataclass
@@ -69,7 +83,9 @@ class EchoRunnerMixin(_Runner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         spec = self.speculative_config
-        policy = make_policy(spec.echo, spec.num_speculative_tokens)
+        policy = make_policy(
+            spec.echo, spec.num_speculative_tokens, find_profile(spec.echo, spec.model)
+        )
         self.drafter = EchoProposer(vllm_config, device, self, policy)
         # vLLM drops min-p and logit bias under speculation because its rejection sampler cannot
         # apply them; the walk samples with the plain sampler, which can.
@@ -78,29 +94,71 @@ class EchoRunnerMixin(_Runner):
         )
         self.draft_trees: dict[str, DraftTree] = {}
         self.step: Step | None = None
+        self.plan = DraftPlan()
+        self.clock = StepClock()
+        self.cost: StepCost | None = None
+        """Measured at start-up; reported once to the scheduler, which keeps it true."""
+        self.recorder = TraceRecorder.of(vllm_config) if is_global_first_rank() else None
+        # Only where the drafter may be skipped is it worth holding tokens back from it.
+        self.may_skip_drafter = isinstance(policy, AutoPolicy)
 
     # ---- Before the forward: batch order, positions, attention ----
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        # The scheduler puts it there; see EchoScheduler.
+        self.plan = getattr(scheduler_output, "echo_plan", None) or DraftPlan()
+        self.clock.begin()
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for req_id in scheduler_output.finished_req_ids:
             self.draft_trees.pop(req_id, None)
+        if self.may_skip_drafter:
+            self._update_backlog(scheduler_output)
         return super()._update_states(scheduler_output)
 
-    def _scheduled_tree(
-        self, req_id: str, scheduled: dict[str, list[int]]
-    ) -> tuple[list[int], list[int], bool]:
-        """Tokens, parents and is-chain of what is verified for a request in this step."""
+    def _update_backlog(self, scheduler_output: SchedulerOutput) -> None:
+        """Tell the drafter's backlog which blocks changed hands since the last step."""
+        backlog, block_size = self.drafter.backlog, self.drafter.block_size
+        gid = self.drafter.kv_cache_gid
+        ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for req_id in ended:
+            if req_id in self.requests:
+                blocks = torch.tensor(self.requests[req_id].block_ids[gid])
+                backlog.forget(req_id, blocks, block_size)
+        for new in scheduler_output.scheduled_new_reqs:
+            cached = new.num_computed_tokens // block_size
+            blocks = new.block_ids[gid]
+            backlog.begin(new.req_id, blocks[:cached], blocks[cached:])
+        running = scheduler_output.scheduled_cached_reqs
+        for req_id, blocks, num_computed in zip(
+            running.req_ids, running.new_block_ids, running.num_computed_tokens, strict=True
+        ):
+            if blocks is None:
+                continue
+            if req_id in running.resumed_req_ids:
+                cached = num_computed // block_size
+                backlog.begin(req_id, blocks[gid][:cached], blocks[gid][cached:])
+            else:
+                backlog.allocate(blocks[gid])
+
+    def _scheduled_tree(self, req_id: str, scheduled: dict[str, list[int]]) -> DraftTree:
+        """What is verified for a request in this step."""
         tokens = scheduled.get(req_id)
         if not tokens:
-            return [], [], True
+            return NO_TREE
         tree = self.draft_trees[req_id]
         size = len(tokens)
         if tree.token_ids[:size] != tokens:
             raise RuntimeError(
                 f"request {req_id}: the scheduled draft is not a prefix of the drafted tree"
             )
+        if len(tree.token_ids) == size:
+            return tree
         parents = tree.parents[:size]
-        return tokens, parents, tree.is_chain or is_chain(parents)
+        return DraftTree(
+            tokens, parents, tree.path_logprobs[:size], tree.is_chain or is_chain(parents)
+        )
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
         """Requests with trees come first, so that each kernel gets one contiguous batch."""
@@ -108,7 +166,7 @@ class EchoRunnerMixin(_Runner):
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         if not scheduled:
             return
-        causal = [self._scheduled_tree(r, scheduled)[2] for r in self.input_batch.req_ids]
+        causal = [self._scheduled_tree(r, scheduled).is_chain for r in self.input_batch.req_ids]
         first, last = 0, len(causal) - 1
         while True:
             while first < last and not causal[first]:
@@ -126,9 +184,13 @@ class EchoRunnerMixin(_Runner):
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         trees = [self._scheduled_tree(r, scheduled) for r in self.input_batch.req_ids]
-        forest = DraftForest.from_parents([t[0] for t in trees], [t[1] for t in trees])
+        forest = DraftForest.from_parents(
+            [tree.token_ids for tree in trees],
+            [tree.parents for tree in trees],
+            [tree.path_logprobs for tree in trees],
+        )
         query_start = np.concatenate([[0], np.cumsum(num_scheduled_tokens, dtype=np.int64)])
-        num_trees = next((i for i, tree in enumerate(trees) if tree[2]), len(trees))
+        num_trees = next((i for i, tree in enumerate(trees) if tree.is_chain), len(trees))
         rows = self._tree_rows(forest, num_trees) if num_trees else None
         if rows is not None:
             # Slots follow the order of the rows, positions the depth in the tree.
@@ -162,13 +224,46 @@ class EchoRunnerMixin(_Runner):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         output = super().sample_tokens(grammar_output)
+        self.clock.end()
+        if self.recorder is not None:
+            self.recorder.write(self.clock.verify_s)
         if isinstance(output, ModelRunnerOutput) and self.step is not None:
             assert self.step.verdict is not None
-            output.echo_stats = StepStats.of(
-                self.step.forest, self.step.verdict.num_accepted.tolist()
-            )
+            output.echo_stats = self._stats(self.step)
         self.step = None
         return output
+
+    def _stats(self, step: Step) -> StepStats:
+        assert step.verdict is not None
+        stats = StepStats.of(step.forest, step.verdict.num_accepted.tolist())
+        stats.rows = int(step.query_start[-1])
+        stats.verify_s, stats.draft_s = self.clock.verify_s, self.clock.draft_s
+        stats.idle_s = self.clock.idle_s
+        report = self.drafter.report
+        stats.committed, stats.level_rows = report.committed, report.level_rows
+        stats.waiting = len(self.drafter.backlog)
+        if report.forest is not None:
+            sizes = report.forest.cu_nodes.diff()
+            stats.starved = int((sizes == 0).sum())
+        if report.pool is not None:
+            stats.samples = self._samples(report.pool)
+        if self.cost is not None:
+            stats.cost, self.cost = self.cost.to_dict(), None
+        return stats
+
+    def _samples(self, pool: CandidatePool) -> list[tuple[list[float], list[int]]]:
+        """Scores and depths of the best candidates of a few requests that drafted to full depth,
+        for the scheduler's forecast; none for a policy that needs no forecast."""
+        policy = self.drafter.policy
+        if not isinstance(policy, AutoPolicy) or pool.num_levels < policy.max_depth:
+            return []
+        depths = pool.depths()
+        samples = []
+        for request in pool.active[:MAX_SAMPLES].tolist():
+            scores = pool.path_logprobs[request]
+            best = scores.argsort(descending=True, stable=True)[: policy.max_nodes]
+            samples.append((scores[best].tolist(), depths[best].tolist()))
+        return samples
 
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
@@ -186,6 +281,15 @@ class EchoRunnerMixin(_Runner):
             self.discard_request_mask.np[:num_reqs],
         )
         self._commit(self.step)
+        if self.recorder is not None:
+            self.recorder.verified(
+                self.input_batch.req_ids,
+                self.step.forest,
+                self.step.verdict.accepted_rows,
+                self.step.verdict.num_accepted,
+                rows=int(self.step.query_start[-1]),
+                decoding=int((~self.discard_request_mask.np[:num_reqs]).sum()),
+            )
         return self.step.verdict.sampler_output
 
     def _commit(self, step: Step) -> None:
@@ -238,6 +342,7 @@ class EchoRunnerMixin(_Runner):
     ) -> list[list[int]]:
         """Draft a tree for every request that can use one; returns the trees' tokens."""
         assert isinstance(sampled_token_ids, list)
+        self.clock.verified()
         step = self.step
         assert step is not None
         assert step.verdict is not None
@@ -252,9 +357,10 @@ class EchoRunnerMixin(_Runner):
         else:
             features = hidden_states[rows]
         req_ids = self.input_batch.req_ids
-        drafting = [
+        wanting = [
             i for i, r in enumerate(req_ids) if self._wants_drafts(r, bool(sampled_token_ids[i]))
         ]
+        requests, batch = self._what_to_draft(wanting, sampled_token_ids, cad)
         forest = self.drafter.propose_forest(
             token_ids=self.input_ids.gpu[rows],
             positions=self.positions[rows],
@@ -265,14 +371,60 @@ class EchoRunnerMixin(_Runner):
                 self.input_batch,
                 scheduler_output.num_scheduled_tokens,
             ),
-            requests=torch.tensor(drafting, dtype=torch.int64),
+            requests=requests,
+            batch=batch,
             common_attn_metadata=cad,
         )
         drafts: list[list[int]] = [[] for _ in req_ids]
-        for i, (tokens, parents) in zip(drafting, forest.trees(), strict=True):
+        scores = forest.path_logprobs.tolist()
+        bounds = pairwise(forest.cu_nodes.tolist())
+        for i, (tokens, parents), (start, stop) in zip(
+            requests.drafting, forest.trees(), bounds, strict=True
+        ):
             drafts[i] = tokens
-            self.draft_trees[req_ids[i]] = DraftTree(tokens, parents, is_chain(parents))
+            self.draft_trees[req_ids[i]] = DraftTree(
+                tokens, parents, scores[start:stop], is_chain(parents)
+            )
+        self.clock.drafted()
+        if self.recorder is not None:
+            self.recorder.drafted(
+                [req_ids[i] for i in requests.drafting],
+                cad.seq_lens[torch.tensor(requests.drafting, dtype=torch.int64)].tolist(),
+                self.drafter.report,
+                batch,
+                self.clock.draft_s,
+            )
         return drafts
+
+    def _what_to_draft(
+        self, wanting: list[int], sampled_token_ids: list[list[int]], cad: CommonAttentionMetadata
+    ) -> tuple[Requests, DraftBatch]:
+        """Which requests draft, and which only keep the drafter's cache up to date."""
+        req_ids, plan, backlog = self.input_batch.req_ids, self.plan, self.drafter.backlog
+        num_decoding = sum(map(bool, sampled_token_ids))
+        if not self.may_skip_drafter:
+            requests = Requests(req_ids, list(range(len(req_ids))), wanting)
+            return requests, DraftBatch(len(wanting), num_decoding, plan)
+        able = [i for i in wanting if backlog.can_draft(req_ids[i])]
+        probes = plan.probed(len(able))
+        if plan.max_depth == 0:
+            able = [able[i] for i in probes]
+            probes = list(range(len(able)))
+        drafting = set(able)
+        updating = []
+        lengths = cad.query_start_loc_cpu.diff().tolist()
+        ends = cad.seq_lens.tolist()
+        for i, req_id in enumerate(req_ids):
+            # Prompts go through the drafter at once: all of their features would be too much to
+            # keep. More tokens than a path can accept are a prompt's, or a resumed request's.
+            is_prefill = (
+                ends[i] - lengths[i] < self.requests[req_id].num_prompt_tokens
+                or lengths[i] > self.drafter.policy.max_depth + 1
+            )
+            if i in drafting or (is_prefill and not backlog.waits(req_id)):
+                updating.append(i)
+        batch = DraftBatch(len(able), num_decoding, plan, torch.tensor(probes, dtype=torch.int64))
+        return Requests(req_ids, updating, able), batch
 
     def _committed_rows(
         self, step: Step, cad: CommonAttentionMetadata, chain_rows: torch.Tensor

@@ -1,18 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""vLLM's scheduler, told that drafts are ragged trees."""
+"""vLLM's scheduler, told that drafts are ragged trees, and the place of all timing decisions.
+
+Every step it attaches a `DraftPlan` to its output (as the attribute `echo_plan`): what the policy
+may know that is not in the draft itself. Step times and the plan's consequences come back in the
+worker's stats. There is one scheduler and there may be many ranks, so ranks never disagree.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from echo_vllm.config import EchoConfig
+from echo_vllm.cost import Hinge, OnlineCost, StepCost, fit_hinge
+from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
+from echo_vllm.policy import DraftPlan, make_policy
+from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.forecast import Forecaster
+
+logger = init_logger(f"vllm.{__name__}")
+
+LONGEST_GAP_S = 0.05
+"""A longer time between two steps is a lack of requests, not work of the scheduler."""
+
+
+def needs_cost(config: EchoConfig) -> bool:
+    """Whether the policy asks what forwards cost."""
+    return config.policy == "auto" or (config.policy == "echo" and config.k_max is None)
 
 
 class EchoScheduler(Scheduler):
-    """The stock scheduler without draft padding, and with the trees' stats passed on."""
+    """The stock scheduler without draft padding, with a budget, a plan, and the trees' stats."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -20,10 +42,110 @@ class EchoScheduler(Scheduler):
         # no tree; the table itself leaves N as it is.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self._step_stats: StepStats | None = None
+        spec = self.vllm_config.speculative_config
+        self._echo: EchoConfig = spec.echo
+        self._cost: OnlineCost | None = None
+        self._fixed_cost: StepCost | None = None
+        self._max_rows: float | None = None
+        self._forecaster: Forecaster | None = None
+        profile = find_profile(spec.echo, spec.model)
+        policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+        if isinstance(policy, AutoPolicy):
+            self._forecaster = Forecaster(
+                survival=policy.survival,
+                max_nodes=policy.max_nodes,
+                max_depth=policy.max_depth,
+                frontier=policy.max_frontier,
+                online=spec.echo.online,
+            )
+
+    # ---- Before the step ----
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        if self._echo.k_max is not None:
+            self._trim_drafts(self._echo.k_max)
+        output = super().schedule(*args, **kwargs)
+        output.echo_plan = self._plan(output)
+        return output
+
+    def _trim_drafts(self, budget: int) -> None:
+        """Keep the batch's budget when drafts of different steps meet.
+
+        A policy keeps it for the requests that it drafts for together. A request that was not
+        scheduled meanwhile still has its older draft.
+        """
+        total = sum(len(request.spec_token_ids) for request in self.running)
+        for request in reversed(self.running):
+            if total <= budget:
+                return
+            kept = max(0, len(request.spec_token_ids) - (total - budget))
+            total -= len(request.spec_token_ids) - kept
+            request.spec_token_ids = request.spec_token_ids[:kept]
+
+    def _plan(self, output: Any) -> DraftPlan:
+        """What the worker is told for the drafting at the end of this step."""
+        if self._forecaster is None and self._echo.policy != "echo":
+            return DraftPlan()
+        num_decoding, prefill_tokens = self._next_load(output)
+        if self._forecaster is None:
+            return DraftPlan(prefill_tokens=prefill_tokens, max_rows=self._max_rows)
+        return self._forecaster.plan(num_decoding, prefill_tokens, self._current_cost())
+
+    def _next_load(self, output: Any) -> tuple[int, int]:
+        """Requests that the next step will decode, and prompt tokens that it will prefill."""
+        prefill = decoding = 0
+        for request in self.running:
+            left = request.num_tokens - request.num_computed_tokens
+            if left > 0:
+                prefill += left
+            else:
+                decoding += 1
+        free = self.scheduler_config.max_num_seqs - len(self.running)
+        for request in self.waiting:
+            if free <= 0:
+                break
+            free -= 1
+            prefill += request.num_tokens - request.num_computed_tokens
+        room = max(0, self.scheduler_config.max_num_batched_tokens - decoding)
+        return decoding, min(prefill, room)
+
+    def _current_cost(self) -> StepCost | None:
+        if self._cost is None:
+            return None
+        return self._cost.current() if self._echo.online else self._fixed_cost
+
+    # ---- After the step ----
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats
+        if self._step_stats is not None:
+            self._learn(self._step_stats)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _learn(self, stats: StepStats) -> None:
+        if stats.cost is not None:
+            self._set_cost(StepCost.from_dict(stats.cost))
+            stats.cost = None
+        if self._cost is not None:
+            self._cost.observe_verify(stats.rows, stats.verify_s)
+            if stats.committed:
+                self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)
+            if stats.idle_s < LONGEST_GAP_S:
+                self._cost.observe_other(stats.idle_s)
+        if self._forecaster is not None:
+            for scores, depths in stats.samples:
+                self._forecaster.observe_draft(scores, depths)
+            self._forecaster.observe_acceptance(stats.depth_scores, stats.accepted)
+        # The front end needs neither.
+        stats.samples, stats.depth_scores = [], []
+
+    def _set_cost(self, cost: StepCost) -> None:
+        """Take over what was measured, corrected by what echo.json says."""
+        if self._echo.gamma is not None and self._echo.k_max is not None:
+            hinge = Hinge(float(self._echo.k_max), self._echo.gamma, float(cost.verify(1)))
+            cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
+        self._cost, self._fixed_cost = OnlineCost(cost), cost
+        self._max_rows = fit_hinge(cost.verify).k_max
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from echo_vllm.config import MAX_NODES, EchoConfig, EchoConfigError, closest, show
 from echo_vllm.engine.head import Head, Target, check_weights, read_head
+from echo_vllm.engine.profiles import check_files
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -115,6 +116,7 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if (target := values.get("target_model_config")) is not None:
         check_target(target)
         _read_head(model, values.get("revision"), target)
+    check_files(config, model)
     return {
         **values,
         "method": "eagle3",

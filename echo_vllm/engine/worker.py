@@ -13,7 +13,9 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import cpu_worker
 
+from echo_vllm.engine.measure import measured_cost
 from echo_vllm.engine.model_runner import EchoCPUModelRunner
+from echo_vllm.engine.scheduler import needs_cost
 
 
 @contextmanager
@@ -46,3 +48,16 @@ class EchoCPUWorker(cpu_worker.CPUWorker):
             AttentionBackendEnum.CPU_ATTN, "echo_vllm.engine.attention.cpu.EchoCPUAttentionBackend"
         ):
             super().load_model(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        if needs_cost(self.vllm_config.speculative_config.echo):
+            runner.cost = measured_cost(runner)
+        return times
+
+    def shutdown(self) -> None:
+        recorder = getattr(self.model_runner, "recorder", None)
+        if recorder is not None:
+            recorder.close()
+        super().shutdown()

@@ -3,10 +3,17 @@
 """Policies: which nodes are drafted, and which of them are verified.
 
 `make_policy` turns the `echo` section of echo.json into one of the policies of this package.
-A policy is a pure function of draft scores; it never sees vLLM.
+A policy is a pure function of draft scores, a plan and a profile; it never sees vLLM.
 """
 
-from echo_vllm.policy.base import CandidatePool, DraftPolicy, Expansion
+from echo_vllm.policy.base import CandidatePool, DraftBatch, DraftPlan, DraftPolicy, Expansion
 from echo_vllm.policy.registry import make_policy
 
-__all__ = ["CandidatePool", "DraftPolicy", "Expansion", "make_policy"]
+__all__ = [
+    "CandidatePool",
+    "DraftBatch",
+    "DraftPlan",
+    "DraftPolicy",
+    "Expansion",
+    "make_policy",
+]

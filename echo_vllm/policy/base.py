@@ -2,20 +2,102 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """What the drafter and a policy say to each other.
 
-The drafter grows all trees level by level. Before each level the policy names the nodes to expand
-(the frontier) and which of their children become candidates; after the last level it selects the
-forest to verify. Shapes depend on the policy alone, never on the data, so that the same loop can
-run inside fixed-size device buffers.
+The drafter grows all trees level by level. Before each level the policy names the requests that go
+on, the nodes to expand (the frontier) and which of their children become candidates; after the
+last level it selects the forest to verify. A policy is a pure function of the pool and of the
+`DraftBatch`, which is the same on every tensor-parallel rank, so all ranks decide alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
+from echo_vllm.cost import StepCost
 from echo_vllm.forest import ROOT, DraftForest
+
+NO_CANDIDATE = float("-inf")
+"""Path score of a column that a request has no candidate in, because it left the frontier."""
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What was decided before a drafting, in one place for all ranks.
+
+    Attributes:
+        max_depth: levels that an ordinary request may have; None leaves it to the policy, 0 means
+            that only probes draft.
+        probes: how many requests draft to the policy's full depth, whatever `max_depth` says.
+        turn: which requests these are: it goes round with the steps.
+        prefill_tokens: prompt tokens expected in the forward that will verify this draft.
+        max_rows: rows up to which a target forward costs as much as plain decoding (the hinge of
+            the cost model), None if unknown.
+        price: what a second is worth, in tokens; 0 if unknown.
+        cost: predicted times of forwards, None if unknown.
+        factors: per depth, accepted over predicted acceptance lately; empty if unknown.
+    """
+
+    max_depth: int | None = None
+    probes: int = 0
+    turn: int = 0
+    prefill_tokens: int = 0
+    max_rows: float | None = None
+    price: float = 0.0
+    cost: StepCost | None = None
+    factors: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` undoes it."""
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cost"},
+            "factors": list(self.factors),
+            "cost": self.cost.to_dict() if self.cost else None,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DraftPlan:
+        cost = values["cost"]
+        return cls(
+            **{
+                **values,
+                "factors": tuple(values["factors"]),
+                "cost": StepCost.from_dict(cost) if cost else None,
+            }
+        )
+
+    def probed(self, num_requests: int) -> list[int]:
+        """Which of the batch's `num_requests` requests are probes."""
+        count = min(self.probes, num_requests)
+        return sorted((self.turn * count + i) % num_requests for i in range(count))
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """The batch that a drafting is for.
+
+    Attributes:
+        num_requests: R, requests that get a tree.
+        num_decoding: requests that the next target forward will decode, R among them.
+        plan: of this step.
+        probes: [n] int64, those of the R requests that draft to full depth.
+    """
+
+    num_requests: int
+    num_decoding: int
+    plan: DraftPlan = field(default_factory=DraftPlan)
+    probes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, num_requests: int) -> DraftBatch:
+        """A batch of which nothing else is known."""
+        return cls(num_requests, num_requests)
+
+    @property
+    def rows(self) -> int:
+        """Rows that the next target forward has without any draft."""
+        return self.num_decoding + self.plan.prefill_tokens
 
 
 @dataclass(frozen=True)
@@ -23,14 +105,17 @@ class Expansion:
     """How one level of candidates grows out of the frontier.
 
     Attributes:
-        frontier: [R, W] int64, columns of the pool to expand; the root is not in the pool, so the
+        frontier: [A, W] int64, columns of the pool to expand; the root is not in the pool, so the
             first level has no frontier (None) and grows out of the root.
         children: [C] int64, which of the W * k (frontier row, rank) pairs become candidates, as
             `row * k + rank`; None means all of them. For the first level W is 1.
+        requests: [A] int64, ascending, the requests that go on; a request that is left out stays
+            out in all deeper levels. None means all that were expanded in the level above.
     """
 
     frontier: torch.Tensor | None
     children: torch.Tensor | None
+    requests: torch.Tensor | None = None
 
 
 @dataclass
@@ -40,15 +125,17 @@ class CandidatePool:
     Attributes:
         token_ids: [R, P] int64, in the target's vocabulary.
         parents: [R, P] int64, column of the parent in this pool, or ROOT.
-        path_logprobs: [R, P] float32.
+        path_logprobs: [R, P] float32; NO_CANDIDATE where a request has none.
         level_starts: the first column of every level; the level of depth d has the columns
             level_starts[d - 1] up to the next start.
+        active: [A] int64, the requests that the last level was drafted for.
     """
 
     token_ids: torch.Tensor
     parents: torch.Tensor
     path_logprobs: torch.Tensor
     level_starts: list[int]
+    active: torch.Tensor
 
     @classmethod
     def empty(cls, num_requests: int) -> CandidatePool:
@@ -57,6 +144,7 @@ class CandidatePool:
             parents=torch.empty(num_requests, 0, dtype=torch.int64),
             path_logprobs=torch.empty(num_requests, 0, dtype=torch.float32),
             level_starts=[],
+            active=torch.arange(num_requests),
         )
 
     @property
@@ -67,6 +155,10 @@ class CandidatePool:
     def num_columns(self) -> int:
         return self.token_ids.shape[1]
 
+    @property
+    def num_levels(self) -> int:
+        return len(self.level_starts)
+
     def grow(
         self, expansion: Expansion, token_ids: torch.Tensor, logprobs: torch.Tensor
     ) -> torch.Tensor:
@@ -74,32 +166,44 @@ class CandidatePool:
 
         Args:
             expansion: what the policy asked for.
-            token_ids: [R, W, k] int64, the drafter's k best tokens after each frontier node.
-            logprobs: [R, W, k] float32, their log-probabilities given the path.
+            token_ids: [A, W, k] int64, the drafter's k best tokens after each frontier node.
+            logprobs: [A, W, k] float32, their log-probabilities given the path.
 
         Returns:
             [C] or [W * k] int64, the frontier row that each new column hangs under.
         """
-        num_requests, width, k = token_ids.shape
+        if expansion.requests is not None:
+            self.active = expansion.requests
+        num_active, width, k = token_ids.shape
         if expansion.frontier is None:
-            parents = torch.full((num_requests, 1), ROOT, dtype=torch.int64)
-            above = torch.zeros(num_requests, 1)
+            parents = torch.full((num_active, 1), ROOT, dtype=torch.int64)
+            above = torch.zeros(num_active, 1)
         else:
             parents = expansion.frontier
-            above = self.path_logprobs.gather(1, parents)
+            above = self.path_logprobs[self.active].gather(1, parents)
         # A probability above 1 can only be rounding; a path must never gain by growing.
-        scores = (above.unsqueeze(2) + logprobs.clamp(max=0.0)).reshape(num_requests, width * k)
-        tokens = token_ids.reshape(num_requests, width * k)
+        scores = (above.unsqueeze(2) + logprobs.clamp(max=0.0)).reshape(num_active, width * k)
+        tokens = token_ids.reshape(num_active, width * k)
         rows = torch.arange(width).repeat_interleave(k)
         if expansion.children is not None:
             scores = scores[:, expansion.children]
             tokens = tokens[:, expansion.children]
             rows = rows[expansion.children]
         self.level_starts.append(self.num_columns)
-        self.token_ids = torch.cat([self.token_ids, tokens], dim=1)
-        self.parents = torch.cat([self.parents, parents[:, rows]], dim=1)
-        self.path_logprobs = torch.cat([self.path_logprobs, scores], dim=1)
+        self.token_ids = torch.cat([self.token_ids, self._of_all(tokens, 0)], dim=1)
+        self.parents = torch.cat([self.parents, self._of_all(parents[:, rows], ROOT)], dim=1)
+        self.path_logprobs = torch.cat(
+            [self.path_logprobs, self._of_all(scores, NO_CANDIDATE)], dim=1
+        )
         return rows
+
+    def _of_all(self, values: torch.Tensor, missing: float) -> torch.Tensor:
+        """`values` [A, C] of the active requests as [R, C] of all."""
+        if values.shape[0] == self.num_requests:
+            return values
+        whole = values.new_full((self.num_requests, values.shape[1]), missing)
+        whole[self.active] = values
+        return whole
 
     def level(self, depth: int) -> slice:
         """The columns of one depth."""
@@ -111,24 +215,54 @@ class CandidatePool:
         starts = torch.tensor([*self.level_starts, self.num_columns])
         return torch.arange(1, len(starts)).repeat_interleave(starts.diff())
 
+    def best_of_level(self, depth: int) -> torch.Tensor:
+        """[R] float32, the best path score of one depth; NO_CANDIDATE without a candidate."""
+        best = self.path_logprobs[:, self.level(depth)].amax(1)
+        return best
+
     def take(self, columns: torch.Tensor) -> DraftForest:
         """The forest of the columns [R, n] of every request, in that order.
 
         The caller's columns must hold the parent of each of their nodes, before the node.
         """
         num_requests, size = columns.shape
-        position = torch.full((num_requests, self.num_columns + 1), ROOT, dtype=torch.int64)
-        position.scatter_(1, columns, torch.arange(size).expand(num_requests, size))
-        # The extra last column stands for the root: index -1 finds it.
-        parents = self.parents.gather(1, columns)
-        parents = torch.where(parents == ROOT, self.num_columns, parents)
-        return DraftForest(
-            token_ids=self.token_ids.gather(1, columns).flatten().to(torch.int32),
-            parents=position.gather(1, parents).flatten().to(torch.int32),
-            depths=self.depths()[columns].flatten().to(torch.int32),
-            path_logprobs=self.path_logprobs.gather(1, columns).flatten(),
-            cu_nodes=torch.arange(num_requests + 1, dtype=torch.int32) * size,
+        return self.take_ragged(
+            columns.flatten(), torch.arange(num_requests + 1, dtype=torch.int32) * size
         )
+
+    def take_ragged(self, columns: torch.Tensor, cu_nodes: torch.Tensor) -> DraftForest:
+        """The forest of `columns` [n], of which request i has cu_nodes[i]:cu_nodes[i + 1].
+
+        The caller's columns must hold the parent of each of their nodes, before the node.
+        """
+        sizes = cu_nodes.diff().to(torch.int64)
+        owner = torch.arange(self.num_requests).repeat_interleave(sizes)
+        place = torch.arange(len(columns)) - cu_nodes[:-1].to(torch.int64)[owner]
+        # The extra last column stands for the root: index -1 finds it.
+        position = torch.full((self.num_requests, self.num_columns + 1), ROOT, dtype=torch.int64)
+        position[owner, columns] = place
+        return DraftForest(
+            token_ids=self.token_ids[owner, columns].to(torch.int32),
+            parents=position[owner, self.parents[owner, columns]].to(torch.int32),
+            depths=self.depths()[columns].to(torch.int32),
+            path_logprobs=self.path_logprobs[owner, columns],
+            cu_nodes=cu_nodes.to(torch.int32),
+            columns=columns,
+        )
+
+    def best_first(self) -> torch.Tensor:
+        """[R, P] int64, columns by falling path score, ties by column; a parent is before its
+        children."""
+        # A stable sort, not topk: ties fall to the earlier column, on every rank the same.
+        return self.path_logprobs.argsort(dim=1, descending=True, stable=True)
+
+    def best_frontier(self, depth: int, width: int, requests: torch.Tensor) -> torch.Tensor:
+        """[A, min(width, level)] int64, the best columns of one depth for each of `requests`."""
+        level = self.level(depth)
+        scores = self.path_logprobs[requests, level]
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        columns: torch.Tensor = order[:, :width] + level.start
+        return columns
 
 
 class DraftPolicy(Protocol):
@@ -144,10 +278,13 @@ class DraftPolicy(Protocol):
     num_ranks: int
     max_frontier: int
 
-    def expand(self, depth: int, pool: CandidatePool) -> Expansion:
-        """How the level `depth` (1-based) grows; called with all levels above it in the pool."""
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
+        """How the level `depth` (1-based) grows; called with all levels above it in the pool.
+
+        None ends the drafting. The first level always grows.
+        """
         ...
 
-    def select(self, pool: CandidatePool) -> DraftForest:
+    def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         """The forest to verify: topological, ancestor-closed, any prefix of a tree a tree."""
         ...

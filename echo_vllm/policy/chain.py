@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from echo_vllm.forest import DraftForest
-from echo_vllm.policy.base import CandidatePool, Expansion
+from echo_vllm.policy.base import CandidatePool, DraftBatch, Expansion
 
 
 class ChainPolicy:
@@ -23,12 +23,12 @@ class ChainPolicy:
     def __init__(self, length: int) -> None:
         self.max_depth = length
 
-    def expand(self, depth: int, pool: CandidatePool) -> Expansion:
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
         if depth == 1:
             return Expansion(frontier=None, children=None)
         last = torch.full((pool.num_requests, 1), pool.num_columns - 1)
         return Expansion(frontier=last, children=None)
 
-    def select(self, pool: CandidatePool) -> DraftForest:
+    def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         columns = torch.arange(pool.num_columns)
         return pool.take(columns.expand(pool.num_requests, pool.num_columns))

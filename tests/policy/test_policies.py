@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from echo_vllm.config import EchoConfig
 from echo_vllm.forest import ROOT, DraftForest
-from echo_vllm.policy import CandidatePool, DraftPolicy, make_policy
+from echo_vllm.policy import CandidatePool, DraftBatch, DraftPolicy, make_policy
 
 VOCAB = 40
 
@@ -24,15 +24,21 @@ def table_drafter(seed: int, request: int, path: tuple[int, ...]) -> torch.Tenso
     return torch.log_softmax(2 * torch.randn(VOCAB, generator=generator), dim=0)
 
 
-def grow(policy: DraftPolicy, num_requests: int, seed: int) -> CandidatePool:
+def grow(
+    policy: DraftPolicy, num_requests: int, seed: int, batch: DraftBatch | None = None
+) -> CandidatePool:
     """Run the drafter's loop with the table in place of the network."""
+    batch = DraftBatch.of(num_requests) if batch is None else batch
     pool = CandidatePool.empty(num_requests)
     paths: list[list[tuple[int, ...]]] = [[] for _ in range(num_requests)]
     for depth in range(1, policy.max_depth + 1):
-        expansion = policy.expand(depth, pool)
+        expansion = policy.expand(depth, pool, batch)
+        if expansion is None:
+            break
         tokens, logprobs = [], []
-        for r in range(num_requests):
-            columns = [None] if expansion.frontier is None else expansion.frontier[r].tolist()
+        active = (pool.active if expansion.requests is None else expansion.requests).tolist()
+        for i, r in enumerate(active):
+            columns = [None] if expansion.frontier is None else expansion.frontier[i].tolist()
             rows = [
                 table_drafter(seed, r, () if c is None else paths[r][c]).topk(policy.num_ranks)
                 for c in columns
@@ -43,6 +49,9 @@ def grow(policy: DraftPolicy, num_requests: int, seed: int) -> CandidatePool:
         pool.grow(expansion, torch.stack(tokens), torch.stack(logprobs))
         for r in range(num_requests):
             for column in range(first, pool.num_columns):
+                if pool.path_logprobs[r, column] == -math.inf:
+                    paths[r].append(())
+                    continue
                 parent = int(pool.parents[r, column])
                 above = () if parent == ROOT else paths[r][parent]
                 paths[r].append((*above, int(pool.token_ids[r, column])))
@@ -79,7 +88,7 @@ def test_topn_keeps_the_invariants_and_exactly_n_nodes(
     size = data.draw(st.integers(depth if k == 1 else 1, k + (depth - 1) * k * k))
     depth = min(depth, size)
     policy = policy_of(size, policy="topn", max_depth=depth, top_k=k)
-    forest = policy.select(grow(policy, requests, seed=7))
+    forest = policy.select(grow(policy, requests, seed=7), DraftBatch.of(requests))
     forest.validate(max_nodes=size, max_depth=depth)
     assert forest.cu_nodes.diff().tolist() == [size] * requests
     for start in forest.cu_nodes.tolist()[:-1]:
@@ -91,7 +100,7 @@ def test_topn_with_a_wide_beam_is_the_true_best_set() -> None:
     """With a frontier as wide as the level, no candidate is missed: compare with enumeration."""
     k, depth, size = 3, 2, 7
     policy = policy_of(size, policy="topn", max_depth=depth, top_k=k)
-    (found,) = paths_of(policy.select(grow(policy, 1, seed=3)))
+    (found,) = paths_of(policy.select(grow(policy, 1, seed=3), DraftBatch.of(1)))
     best = table_drafter(3, 0, ()).topk(k)
     every: dict[tuple[int, ...], float] = {}
     for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
@@ -106,7 +115,7 @@ def test_topn_with_a_wide_beam_is_the_true_best_set() -> None:
 
 def test_chain_is_the_greedy_path() -> None:
     policy = policy_of(5, policy="chain")
-    forest = policy.select(grow(policy, 2, seed=1))
+    forest = policy.select(grow(policy, 2, seed=1), DraftBatch.of(2))
     forest.validate(max_nodes=5, max_depth=5)
     for request, (tokens, parents) in enumerate(forest.trees()):
         assert parents == [ROOT, 0, 1, 2, 3]
@@ -120,7 +129,7 @@ def test_chain_is_the_greedy_path() -> None:
 def test_static_drafts_exactly_its_shape(drawn: set[tuple[int, ...]]) -> None:
     shape = {path[:n] for path in drawn | {(0,)} for n in range(1, len(path) + 1)}
     policy = policy_of(len(shape), policy="static", tree=[list(path) for path in shape])
-    forest = policy.select(grow(policy, 2, seed=5))
+    forest = policy.select(grow(policy, 2, seed=5), DraftBatch.of(2))
     forest.validate(max_nodes=len(shape), max_depth=3)
     for request, found in enumerate(paths_of(forest)):
         wanted = set()
@@ -135,8 +144,8 @@ def test_static_drafts_exactly_its_shape(drawn: set[tuple[int, ...]]) -> None:
 
 def test_a_forest_does_not_depend_on_the_other_requests() -> None:
     policy = policy_of(12, policy="topn", max_depth=4, top_k=3)
-    together = paths_of(policy.select(grow(policy, 3, seed=11)))
-    alone = paths_of(policy.select(grow(policy, 1, seed=11)))
+    together = paths_of(policy.select(grow(policy, 3, seed=11), DraftBatch.of(3)))
+    alone = paths_of(policy.select(grow(policy, 1, seed=11), DraftBatch.of(1)))
     assert together[0] == alone[0]
 
 
@@ -144,12 +153,16 @@ def test_ties_fall_to_the_earlier_candidate() -> None:
     policy = policy_of(3, policy="topn", max_depth=2, top_k=2)
     pool = CandidatePool.empty(1)
     even = torch.full((1, 1, 2), math.log(0.5))
-    pool.grow(policy.expand(1, pool), torch.tensor([[[4, 9]]]), even)
-    expansion = policy.expand(2, pool)
+    batch = DraftBatch.of(1)
+    first = policy.expand(1, pool, batch)
+    assert first is not None
+    pool.grow(first, torch.tensor([[[4, 9]]]), even)
+    expansion = policy.expand(2, pool, batch)
+    assert expansion is not None
     assert expansion.frontier is not None
     assert expansion.frontier.tolist() == [[0, 1]]
     pool.grow(expansion, torch.tensor([[[1, 2], [3, 4]]]), torch.zeros(1, 2, 2))
-    tokens, parents = policy.select(pool).trees()[0]
+    tokens, parents = policy.select(pool, DraftBatch.of(1)).trees()[0]
     # All six paths have probability 1/2: parents first, then level order.
     assert tokens == [4, 9, 1]
     assert parents == [ROOT, ROOT, 0]
@@ -164,7 +177,8 @@ def test_every_frontier_row_is_counted_in_max_frontier() -> None:
         pool = CandidatePool.empty(1)
         tokens = itertools.count()
         for depth in range(1, policy.max_depth + 1):
-            expansion = policy.expand(depth, pool)
+            expansion = policy.expand(depth, pool, DraftBatch.of(1))
+            assert expansion is not None
             width = 1 if expansion.frontier is None else expansion.frontier.shape[1]
             assert width <= policy.max_frontier
             ids = torch.tensor([next(tokens) for _ in range(width * policy.num_ranks)])

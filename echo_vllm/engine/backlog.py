@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""What the drafter has not seen yet, and where its cache cannot be trusted.
+
+A request that does not draft in a step skips the drafter altogether. Its committed tokens and
+their features wait here, and go through the drafter in one forward before the request drafts
+again: no draft is ever made from a cache with holes.
+
+A backlog that is dropped (the request ends, or waits too long) leaves blocks of the paged cache in
+which the target's keys are right and the drafter's are not. Prefix caching may hand such a block
+to another request, so they are remembered until they are allocated anew; a request that begins
+behind one runs without drafts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_BACKLOG = 512
+"""Tokens of one request that wait at most; beyond it the request stops drafting for good, which
+bounds the memory of the features."""
+
+
+@dataclass
+class DrafterInput:
+    """Consecutive tokens of one request as the drafter takes them.
+
+    Attributes:
+        start: position of the first.
+        token_ids: [n] int32, the token AFTER each position.
+        features: [n, target features], the target's hidden states at each position.
+    """
+
+    start: int
+    token_ids: torch.Tensor
+    features: torch.Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.token_ids)
+
+    def then(self, other: DrafterInput) -> DrafterInput:
+        """This followed by `other`, which must begin where this ends."""
+        assert other.start == self.stop
+        return DrafterInput(
+            self.start,
+            torch.cat([self.token_ids, other.token_ids]),
+            torch.cat([self.features, other.features]),
+        )
+
+
+class DrafterBacklog:
+    """The backlog of every request of an engine."""
+
+    def __init__(self, limit: int) -> None:
+        """Args: limit: tokens of one request that may wait; must fit in one forward."""
+        self.limit = max(0, limit)
+        self._waiting: dict[str, list[DrafterInput]] = {}
+        self._stale_blocks: set[int] = set()
+        self._lost: set[str] = set()
+
+    def __len__(self) -> int:
+        """Tokens that wait, all requests."""
+        return sum(part.stop - part.start for parts in self._waiting.values() for part in parts)
+
+    @property
+    def num_stale_blocks(self) -> int:
+        return len(self._stale_blocks)
+
+    def can_draft(self, req_id: str) -> bool:
+        """Whether the drafter's cache of the request is whole, or can be made so."""
+        return req_id not in self._lost
+
+    def begin(self, req_id: str, cached_blocks: list[int], new_blocks: list[int]) -> None:
+        """A request starts, or starts again after preemption.
+
+        Args:
+            cached_blocks: blocks that it takes over with their content.
+            new_blocks: blocks that were allocated for it to be written.
+        """
+        self.forget(req_id, None)
+        if not self._stale_blocks.isdisjoint(cached_blocks):
+            self._lost.add(req_id)
+        self._stale_blocks.difference_update(new_blocks)
+
+    def allocate(self, new_blocks: list[int]) -> None:
+        """A running request got blocks that will be written."""
+        if self._stale_blocks:
+            self._stale_blocks.difference_update(new_blocks)
+
+    def put(self, req_id: str, tokens: DrafterInput, blocks: torch.Tensor, block_size: int) -> None:
+        """Let `tokens`, which follow what waits already, wait too.
+
+        Args:
+            blocks: [n] int32, all blocks of the request.
+            block_size: tokens a block.
+        """
+        if req_id in self._lost:
+            self._mark(blocks, block_size, tokens.start, tokens.stop)
+            return
+        parts = self._waiting.setdefault(req_id, [])
+        first = parts[0].start if parts else tokens.start
+        if tokens.stop - first > self.limit:
+            self._mark(blocks, block_size, first, tokens.stop)
+            del self._waiting[req_id]
+            self._lost.add(req_id)
+            return
+        parts.append(tokens)
+
+    def take(self, req_id: str, tokens: DrafterInput) -> DrafterInput:
+        """`tokens` with all that waited before them, which then waits no longer."""
+        parts = self._waiting.pop(req_id, [])
+        if not parts:
+            return tokens
+        whole = parts[0]
+        for part in [*parts[1:], tokens]:
+            whole = whole.then(part)
+        return whole
+
+    def waits(self, req_id: str) -> bool:
+        return req_id in self._waiting
+
+    def forget(self, req_id: str, blocks: torch.Tensor | None, block_size: int = 1) -> None:
+        """The request ended or was preempted; `blocks` [n] are those that it had."""
+        parts = self._waiting.pop(req_id, [])
+        if parts and blocks is not None:
+            self._mark(blocks, block_size, parts[0].start, parts[-1].stop)
+        self._lost.discard(req_id)
+
+    def _mark(self, blocks: torch.Tensor, block_size: int, start: int, stop: int) -> None:
+        stale = blocks[start // block_size : -(-stop // block_size)]
+        self._stale_blocks.update(stale.tolist())

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Measures, at start-up, what forwards of target and drafter cost.
+
+Real forwards of both models over growing numbers of rows, each with what follows it in a step: for
+the target logits and their maximum, for the drafter the best tokens. Attention is left out, because
+it depends on contexts that do not exist yet; real steps correct the curves while serving. The
+result is cached on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
+from vllm.version import __version__ as vllm_version
+
+from echo_vllm import __version__
+from echo_vllm.cost import CostCache, CostCurve, CostKey, StepCost, describe_cpu, fit_hinge
+from echo_vllm.engine.verification import argmax_of_rows
+
+logger = init_logger(f"vllm.{__name__}")
+
+BUDGET_S = 12.0
+"""Seconds after which no larger forward is begun; the last slope stands for what is missing."""
+
+ROUNDS = 5
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def measured_cost(runner: Any) -> StepCost:
+    """The cost of this engine's steps: cached, or measured now."""
+    config: VllmConfig = runner.vllm_config
+    spec = config.speculative_config
+    assert spec is not None
+    max_rows = min(
+        config.scheduler_config.max_num_batched_tokens,
+        config.scheduler_config.max_num_seqs * (1 + spec.num_speculative_tokens),
+        ROWS[-1],
+    )
+    key = CostKey(
+        target=config.model_config.model,
+        drafter=spec.model,
+        dtype=f"{config.model_config.dtype}, {config.compilation_config.mode}",
+        hardware=f"{describe_cpu()}, {config.parallel_config.tensor_parallel_size} ranks",
+        threads=torch.get_num_threads(),
+        vllm_version=vllm_version,
+        echo_vllm_version=__version__,
+        max_rows=max_rows,
+    )
+    cache = CostCache()
+    cost = cache.load(key)
+    if cost is None:
+        logger.info("Measuring what forwards cost (at most about %.0f s)...", BUDGET_S)
+        begin = perf_counter()
+        cost = measure(runner, max_rows)
+        logger.info("Measured in %.1f s; kept in %s.", perf_counter() - begin, cache.path(key))
+        cache.save(key, cost)
+    hinge = fit_hinge(cost.verify)
+    logger.info(
+        "Cost of a target forward: %s; fitted hinge: K_max %.0f rows, gamma %.4f per row, "
+        "error %.0f%%.",
+        ", ".join(
+            f"{rows:g} rows {1000 * seconds:.0f} ms"
+            for rows, seconds in zip(*cost.verify.to_points(), strict=True)
+        ),
+        hinge.k_max,
+        hinge.gamma,
+        100 * hinge.error,
+    )
+    return cost
+
+
+@torch.inference_mode()
+def measure(runner: Any, max_rows: int) -> StepCost:
+    """Time forwards of up to `max_rows` rows."""
+    drafter = runner.drafter
+    sizes = sorted({rows for rows in ROWS if rows < max_rows} | {max_rows})
+
+    def target(rows: int) -> None:
+        hidden, _ = runner._dummy_run(rows, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        argmax_of_rows(runner.model.compute_logits(hidden[:rows]))
+
+    def draft(rows: int) -> None:
+        output, _ = drafter._forward(
+            drafter.input_ids[:rows],
+            drafter.positions[:rows],
+            drafter.hidden_states[:rows],
+            None,
+            {},
+        )
+        drafter._top_tokens(output, drafter.policy.num_ranks)
+
+    def catch_up(rows: int) -> None:
+        features = drafter.model.combine_hidden_states(
+            torch.zeros(rows, feature_size(runner), dtype=drafter.hidden_states.dtype)
+        )
+        drafter._forward(drafter.input_ids[:rows], drafter.positions[:rows], features, None, {})
+
+    # The target's dummy run includes one of the drafter; it must not count as verification.
+    dummy_run, drafter.dummy_run = drafter.dummy_run, lambda *args, **kwargs: None
+    try:
+        budgets = {target: 0.6 * BUDGET_S, draft: 0.2 * BUDGET_S, catch_up: 0.2 * BUDGET_S}
+        verify, level, first = (_curve(f, sizes, seconds) for f, seconds in budgets.items())
+    finally:
+        drafter.dummy_run = dummy_run
+    return StepCost(verify=verify, draft_level=level, catch_up=first)
+
+
+def feature_size(runner: Any) -> int:
+    """Width of the target's features that the drafter reads."""
+    if runner.use_aux_hidden_state_outputs:
+        return int(runner.drafter.model.model.fc_input_size)
+    return int(runner.model_config.get_hidden_size())
+
+
+def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) -> CostCurve:
+    """Medians of a few runs of each size, small sizes first, until the time is up."""
+    begin = perf_counter()
+    counts, seconds = [], []
+    for rows in sizes:
+        forward(rows)  # The first of a size may allocate or choose a kernel.
+        times: list[float] = []
+        while len(times) < ROUNDS:
+            start = perf_counter()
+            forward(rows)
+            times.append(perf_counter() - start)
+            if len(times) >= 2 and perf_counter() - begin > budget_s:
+                break
+        counts.append(rows)
+        seconds.append(median(times))
+        # The next size takes about twice as long, three times over.
+        if len(counts) > 2 and perf_counter() - begin + 6 * seconds[-1] > budget_s:
+            break
+    return CostCurve.from_points(counts, seconds)

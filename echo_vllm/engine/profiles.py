@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Finds the drafter's profile and checks the files that the `echo` section names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vllm.logger import init_logger
+
+from echo_vllm.calibration.profile import FILE_NAME, DrafterProfile
+from echo_vllm.config import ELASTIC, SECTION, EchoConfig, EchoConfigError, show
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
+    """The profile that the policy uses; None, with a warning, if there is none.
+
+    Args:
+        config: the echo section.
+        head: the EAGLE-3 head as the user named it; only a local folder is searched.
+
+    Raises:
+        EchoConfigError: the profile that the section names cannot be used.
+    """
+    if config.policy not in ELASTIC:
+        return None
+    if config.profile is not None:
+        return DrafterProfile.load(config.profile)
+    beside = Path(head) / FILE_NAME
+    if beside.is_file():
+        return DrafterProfile.load(beside)
+    lost = {
+        "echo": "its gates are built-in values that were never measured for this head",
+        "auto": "it takes the head's own probabilities for true until it has seen enough nodes",
+    }[config.policy]
+    logger.warning_once(
+        "No profile of the draft head %s: policy %s works, but %s. `echo-vllm calibrate` makes "
+        "one.",
+        head,
+        config.policy,
+        lost,
+    )
+    return None
+
+
+def check_files(config: EchoConfig, head: str) -> None:
+    """Refuse a profile that cannot be read and a trace that cannot be written.
+
+    Raises:
+        EchoConfigError: in one sentence.
+    """
+    find_profile(config, head)
+    if config.trace is None:
+        return
+    folder = Path(config.trace).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(config.trace).is_dir():
+        raise EchoConfigError(
+            f"{SECTION}.trace must name a file in a folder that exists and is writable, got "
+            f"{show(config.trace)}; make the folder, or choose another."
+        )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`auto`: as many nodes as pay for themselves, batch-wide.
+
+The batch budget is not given, it is chosen: with nodes taken in the order of their calibrated
+probability of acceptance, the number K of them that maximises
+
+    (decoding requests + sum of the K best probabilities) / predicted step time(K)
+
+which for a step time that depends on the number of rows alone is the best of all ancestor-closed
+selections, because a node is never more probable than its parent. (EVICT, arXiv 2605.00342, does
+this for one request.)
+
+How deep to draft is decided in the same currency. A request goes one level deeper if the tokens
+that the level is expected to add are worth more than the time that drafting and verifying it
+takes, at the current price of a second in tokens; a level is drafted if all requests that go on
+pay together for what it costs whoever goes on. Whether to draft at all, and down to which level,
+is in the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from echo_vllm import ops
+from echo_vllm.calibration.survival import SurvivalModel
+from echo_vllm.forest import ROOT, DraftForest
+from echo_vllm.policy.base import NO_CANDIDATE, CandidatePool, DraftBatch, Expansion
+from echo_vllm.policy.echo import own_best
+
+
+class AutoPolicy:
+    """Budget and depth by expected tokens a second."""
+
+    def __init__(
+        self,
+        *,
+        max_nodes: int,
+        max_depth: int,
+        top_k: int,
+        width: int,
+        survival: SurvivalModel,
+        growth: Sequence[float],
+        k_max: int | None,
+        floor: int,
+    ) -> None:
+        """
+        Args:
+            max_nodes, max_depth, top_k, width: as for `EchoPolicy`.
+            survival: calibrated probability of acceptance of a candidate.
+            growth: per depth d = 1, 2, ...: how often some node of depth d + 1 is accepted, given
+                that one of depth d is.
+            k_max: an upper limit on the nodes of the batch, None for no limit but max_nodes each.
+            floor: nodes that every request gets, whether they pay or not.
+        """
+        self.max_nodes = max_nodes
+        self.max_depth = max_depth
+        self.num_ranks = width
+        self.max_frontier = top_k
+        self.survival = survival
+        self.growth = list(growth)
+        self.k_max = k_max
+        self.floor = floor
+
+    def probabilities(self, pool: CandidatePool, batch: DraftBatch) -> torch.Tensor:
+        """[R, P] float32 in 0..1: how probably each candidate is accepted; never above its
+        parent's, and 0 where there is no candidate."""
+        model = self.survival
+        if batch.plan.factors:
+            model = model.with_factors(torch.tensor(batch.plan.factors))
+        found = model.probability(pool.path_logprobs, pool.depths())
+        for depth in range(2, pool.num_levels + 1):
+            level = pool.level(depth)
+            parents = pool.parents[:, level]
+            above = found.gather(1, parents.clamp(min=0)).masked_fill(parents == ROOT, 0.0)
+            found[:, level] = torch.minimum(found[:, level], above)
+        return found
+
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
+        if depth == 1:
+            return Expansion(frontier=None, children=None)
+        requests, plan = pool.active, batch.plan
+        frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
+        going = torch.ones(len(requests), dtype=torch.bool)
+        if plan.max_depth is not None and depth > plan.max_depth:
+            going[:] = False
+        elif plan.cost is not None and plan.price > 0:
+            going = self._pays(depth, frontier, pool, batch)
+        if len(batch.probes):
+            going |= torch.isin(requests, batch.probes)
+        requests, frontier = requests[going], frontier[going]
+        return Expansion(frontier, None, requests) if len(requests) else None
+
+    def _pays(
+        self, depth: int, frontier: torch.Tensor, pool: CandidatePool, batch: DraftBatch
+    ) -> torch.Tensor:
+        """[A] bool: which of the active requests are worth another level."""
+        plan = batch.plan
+        assert plan.cost is not None
+        reached = self.probabilities(pool, batch)[pool.active].gather(1, frontier).sum(1)
+        gain = reached.clamp(max=1.0).double().numpy() * self.growth[depth - 2]
+        num_active, width = frontier.shape
+        level, verify = plan.cost.draft_level, plan.cost.verify
+        # Of a whole level's costs, what one request more or less changes, and what none does.
+        each = (float(level(num_active * width)) - float(level(width))) / max(1, num_active - 1)
+        fixed = max(0.0, float(level(width)) - each)
+        each += (float(verify(batch.rows + num_active)) - float(verify(batch.rows))) / num_active
+        net = gain - plan.price * each
+        order = np.argsort(-net, kind="stable")
+        going = np.zeros(num_active, dtype=bool)
+        if np.maximum(net, 0).sum() > plan.price * fixed:
+            going[order[: int((net > 0).sum())]] = True
+        return torch.from_numpy(going)
+
+    def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
+        _, rank = own_best(pool, self.max_nodes)
+        found = self.probabilities(pool, batch)
+        exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
+        scores = found.masked_fill(~exists, NO_CANDIDATE)
+        tiers = torch.where(rank < self.floor, 0, 1).to(torch.int32)
+        budget = self.budget(scores, tiers, pool, batch)
+        columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, self.max_nodes)
+        return pool.take_ragged(columns, cu_nodes)
+
+    def budget(
+        self, scores: torch.Tensor, tiers: torch.Tensor, pool: CandidatePool, batch: DraftBatch
+    ) -> int:
+        """The number of nodes with the most expected tokens a second; the fewest among equals."""
+        exists = scores > NO_CANDIDATE
+        first = scores[exists & (tiers == 0)]
+        most = int(exists.sum())
+        if self.k_max is not None:
+            most = min(most, max(0, self.k_max - batch.plan.prefill_tokens))
+        if batch.plan.cost is None:
+            return most
+        rest = scores[exists & (tiers > 0)].sort(descending=True).values
+        gains = torch.cat([first.sort(descending=True).values, rest]).double().numpy()[:most]
+        least = min(len(first), most)
+        tokens = batch.num_decoding + np.concatenate([[0.0], np.cumsum(gains)])
+        seconds = self.seconds(np.arange(most + 1), pool, batch)
+        return least + int(np.argmax((tokens / seconds)[least:]))
+
+    def seconds(self, num_nodes: np.ndarray, pool: CandidatePool, batch: DraftBatch) -> np.ndarray:
+        """Predicted time of a step that verifies `num_nodes` nodes, with the drafting that led to
+        this pool."""
+        cost = batch.plan.cost
+        assert cost is not None
+        drafting = float(cost.catch_up(pool.num_requests)) if pool.num_requests else 0.0
+        for depth in range(2, pool.num_levels + 1):
+            drafted = pool.path_logprobs[:, pool.level_starts[depth - 1]] > NO_CANDIDATE
+            drafting += float(cost.draft_level(int(drafted.sum()) * self.max_frontier))
+        return np.asarray(cost.verify(batch.rows + num_nodes)) + drafting + cost.other

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Whether drafting pays at the present load, and how deep: forecast, not tried.
+
+The forecast keeps the scores of recent drafts that went to full depth. For a load it works out,
+for every depth and every number of nodes, the expected tokens a second as if all requests were
+like the recent ones, and compares the best of them with plain decoding. Because the load is an
+input, a change of it changes the decision in the next step, and because the forecast is the
+maximum of functions that are continuous in the load, nothing jumps where the decision changes.
+
+Everything that depends on timing or on past steps lives here, in one process; ranks get the
+resulting `DraftPlan`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from echo_vllm.calibration.survival import OnlineSurvival, SurvivalModel
+from echo_vllm.cost import StepCost
+from echo_vllm.policy.base import DraftPlan
+
+MEMORY = 64
+"""Drafts that are remembered."""
+
+ENOUGH = 8
+"""Remembered drafts below which everything is drafted to full depth."""
+
+MARGIN = 0.015
+"""By how much the other way of decoding must be better before the decision changes."""
+
+PROBE_STEPS = 16
+"""Steps between drafts of a few requests to full depth while others draft less deep."""
+
+SLOWEST_PROBE_STEPS = 256
+"""The same while nothing is drafted and nothing suggests that it should be."""
+
+PROBES = 2
+
+NEARLY = 0.97
+"""Below this share of plain decoding's speed, drafting is far from paying."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is best at one load.
+
+    Attributes:
+        depth: levels to draft, 0 for plain decoding.
+        nodes: nodes a request.
+        speed: tokens per second with that.
+        plain: tokens per second of plain decoding.
+    """
+
+    depth: int
+    nodes: float
+    speed: float
+    plain: float
+
+
+class Forecaster:
+    """Decides the `DraftPlan` of every step for policy `auto`."""
+
+    def __init__(
+        self,
+        *,
+        survival: SurvivalModel,
+        max_nodes: int,
+        max_depth: int,
+        frontier: int,
+        online: bool,
+    ) -> None:
+        """
+        Args:
+            survival: calibrated probability of acceptance of a candidate.
+            max_nodes, max_depth: of one request's tree.
+            frontier: nodes of one request that a drafter forward expands.
+            online: whether to follow observed acceptance.
+        """
+        self.survival = survival
+        self.max_nodes = max_nodes
+        self.max_depth = max_depth
+        self.frontier = frontier
+        self.online = OnlineSurvival(max_depth) if online else None
+        self._drafts: deque[tuple[list[float], list[int]]] = deque(maxlen=MEMORY)
+        self._drafting = True
+        self._step = 0
+        self._next_probe = 0
+        self._probe_steps = PROBE_STEPS
+        self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+
+    def observe_draft(self, scores: list[float], depths: list[int]) -> None:
+        """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
+        self._drafts.append((scores, depths))
+        self._curves = []
+
+    def observe_acceptance(self, depth_scores: list[list[float]], accepted: list[int]) -> None:
+        """Learn from a verification.
+
+        Args:
+            depth_scores: per depth, path log-probabilities of all verified nodes.
+            accepted: per tree, how many of its nodes were accepted.
+        """
+        if self.online is None or not depth_scores:
+            return
+        flat = torch.tensor([score for scores in depth_scores for score in scores])
+        depths = torch.tensor(
+            [d for d, scores in enumerate(depth_scores, 1) for _ in scores], dtype=torch.int64
+        )
+        expected = torch.zeros(len(depth_scores)).index_add_(
+            0, depths - 1, self.survival.probability(flat, depths)
+        )
+        found = [sum(a >= d for a in accepted) for d in range(1, len(depth_scores) + 1)]
+        self.online.update(expected.tolist(), found)
+        self._curves = []
+
+    def factors(self) -> tuple[float, ...]:
+        """Per depth, accepted over predicted acceptance lately."""
+        return () if self.online is None else tuple(self.online.factors())
+
+    def plan(self, num_decoding: int, prefill_tokens: int, cost: StepCost | None) -> DraftPlan:
+        """The plan of the next drafting.
+
+        Args:
+            num_decoding: requests that will decode in the next step.
+            prefill_tokens: prompt tokens expected in it.
+            cost: predicted times, None before they are known.
+        """
+        self._step += 1
+        factors = self.factors()
+        if cost is None or num_decoding == 0:
+            # Nothing can be weighed yet; the first steps are prefills.
+            return DraftPlan(0, 0, self._step, prefill_tokens, None, 0.0, cost, factors)
+        if len(self._drafts) < ENOUGH:
+            return DraftPlan(0, 2 * PROBES, self._step, prefill_tokens, None, 0.0, cost, factors)
+        best = self.forecast(num_decoding, prefill_tokens, cost)
+        margin = 1 - MARGIN if self._drafting else 1 + MARGIN
+        self._drafting = best.depth > 0 and best.speed > margin * best.plain
+        depth = best.depth if self._drafting else 0
+        probes = 0
+        if depth < self.max_depth and self._step >= self._next_probe:
+            probes = PROBES
+            if depth or best.speed > NEARLY * best.plain:
+                self._probe_steps = PROBE_STEPS
+            else:
+                self._probe_steps = min(2 * self._probe_steps, SLOWEST_PROBE_STEPS)
+            self._next_probe = self._step + self._probe_steps
+        price = best.speed if self._drafting else best.plain
+        return DraftPlan(depth, probes, self._step, prefill_tokens, None, price, cost, factors)
+
+    def forecast(self, num_decoding: int, prefill_tokens: int, cost: StepCost) -> Forecast:
+        """The best depth and number of nodes for a load, by the remembered drafts."""
+        rows = num_decoding + prefill_tokens
+        plain = num_decoding / float(cost.plain_step(num_decoding, prefill_tokens))
+        best = Forecast(0, 0.0, 0.0, plain)
+        levels: list[float] = []
+        for depth, (nodes, gains) in enumerate(self._expected(), 1):
+            if depth > 1:
+                levels.append(num_decoding * self.frontier)
+            tokens = num_decoding * (1.0 + gains)
+            committed = num_decoding * (1.0 + float(gains[-1]))
+            seconds = cost.step(rows + num_decoding * nodes, levels, committed)
+            speeds = tokens / seconds
+            i = int(np.argmax(speeds))
+            if speeds[i] > best.speed:
+                best = Forecast(depth, float(nodes[i]), float(speeds[i]), plain)
+        return best
+
+    def _expected(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Per depth limit: nodes a request, rising, and the accepted tokens to expect of them."""
+        if not self._curves:
+            scores = torch.tensor([s for draft, _ in self._drafts for s in draft])
+            depths = torch.tensor([d for _, draft in self._drafts for d in draft])
+            model = self.survival
+            if factors := self.factors():
+                model = model.with_factors(torch.tensor(factors))
+            found = model.probability(scores, depths).double().numpy()
+            levels = depths.numpy()
+            order = np.argsort(-found, kind="stable")
+            count = len(self._drafts)
+            for depth in range(1, self.max_depth + 1):
+                gains = np.cumsum(found[order][levels[order] <= depth]) / count
+                nodes = np.arange(1, len(gains) + 1) / count
+                # A few points of the curve are enough, and cheaper to price.
+                step = max(1, len(gains) // 64)
+                self._curves.append((nodes[step - 1 :: step], gains[step - 1 :: step]))
+        return self._curves

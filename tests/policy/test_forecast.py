@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Whether to draft, and how deep, as the load changes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from echo_vllm.calibration.survival import SurvivalModel
+from echo_vllm.cost import CostCurve, StepCost
+from echo_vllm.policy.forecast import ENOUGH, MARGIN, Forecaster
+
+
+def forecaster(accept: float, online: bool = False) -> Forecaster:
+    """Trees of depth 4 whose best child has probability `accept`, the next one a third of it."""
+    found = Forecaster(
+        survival=SurvivalModel.default(4), max_nodes=8, max_depth=4, frontier=2, online=online
+    )
+    draw = random.Random(1)
+    for _ in range(64):
+        sure = min(0.99, max(0.01, draw.gauss(accept, 0.1)))
+        scores, depths = [], []
+        for depth in range(1, 5):
+            for score in (sure**depth, sure**depth / 3):
+                scores.append(math.log(score))
+                depths.append(depth)
+        found.observe_draft(scores, depths)
+    return found
+
+
+def cost(free: float, drafter: float = 0.02) -> StepCost:
+    """Free up to `free` rows; beyond, every row costs as much as it must."""
+    rows = np.array([1.0, free, 10 * free, 100 * free])
+    return StepCost(
+        verify=CostCurve.from_points(rows, np.maximum(rows / free, 1.0)),
+        draft_level=CostCurve((1.0, 1001.0), (drafter, 25 * drafter)),
+        catch_up=CostCurve((1.0, 1001.0), (drafter, 25 * drafter)),
+        other=0.05,
+    )
+
+
+def test_nothing_is_drafted_before_costs_are_known_and_little_before_drafts_are() -> None:
+    empty = Forecaster(
+        survival=SurvivalModel.default(3), max_nodes=8, max_depth=3, frontier=2, online=True
+    )
+    assert (empty.plan(4, 0, None).max_depth, empty.plan(4, 0, None).probes) == (0, 0)
+    plan = empty.plan(4, 0, cost(64))
+    assert plan.max_depth == 0
+    assert plan.probes > 0
+    for _ in range(ENOUGH):
+        empty.observe_draft([-0.1, -0.2, -0.3], [1, 2, 3])
+    assert empty.plan(1, 0, cost(64)).max_depth == 3
+
+
+def test_low_load_drafts_deep_and_high_load_not_at_all() -> None:
+    weak = forecaster(0.4)
+    assert (weak.plan(1, 0, cost(32)).max_depth or 0) >= 2
+    for _ in range(3):
+        plan = weak.plan(256, 0, cost(32))
+    assert plan.max_depth == 0
+    # And back, in the step in which the load falls.
+    assert (weak.plan(1, 0, cost(32)).max_depth or 0) >= 2
+
+
+def test_the_forecast_is_the_upper_envelope_and_has_no_cliff() -> None:
+    found = forecaster(0.7)
+    speeds = []
+    for requests in range(1, 200):
+        best = found.forecast(requests, 0, cost(32))
+        speeds.append(max(best.speed, best.plain))
+        assert speeds[-1] >= best.plain
+    ratios = np.array(speeds[1:]) / np.array(speeds[:-1])
+    # One request more never costs a visible part of the throughput.
+    assert ratios.min() > 0.99
+
+
+def test_the_decision_has_hysteresis() -> None:
+    """Where both ways are equally good, a small change of the load does not flip it each time."""
+    found = forecaster(0.4)
+    curve = cost(32)
+    decisions = []
+    for requests in [*range(1, 257), *range(256, 0, -1)]:
+        decisions.append((found.plan(requests, 0, curve).max_depth or 0) > 0)
+    flips = sum(a != b for a, b in itertools.pairwise(decisions))
+    assert flips == 2
+    up = decisions.index(False) + 1
+    down = 257 - (decisions[256:].index(True) + 1)
+    # It gives up later than it resumes: between the two the margin decides.
+    assert down <= up
+    best = found.forecast(up, 0, curve)
+    assert best.speed <= (1 - MARGIN) * best.plain or best.depth == 0
+
+
+def test_probes_become_rare_while_nothing_is_drafted() -> None:
+    found = forecaster(0.05)
+    probed = [step for step in range(2000) if found.plan(400, 0, cost(16, drafter=0.2)).probes]
+    gaps = np.diff(probed)
+    assert gaps[0] <= 64
+    assert gaps[-1] == 256
+    assert len(probed) < 20
+
+
+def test_observed_acceptance_changes_the_decision() -> None:
+    found = forecaster(0.6, online=True)
+    requests = next(
+        r
+        for r in range(1, 400)
+        if 1.0 < (b := found.forecast(r, 0, cost(32))).speed / b.plain < 1.3
+    )
+    assert (found.plan(requests, 0, cost(32)).max_depth or 0) > 0
+    for _ in range(400):
+        # Sixteen nodes at depth 1, each said to be accepted with 0.6: almost none is.
+        found.observe_acceptance([[math.log(0.6)] * 16], [0] * 16)
+    assert found.factors()[0] == pytest.approx(0.25, abs=0.02)
+    best = found.forecast(requests, 0, cost(32))
+    assert best.speed < best.plain or best.depth != 1
+
+
+def test_prefill_is_part_of_the_load() -> None:
+    found = forecaster(0.7)
+    alone, crowded = (found.forecast(8, prefill, cost(64)) for prefill in (0, 2000))
+    assert crowded.plain < alone.plain
+    assert crowded.speed < alone.speed
