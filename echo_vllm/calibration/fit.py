@@ -8,6 +8,7 @@ Offline only; needs scikit-learn. `fit` is the whole of it, the other functions 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,9 @@ from echo_vllm.calibration.gates import (
 from echo_vllm.calibration.profile import MAX_KNOTS, DepthProfile, DrafterProfile
 from echo_vllm.calibration.samples import Samples
 
-NUM_BINS = 15
-"""Bins of a calibration error, with equally many nodes where predictions differ."""
+NUM_BINS = 10
+"""Bins of a calibration error with equally many nodes, cut further into as many with equally many
+predicted acceptances."""
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -84,7 +86,7 @@ def fit(
     prompts: str,
     delta: float = DELTA,
     min_samples: int = MIN_SAMPLES,
-    costs: GateCosts | None = None,
+    costs: Sequence[GateCosts] = (),
     created: str | None = None,
 ) -> Calibration:
     """Make a profile.
@@ -97,7 +99,8 @@ def fit(
         target, drafter, dtype, prompts: for the profile, see there.
         delta: AUC above which a depth may become a gate.
         min_samples: trees of both outcomes that a gate depth needs.
-        costs: what deeper drafting takes; None for Youden's J.
+        costs: what deeper drafting takes, for one or more numbers of nodes a level, of which the
+            fastest one counts; none for Youden's J.
         created: ISO date; today by default.
     """
     depths = range(1, samples.max_depth + 1)
@@ -184,16 +187,23 @@ def survival_knots(logprobs: Floats, accepted: Bools) -> tuple[Floats, Floats]:
 
 
 def reliability(predicted: Floats, accepted: Bools, bins: int = NUM_BINS) -> Reliability:
-    """Compare predictions with outcomes in bins with equally many nodes.
+    """Compare predictions with outcomes, bin by bin.
 
-    Equal predictions stay in one bin, so there may be fewer bins. Bins of equal width would put
-    nearly all nodes of a tree into the lowest one.
+    Most nodes of a tree have next to no chance and a few carry most of the expected tokens. So the
+    edges of the bins split the nodes, and also the sum of the predictions, into equal parts; bins
+    of equal width would put nearly all nodes into the lowest one. Equal predictions stay in one
+    bin, so there may be fewer bins.
 
     Args:
         predicted: [n], at least one.
         accepted: [n].
+        bins: parts of either kind.
     """
-    edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1]))
+    parts = np.linspace(0, 1, bins + 1)[1:-1]
+    ordered = np.sort(predicted)
+    sums = np.cumsum(ordered)
+    by_sum = ordered[np.searchsorted(sums, parts * sums[-1])]
+    edges = np.union1d(np.quantile(ordered, parts), by_sum)
     index = np.searchsorted(edges, predicted, side="right")
     count = np.bincount(index)
     filled = count > 0
@@ -218,19 +228,21 @@ def _held_out(logprobs: Floats, accepted: Bools, test: Bools) -> HeldOut:
 
 
 def _thresholds(
-    samples: Samples, gates: list[int], costs: GateCosts | None
+    samples: Samples, gates: Sequence[int], costs: Sequence[GateCosts]
 ) -> tuple[dict[int, float], str]:
-    if costs is None:
+    if not costs:
         taus = youden_thresholds(samples, gates)
         objective = "Youden's J of c for a node of the depth being accepted (no costs were given)"
     else:
-        taus, rate = fastest_thresholds(samples, gates, costs)
+        tried = [fastest_thresholds(samples, gates, each) for each in costs]
+        best = max(tried, key=lambda thresholds: thresholds.achieved)
+        taus, load = best.taus, best.costs
         objective = (
-            f"tokens a second at {costs.requests} requests with {costs.nodes_per_level} verified "
-            f"nodes a level: a gate passes where the tokens accepted deeper outweigh the seconds "
-            f"spent deeper ({costs.level_s * 1e3:.3g} ms a level and request) at "
-            f"{rate:.4g} tokens a second and request; plain decoding makes "
-            f"{1 / costs.plain_s:.4g}"
+            f"tokens a second at {load.requests} requests with {load.nodes_per_level} verified "
+            "nodes a level: a gate passes where the tokens accepted deeper outweigh the time "
+            f"spent deeper ({load.level_s * 1e3:.3g} ms a level and request) at {best.price:.4g} "
+            "tokens a second and request; plain decoding makes "
+            f"{1 / load.plain_s:.4g}, these gates {best.achieved:.4g}"
         )
     # A gate that lets everything pass is none.
     return {depth: tau for depth, tau in taus.items() if tau > 0}, objective

@@ -175,33 +175,42 @@ def youden_thresholds(samples: Samples, gates: Sequence[int]) -> dict[int, float
     return taus
 
 
-def fastest_thresholds(
-    samples: Samples, gates: Sequence[int], costs: GateCosts
-) -> tuple[dict[int, float], float]:
+@dataclass(frozen=True)
+class Thresholds:
+    """Gates with the price that they were set at.
+
+    Attributes:
+        taus: threshold on c by depth, shallowest first.
+        price: what a second is worth, in tokens a second and request.
+        achieved: tokens a second and request with these gates.
+        costs: what deeper drafting was taken to cost.
+    """
+
+    taus: dict[int, float]
+    price: float
+    achieved: float
+    costs: GateCosts
+
+
+def fastest_thresholds(samples: Samples, gates: Sequence[int], costs: GateCosts) -> Thresholds:
     """The thresholds with which the samples would have been decoded fastest.
 
-    Passing the gate at d is worth E[tokens accepted deeper than d | c] - rate * seconds spent
-    deeper than d. The rate, tokens a second and request, is the price of time: that of plain
-    decoding at first, then what the thresholds achieve with the samples, until that stays the same
-    (Dinkelbach's method for the maximum of a ratio); never less than plain decoding, which is
-    always possible. At a given rate the deepest gate comes first: what it lets pass is known when
-    the gate above it is set. Only the best `nodes_per_level` nodes of each depth count as
-    accepted, as only these are paid for.
-
-    Returns:
-        (threshold by depth, tokens a second and request)
+    Passing the gate at d is worth E[tokens accepted deeper than d | c] - price * seconds spent
+    deeper than d. The price of a second is what plain decoding makes of it at first, then what the
+    thresholds achieve with the samples, until that stays the same (Dinkelbach's method for the
+    maximum of a ratio); never less than plain decoding, which is always possible. At a given price
+    the deepest gate comes first: what it lets pass is known when the gate above it is set. Only the
+    best `nodes_per_level` nodes of each depth count as accepted, as only these are paid for.
     """
     reach = _reach(samples, costs.nodes_per_level)
-    plain = 1.0 / costs.plain_s
-    rate = plain
-    taus: dict[int, float] = {}
+    plain = price = 1.0 / costs.plain_s
     for _ in range(50):
-        taus = _thresholds_at(rate, samples, gates, reach, costs.level_s)
-        achieved = max(plain, _rate(taus, samples, reach, costs))
-        if np.isclose(achieved, rate, rtol=1e-9, atol=0.0):
+        taus = _thresholds_at(price, samples, gates, reach, costs.level_s)
+        achieved = _rate(taus, samples, reach, costs)
+        if np.isclose(max(plain, achieved), price, rtol=1e-9, atol=0.0):
             break
-        rate = achieved
-    return taus, rate
+        price = max(plain, achieved)
+    return Thresholds(taus, price, achieved, costs)
 
 
 def truncation_depths(samples: Samples, taus: Mapping[int, float]) -> NDArray[np.int64]:
@@ -221,7 +230,7 @@ def _reach(samples: Samples, nodes_per_level: int) -> NDArray[np.int64]:
 
 
 def _thresholds_at(
-    rate: float,
+    price: float,
     samples: Samples,
     gates: Sequence[int],
     reach: NDArray[np.int64],
@@ -232,7 +241,7 @@ def _thresholds_at(
     following = samples.max_depth
     for depth in sorted(gates, reverse=True):
         tokens = np.clip(reach, depth, following) - depth
-        value = tokens - rate * level_s * (following - depth) + deeper
+        value = tokens - price * level_s * (following - depth) + deeper
         confidence = samples.confidence[:, depth - 1]
         taus[depth] = best_threshold(confidence, value)
         deeper = np.where(confidence > taus[depth], value, 0.0)

@@ -99,9 +99,9 @@ def test_gates_weigh_tokens_against_time(level_s: float, wanted: list[int]) -> N
     """A level brings at most one token, which takes 0.05 s without drafting."""
     samples = two_kinds()
     costs = GateCosts(1, plain_s=0.05, base_s=0.06, level_s=level_s, nodes_per_level=1)
-    taus, rate = fastest_thresholds(samples, [1], costs)
-    assert truncation_depths(samples, taus).tolist() == wanted
-    assert rate >= 1 / costs.plain_s
+    found = fastest_thresholds(samples, [1], costs)
+    assert truncation_depths(samples, found.taus).tolist() == wanted
+    assert found.price == max(1 / costs.plain_s, found.achieved)
 
 
 def test_youden_weighs_both_outcomes_alike() -> None:
@@ -138,16 +138,20 @@ def test_a_single_gate_is_the_fastest_possible(calibration: Calibration, level_s
     samples = calibration.samples
     costs = GateCosts(4, plain_s=0.1, base_s=0.11, level_s=level_s, nodes_per_level=2)
     for depth in (1, 2):
-        taus, rate = fastest_thresholds(samples, [depth], costs)
-        assert rate == pytest.approx(max(10.0, rate_of(samples, taus, costs, 2)))
+        found = fastest_thresholds(samples, [depth], costs)
+        assert found.achieved == pytest.approx(rate_of(samples, found.taus, costs, 2))
         for tau in np.linspace(0, 1, 21):
-            assert rate_of(samples, {depth: float(tau)}, costs, 2) <= rate + 1e-9
+            rate = rate_of(samples, {depth: float(tau)}, costs, 2)
+            # Where nothing beats plain decoding, the gates keep the loss against it small.
+            assert rate <= max(found.achieved, found.price) + 1e-9
 
 
 def test_more_gates_do_not_slow_down(calibration: Calibration) -> None:
     samples = calibration.samples
     costs = GateCosts(4, plain_s=0.1, base_s=0.1, level_s=0.02, nodes_per_level=3)
-    none, one, two = (fastest_thresholds(samples, gates, costs)[1] for gates in ([], [1], [1, 3]))
+    none, one, two = (
+        fastest_thresholds(samples, gates, costs).achieved for gates in ([], [1], [1, 3])
+    )
     assert none < one
     assert two > 0.999 * one
 
@@ -156,7 +160,7 @@ def test_dearer_levels_raise_the_thresholds(calibration: Calibration) -> None:
     taus = []
     for level_s in (0.001, 0.01, 0.03, 0.3):
         costs = GateCosts(4, plain_s=0.1, base_s=0.1, level_s=level_s, nodes_per_level=3)
-        taus.append(fastest_thresholds(calibration.samples, [1], costs)[0][1])
+        taus.append(fastest_thresholds(calibration.samples, [1], costs).taus[1])
     assert taus == sorted(taus)
     assert taus[0] < taus[-2]
     assert taus[-1] == 1.0  # A level that takes three plain steps never pays.
