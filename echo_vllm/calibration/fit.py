@@ -240,8 +240,8 @@ def _thresholds(
         objective = (
             f"tokens a second at {load.requests} requests with {load.nodes_per_level} verified "
             "nodes a level: a gate passes where the tokens accepted deeper outweigh the time "
-            f"spent deeper ({load.level_s * 1e3:.3g} ms a level and request) at {best.price:.4g} "
-            "tokens a second and request; plain decoding makes "
+            f"spent deeper ({load.level_s * 1e3:.3g} ms a level, a request's share of the batch), "
+            f"at {best.price:.4g} tokens a second; plain decoding makes "
             f"{1 / load.plain_s:.4g}, these gates {best.achieved:.4g}"
         )
     # A gate that lets everything pass is none.

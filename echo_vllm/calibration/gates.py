@@ -41,9 +41,12 @@ MAX_GATES = 3
 class GateCosts:
     """What it takes to draft deeper, for one request of a batch at a reference load.
 
+    All times are a request's share of the batch's time: seconds of a step divided by `requests`.
+    Tokens of one request per such second are the batch's tokens a second.
+
     Attributes:
         requests: decoding requests of that batch.
-        plain_s: seconds of a plain decoding step, divided by `requests`.
+        plain_s: of a plain decoding step.
         base_s: the same for a step with trees of depth 1.
         level_s: what each further level adds: its drafter forward and its nodes' verification.
         nodes_per_level: nodes of a level that are verified.
@@ -181,8 +184,8 @@ class Thresholds:
 
     Attributes:
         taus: threshold on c by depth, shallowest first.
-        price: what a second is worth, in tokens a second and request.
-        achieved: tokens a second and request with these gates.
+        price: what a second is worth, in tokens a second of the batch.
+        achieved: tokens a second of the batch with these gates.
         costs: what deeper drafting was taken to cost.
     """
 

@@ -116,7 +116,7 @@ def test_youden_weighs_both_outcomes_alike() -> None:
 
 
 def rate_of(samples: Samples, taus: dict[int, float], costs: GateCosts, width: int) -> float:
-    """Tokens a second and request, tree by tree."""
+    """Tokens a second of the batch, tree by tree."""
     tokens = seconds = 0.0
     for tree in range(samples.num_trees):
         depth = 1

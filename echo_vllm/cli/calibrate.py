@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`echo-vllm calibrate`: makes a drafter's profile from warm-up prompts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K
+
+if TYPE_CHECKING:
+    from echo_vllm.calibration.fit import Calibration
+    from echo_vllm.cost import StepCost
+    from echo_vllm.engine.recording import Recording
+    from echo_vllm.trace.format import TraceHeader
+
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _wrong(sentence: str) -> NoReturn:
+    """Arguments that make no sense: one line, status 2."""
+    _err.print(Text(f"error: {sentence}"))
+    raise typer.Exit(2)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Target: a folder or a name.", show_default=False)],
+    drafter: Annotated[
+        str, typer.Option(help="EAGLE-3 head: a folder or a name.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a JSON file.")],
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON lines with 'prompt' or 'turns'; may be given several times."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="An HTML file with the plots.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A recorded trace, instead of running the engine.")
+    ] = None,
+    save_trace: Annotated[
+        Path | None, typer.Option(help="Keep the recorded trace (.jsonl or .jsonl.gz).")
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measured step cost that the thresholds weigh tokens against, a JSON file of the "
+            "cost cache.",
+            show_default="what was measured here for the same models and dtype",
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to run.", show_default="all")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for a prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0,
+    max_depth: Annotated[int, typer.Option(min=1, max=MAX_DEPTH, help="Levels of a tree.")] = 6,
+    top_k: Annotated[int, typer.Option(min=1, max=MAX_TOP_K, help="Children of a node.")] = 4,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests at once, and the load that tau is set for.")
+    ] = 8,
+    delta: Annotated[
+        float, typer.Option(min=0, max=1, help="AUC above which a depth may become a gate.")
+    ] = 0.65,
+    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "auto",
+    max_model_len: Annotated[int, typer.Option(min=16, help="As in vLLM.")] = 2048,
+) -> None:
+    """Measure how far a drafter can be trusted: gates, thresholds, survival curves."""
+    for path in (output, report, save_trace):
+        if path is not None and not path.absolute().parent.is_dir():
+            _wrong(f"{path} cannot be written: make the folder {path.parent} first")
+    cost = None if costs is None else _read_costs(costs)
+    if trace is None and not prompts:
+        _wrong("--prompts is missing; give a JSON-lines file, or a recorded trace with --trace")
+    if trace is not None and (prompts or save_trace is not None):
+        _wrong("--trace takes the place of a run; leave out --prompts and --save-trace")
+    with tempfile.TemporaryDirectory(prefix="echo-calibrate-") as folder:
+        what = None
+        if trace is None:
+            assert prompts
+            lines = _read_prompts(prompts)[:num_prompts]
+            trace = Path(folder) / "trace.jsonl.gz"
+            recording = _recording(
+                model,
+                drafter,
+                trace,
+                max_depth=max_depth,
+                top_k=top_k,
+                max_tokens=tokens,
+                concurrency=concurrency,
+                temperature=temperature,
+                dtype=dtype,
+                max_model_len=max_model_len,
+            )
+            count = _record(recording, lines)
+            if save_trace is not None:
+                _keep(trace, save_trace)
+            what = (
+                f"{', '.join(path.name for path in prompts)}: {count} prompts, up to {tokens} "
+                f"tokens each, temperature {temperature:g}"
+            )
+        calibration, cost = _fit(trace, model, drafter, what, cost, concurrency, delta)
+    _write(calibration, output, report, cost)
+
+
+def _read_prompts(paths: list[Path]) -> list[str]:
+    """The first turn of each conversation."""
+    from echo_vllm.bench.prompts import read_conversations
+
+    try:
+        return [turns[0] for turns in read_conversations(paths)]
+    except OSError as error:
+        _wrong(f"--prompts {error.filename} cannot be read ({error.strerror})")
+    except ValueError as error:
+        _wrong(str(error))
+
+
+def _read_costs(path: Path) -> StepCost:
+    from echo_vllm.cost import CostError, StepCost
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _wrong(f"--costs {path} cannot be read ({error}); give a file of the cost cache")
+    try:
+        return StepCost.from_dict(data.get("cost", data))
+    except (CostError, AttributeError) as error:
+        _wrong(f"--costs {path} is not a step cost: {error}")
+
+
+def _known_costs(header: TraceHeader) -> StepCost | None:
+    """The newest measurement in the cost cache for the trace's models and dtype."""
+    from echo_vllm.cost import CostCache, CostError, StepCost
+
+    folder = CostCache().folder
+    newest: tuple[float, Path, StepCost] | None = None
+    for path in folder.glob("*.json"):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            key = data["key"]
+            fits = (
+                Path(key["target"]).name == Path(header.model).name
+                and Path(key["drafter"]).name == Path(header.drafter).name
+                and header.dtype in key["dtype"]
+            )
+            found = (path.stat().st_mtime, path, StepCost.from_dict(data["cost"]))
+        except (OSError, ValueError, KeyError, TypeError, CostError):
+            continue
+        if fits and (newest is None or found[:2] > newest[:2]):
+            newest = found
+    if newest is None:
+        _err.print(
+            Text(
+                "note: no step cost was measured for these models and this dtype; thresholds weigh "
+                "no time (an engine with policy auto measures it when it starts)"
+            )
+        )
+        return None
+    _err.print(Text(f"note: step cost from {newest[1]}"))
+    return newest[2]
+
+
+def _recording(
+    model: str, drafter: str, trace: Path, *, max_depth: int, top_k: int, **options: Any
+) -> Recording:
+    """A run that verifies the whole pool, or the best MAX_NODES of it."""
+    from echo_vllm.engine.recording import Recording
+
+    pool = top_k + (max_depth - 1) * top_k**2
+    if pool > MAX_NODES:
+        _err.print(
+            Text(
+                f"note: the drafter makes {pool} candidates a tree; the best {MAX_NODES} of them "
+                "are verified"
+            )
+        )
+    speculation = {
+        "method": "echo",
+        "model": str(Path(drafter).resolve()) if Path(drafter).exists() else drafter,
+        "num_speculative_tokens": min(MAX_NODES, pool),
+        "echo": {
+            "policy": "topn",
+            "max_depth": max_depth,
+            "top_k": top_k,
+            "trace": str(trace),
+        },
+    }
+    return Recording(model=model, speculation=speculation, **options)
+
+
+def _record(recording: Recording, prompts: list[str]) -> int:
+    """Run the engine; returns how many prompts it answered."""
+    from echo_vllm.bench.prompts import Tokenizer
+    from echo_vllm.engine.recording import record
+
+    try:
+        tokenizer = Tokenizer(recording.model)
+    except (ValueError, OSError) as error:
+        _wrong(f"MODEL has no tokenizer that can be loaded: {_last_line(error)}")
+    room = recording.max_model_len - recording.max_tokens
+    encoded = [ids for ids in (tokenizer.encode([p]) for p in prompts) if len(ids) <= room]
+    if not encoded:
+        _wrong(
+            f"no prompt leaves room for {recording.max_tokens} tokens in --max-model-len "
+            f"{recording.max_model_len}; raise it, or lower --tokens"
+        )
+    if len(encoded) < len(prompts):
+        _err.print(Text(f"note: {len(prompts) - len(encoded)} prompts are too long"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err) as progress:
+        task = progress.add_task("starting the engine", total=len(encoded))
+        try:
+            record(
+                recording,
+                encoded,
+                lambda: progress.update(task, advance=1, description="recording"),
+            )
+        except (ValueError, OSError) as error:
+            progress.stop()
+            _wrong(f"the engine cannot record: {_last_line(error)}")
+    return len(encoded)
+
+
+def _last_line(error: BaseException) -> str:
+    """vLLM's validation errors put their reason there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _keep(recorded: Path, wanted: Path) -> None:
+    """Copy the trace, compressed or not as its new name says."""
+    try:
+        if wanted.name.endswith(".gz"):
+            shutil.copyfile(recorded, wanted)
+        else:
+            with gzip.open(recorded) as source, wanted.open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except OSError as error:
+        _wrong(f"--save-trace {wanted} cannot be written ({error.strerror or error})")
+
+
+def _fit(
+    trace: Path,
+    model: str,
+    drafter: str,
+    prompts: str | None,
+    cost: StepCost | None,
+    concurrency: int,
+    delta: float,
+) -> tuple[Calibration, StepCost | None]:
+    """Returns the calibration, and the step cost that its thresholds weigh."""
+    from echo_vllm.calibration.fit import fit
+    from echo_vllm.calibration.gates import GateCosts
+    from echo_vllm.calibration.samples import collect
+    from echo_vllm.trace.format import TraceError, read_trace
+
+    try:
+        header, steps = read_trace(trace)
+        _check_names(header, model, drafter)
+        with _err.status("reading the trace"):
+            samples = collect(steps, header.num_speculative_tokens)
+    except TraceError as error:
+        _wrong(str(error))
+    except ValueError as error:
+        _wrong(f"{trace}: {error}")
+    if samples.skipped > samples.num_trees:
+        _err.print(
+            Text(
+                f"warning: {samples.skipped} of {samples.skipped + samples.num_trees} trees were "
+                "cut before they were verified and do not count"
+            )
+        )
+    if samples.partial and header.num_speculative_tokens < MAX_NODES:
+        _err.print(
+            Text(
+                f"warning: {samples.partial} trees had more candidates than the "
+                f"{header.num_speculative_tokens} that were verified; the profile holds for trees "
+                "of that size"
+            )
+        )
+    cost = cost or _known_costs(header)
+    top_k = int(header.echo.get("top_k", 1))
+    loads = []
+    if cost is not None:
+        loads = [
+            GateCosts.at_load(
+                cost,
+                requests=concurrency,
+                frontier=top_k,
+                nodes_per_level=nodes,
+                max_depth=samples.max_depth,
+            )
+            for nodes in range(1, top_k + 1)
+        ]
+    with _err.status("fitting"):
+        calibration = fit(
+            samples,
+            target=header.model,
+            drafter=header.drafter,
+            dtype=header.dtype,
+            prompts=prompts or f"{trace.name}, recorded on {header.created}",
+            delta=delta,
+            costs=loads,
+        )
+    return calibration, cost
+
+
+def _check_names(header: TraceHeader, model: str, drafter: str) -> None:
+    for option, given, recorded in (
+        ("MODEL", model, header.model),
+        ("--drafter", drafter, header.drafter),
+    ):
+        if Path(given).name != Path(recorded).name:
+            _wrong(
+                f"{option} is {Path(given).name}, but the trace was recorded with "
+                f"{Path(recorded).name}; give the one that fits the other"
+            )
+
+
+def _write(
+    calibration: Calibration, output: Path, report: Path | None, cost: StepCost | None
+) -> None:
+    from echo_vllm.calibration.report import rows_of, write_report
+    from echo_vllm.cost import fit_hinge
+
+    written = [output]
+    try:
+        calibration.profile.save(output)
+        if report is not None:
+            with _err.status("drawing"):
+                write_report(
+                    report,
+                    calibration,
+                    cost_points=None
+                    if cost is None
+                    else list(zip(*cost.verify.to_points(), strict=True)),
+                    hinge=None if cost is None else fit_hinge(cost.verify),
+                )
+            written.append(report)
+    except OSError as error:
+        _wrong(f"{error.filename or output} cannot be written ({error.strerror or error})")
+    header, rows = rows_of(calibration)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    out = Console(highlight=False)
+    out.print(table)
+    out.print(Text(f"Gates maximise {calibration.profile.objective}."))
+    out.print(Text(f"Wrote {' and '.join(map(str, written))}."), soft_wrap=True)
