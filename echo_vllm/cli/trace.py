@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`echo-vllm trace`: records what policies could have known, and replays any policy over it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from echo_vllm.calibration import DrafterProfile
+    from echo_vllm.cost import StepCost
+    from echo_vllm.trace.recorded import RecordedDrafter
+    from echo_vllm.trace.replay import Contender, ReplayResult
+
+trace_app = typer.Typer(
+    help="Record what a policy could have known in each step, and replay any policy over it.",
+    no_args_is_help=True,
+)
+PUBLISHED_PREFIX = "published:"
+FULL = {"policy": "topn", "max_depth": 6, "top_k": 4}
+"""The default recording: with as many nodes as candidates, the fate of each is known."""
+
+FULL_NODES = 4 + 5 * 16
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+TraceFile = Annotated[Path, typer.Argument(help="A recorded trace.", show_default=False)]
+
+
+def _wrong(sentence: str) -> NoReturn:
+    """Arguments that make no sense: one line, status 2."""
+    _err.print(Text(f"error: {sentence}"))
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    from echo_vllm.config import EchoConfigError
+    from echo_vllm.cost import CostError
+    from echo_vllm.trace import TraceError
+
+    try:
+        yield
+    except (EchoConfigError, TraceError, CostError) as error:
+        _wrong(str(error))
+
+
+# --- record --------------------------------------------------------------------------------
+
+
+@trace_app.command()
+def record(
+    model: Annotated[str, typer.Argument(help="Target: a folder or a name.", show_default=False)],
+    drafter: Annotated[
+        str, typer.Option(help="EAGLE-3 head: a folder or a name.", show_default=False)
+    ],
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            help="JSON lines with 'prompt' or 'turns' (the first turn is asked); may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The trace; .gz compresses it.")
+    ] = Path("trace.jsonl.gz"),
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A speculative config, to record a policy at work. Without it all candidates of "
+            "depth 6 and width 4 are verified, which replays need.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to ask.", show_default="all")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for a prompt.")] = 128,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "bfloat16",
+    max_model_len: Annotated[int, typer.Option(min=16, help="As in vLLM.")] = 2048,
+) -> None:
+    """Record a trace with the real engine."""
+    from echo_vllm.bench.prompts import Tokenizer, read_conversations
+    from echo_vllm.engine.recording import Recording
+    from echo_vllm.engine.recording import record as run
+
+    speculation = _speculation(drafter, output, config)
+    try:
+        conversations = read_conversations(prompts)[:limit]
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        _wrong(str(error))
+    tokenizer = Tokenizer(model)
+    asked = [tokenizer.encode(turns[:1]) for turns in conversations]
+    asked = [ids for ids in asked if len(ids) + tokens <= max_model_len]
+    if not asked:
+        _wrong(
+            f"--max-model-len must hold a prompt and {tokens} tokens of answer, got "
+            f"{max_model_len}, which holds no prompt of the files; raise it, or lower --tokens."
+        )
+    recording = Recording(
+        model, speculation, tokens, concurrency, temperature, dtype, max_model_len
+    )
+    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err) as progress:
+        task = progress.add_task("recording", total=len(asked))
+        generated = run(recording, asked, lambda: progress.advance(task))
+    _out.print(Text(f"{len(asked)} prompts, {generated} tokens: {output}"))
+    show(output)
+
+
+def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, Any]:
+    """The speculative config of a recording."""
+    if config is None:
+        given: dict[str, Any] = {"num_speculative_tokens": FULL_NODES, "echo": FULL}
+    else:
+        try:
+            given = json.loads(config.read_text(encoding="utf-8"))
+            nodes, section = given["num_speculative_tokens"], given.get("echo", {})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _wrong(
+                f"--config must be a JSON file with a speculative config of method echo, got "
+                f"{str(config)!r} ({type(error).__name__}: {error}); see examples/."
+            )
+        from echo_vllm.config import EchoConfig
+
+        with _errors_shown():
+            EchoConfig.from_section(section, num_speculative_tokens=nodes)
+    path = str(output.resolve())
+    head = str(Path(drafter).resolve()) if Path(drafter).exists() else drafter
+    return {
+        **given,
+        "method": "echo",
+        "model": head,
+        "echo": {**given.get("echo", {}), "trace": path},
+    }
+
+
+# --- show ----------------------------------------------------------------------------------
+
+
+@trace_app.command()
+def show(trace: TraceFile) -> None:
+    """Say what a trace holds."""
+    from echo_vllm.trace import read_trace
+    from echo_vllm.trace.replay import summary
+
+    with _errors_shown():
+        found = summary(*read_trace(trace, whole=False))
+    by_depth = ", ".join(f"{share:.0%}" for share in found["accepted_by_depth"])
+    for line in (
+        f"{found['model']} with {found['drafter']}, {found['dtype']}, {found['created']}",
+        f"policy {found['policy']}, num_speculative_tokens {found['num_speculative_tokens']}",
+        f"{found['steps']} steps, {found['trees']} trees ({found['concurrency']:.1f} a step), "
+        f"{found['fully_verified']:.0%} of them fully verified",
+        f"{found['candidates']:.1f} candidates in up to {found['levels']} levels, "
+        f"{found['nodes']:.1f} verified nodes and {found['accepted']:.2f} accepted a tree",
+        f"accepted by depth: {by_depth}",
+        f"median times of a step: target {found['verify_ms']:.1f} ms, drafter "
+        f"{found['draft_ms']:.1f} ms",
+    ):
+        _out.print(Text(line))
+
+
+# --- replay --------------------------------------------------------------------------------
+
+
+@trace_app.command()
+def replay(
+    trace: TraceFile,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, NAME:N, NAME:N:{more fields as JSON}, or a JSON file with a speculative "
+            "config; may be given several times.",
+            show_default="the usual ones",
+        ),
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,8,32,256,512",
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="published:eagle3-h100, published:echo-8xh100, or a JSON file with a step cost."
+        ),
+    ] = "published:eagle3-h100",
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The drafter's profile, for echo and auto.", show_default=False),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Decide the recorded steps again and compare with the recording."
+        ),
+    ] = False,
+    prefill: Annotated[int, typer.Option(min=0, help="Prompt tokens in every step.")] = 0,
+    request_steps: Annotated[
+        int, typer.Option(min=1, help="Request-steps to draw for each figure.")
+    ] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="All figures as JSON.", show_default=False)
+    ] = None,
+) -> None:
+    """Replay policies over a trace, at any load and under any step cost."""
+    from echo_vllm.calibration import DrafterProfile
+    from echo_vllm.trace import read_trace
+    from echo_vllm.trace.recorded import RecordedDrafter
+    from echo_vllm.trace.replay import Contender, fully_verified
+    from echo_vllm.trace.replay import replay as run
+
+    with _errors_shown():
+        known = None if profile is None else DrafterProfile.load(profile)
+    if exact:
+        _replay_exact(trace, known)
+        return
+    loads = _loads(concurrency)
+    with _errors_shown():
+        step_cost, notes = _cost(cost)
+        chosen = [Contender.parse(text, known) for text in policy or ()]
+        header, steps = read_trace(trace, whole=False)
+        drafter = RecordedDrafter(fully_verified(steps))
+        for contender in chosen:
+            if contender.policy is not None:
+                drafter.check(contender.policy)
+        notes = [
+            f"{drafter.num_samples} request-steps of {header.model} with {header.drafter}, drawn "
+            f"with seed {seed} as if they were exchangeable",
+            *notes,
+        ]
+        for note in notes:
+            _out.print(Text(note))
+        results: dict[int, list[ReplayResult]] = {}
+        for load in loads:
+
+            def at_load(contender: Contender, load: int = load) -> ReplayResult:
+                return run(
+                    drafter,
+                    contender,
+                    load,
+                    step_cost,
+                    prefill_tokens=prefill,
+                    request_steps=request_steps,
+                    seed=seed,
+                )
+
+            results[load] = (
+                [at_load(contender) for contender in chosen]
+                if chosen
+                else _usual(drafter, known, at_load)
+            )
+            _out.print(_table(load, results[load]))
+    if output is not None:
+        figures = [result.to_dict() for load in loads for result in results[load]]
+        content = {
+            "trace": trace.name,
+            "cost": cost,
+            "notes": notes,
+            "prefill_tokens": prefill,
+            "seed": seed,
+            "results": figures,
+        }
+        try:
+            output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            _wrong(f"--output {output} cannot be written ({error.strerror}); choose another file.")
+
+
+def _loads(text: str) -> list[int]:
+    loads = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(loads) < 1:
+        _wrong(f"--concurrency must be numbers from 1 on, with commas, got {text!r}; such as 1,8.")
+    return list(dict.fromkeys(loads))
+
+
+def _cost(text: str) -> tuple[StepCost, list[str]]:
+    """The step cost and what is to be said about it."""
+    from echo_vllm.cost import StepCost
+    from echo_vllm.trace.published import PUBLISHED
+
+    if text.startswith(PUBLISHED_PREFIX):
+        name = text.removeprefix(PUBLISHED_PREFIX)
+        if name not in PUBLISHED:
+            _wrong(
+                f"--cost must name one of {', '.join(PUBLISHED_PREFIX + n for n in PUBLISHED)}, "
+                f"or a file, got {text!r}."
+            )
+        found = PUBLISHED[name]()
+        return found.cost, [
+            *(f"published: {source}" for source in found.sources),
+            *(f"assumed: {assumption}" for assumption in found.assumptions),
+        ]
+    try:
+        data = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _wrong(f"--cost {text} cannot be read as JSON ({error}); give a file with a step cost.")
+    # A file of the engine's cache has the cost under a key of its own.
+    if isinstance(data, dict) and "cost" in data:
+        data = data["cost"]
+    return StepCost.from_dict(data), [f"step cost: {Path(text).name}"]
+
+
+def _usual(
+    drafter: RecordedDrafter,
+    profile: DrafterProfile | None,
+    at_load: Callable[[Contender], ReplayResult],
+) -> list[ReplayResult]:
+    """Plain, the best chain, echo and auto, and trees of equal size with their budgets."""
+    from echo_vllm.trace.replay import PLAIN, Contender, best_chain
+
+    shape = {"max_depth": drafter.max_depth, "top_k": min(4, drafter.num_ranks)}
+    elastic = {**shape, "width": drafter.num_ranks}
+    results = [at_load(Contender(PLAIN, None)), best_chain(at_load, drafter.max_depth)]
+    for name in ("echo", "auto"):
+        section = {**elastic, "policy": name}
+        result = at_load(Contender.of(f"{name}:16", section, 16, profile))
+        # As many nodes in all, as far as whole nodes a request allow it.
+        nodes = round(result.nodes / result.concurrency)
+        if nodes:
+            equal = {**shape, "policy": "topn", "max_depth": min(nodes, drafter.max_depth)}
+            label = f"topn:{nodes} (as {name})"
+            results.append(at_load(Contender.of(label, equal, nodes)))
+        results.append(result)
+    return results
+
+
+def _table(load: int, results: list[ReplayResult]) -> Table:
+    table = Table(title=f"{load} requests", title_justify="left")
+    table.add_column("policy")
+    for name in (
+        "tokens/s", "+-", "vs first", "tokens", "nodes", "drafter rows", "levels", "step ms",
+        "drafting", "starved", "unknown",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    first = results[0].tokens_per_second
+    for r in results:
+        table.add_row(
+            r.policy,
+            f"{r.tokens_per_second:,.0f}",
+            f"{r.error:.1%}",
+            f"{r.tokens_per_second / first:.3f}",
+            f"{r.tokens:.2f}",
+            f"{r.nodes:.1f}",
+            f"{r.drafter_rows:.1f}",
+            f"{r.drafter_levels:.1f}",
+            f"{1e3 * r.seconds:.2f}",
+            f"{r.drafting:.0%}",
+            f"{r.starved:.0%}",
+            f"{r.unknown:.1%}",
+        )
+    return table
+
+
+def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
+    from echo_vllm.trace import read_trace
+    from echo_vllm.trace.replay import recorded_policy, replay_exact
+
+    with _errors_shown():
+        header, steps = read_trace(trace, whole=False)
+        report = replay_exact(header, steps, recorded_policy(header, profile))
+    _out.print(
+        Text(
+            f"{report.steps} steps decided again, {report.incomplete} incomplete; trees: "
+            f"{report.equal} equal, {report.cut} cut by the engine, {report.different} different"
+        )
+    )
+    if not report.agrees:
+        _err.print(
+            Text(
+                f"error: {report.first}; give the profile that the engine had with --profile, and "
+                "the version that recorded the trace."
+            )
+        )
+        raise typer.Exit(1)
+    if not report.steps:
+        _wrong(f"{trace} has no complete step to decide again; record it with one request at once.")
