@@ -322,10 +322,11 @@ def _usual(
 
     shape = {"max_depth": drafter.max_depth, "top_k": min(4, drafter.num_ranks)}
     elastic = {**shape, "width": drafter.num_ranks}
+    size = min(16, drafter.num_candidates)
     results = [at_load(Contender(PLAIN, None)), best_chain(at_load, drafter.max_depth)]
     for name in ("echo", "auto"):
         section = {**elastic, "policy": name}
-        result = at_load(Contender.of(f"{name}:16", section, 16, profile))
+        result = at_load(Contender.of(f"{name}:{size}", section, size, profile))
         # As many nodes in all, as far as whole nodes a request allow it.
         nodes = round(result.nodes / result.concurrency)
         if nodes:

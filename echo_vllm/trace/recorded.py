@@ -60,6 +60,7 @@ class RecordedDrafter:
         num_samples: N.
         max_depth: levels of the deepest recorded tree.
         num_ranks: children of an expanded node, at most.
+        num_candidates: candidates of the largest tree.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class RecordedDrafter:
             for request in requests
         ]
         self.num_ranks = 1 + max(int(own.max()) for own in own_ranks if len(own))
-        most = max(request.num_candidates for request in requests)
-        size = (self.num_samples, most + _SHIFT)
+        self.num_candidates = max(request.num_candidates for request in requests)
+        size = (self.num_samples, self.num_candidates + _SHIFT)
         self._children = np.full((*size, self.num_ranks), STAND_IN, dtype=np.int32)
         self._scores = np.full(size, -np.inf, dtype=np.float32)
         # Padded with STAND_IN; one column more than levels, so that every path has a pad.
