@@ -31,7 +31,13 @@ DEMO_TARGET = ROOT / "models" / "smollm2-135m-instruct"
 DEMO_HEAD = ROOT / "models" / "smollm2-135m-eagle3"
 
 # Before anything imports vLLM or torch. setdefault, so that a developer can override each.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # Measured costs stay in the checkout.
+    "ECHO_VLLM_CACHE": str(ROOT / ".build" / "cache"),
+}
 IN_PROCESS_ENGINE = {
     # The engine core lives in the test's process, where a test can look at it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

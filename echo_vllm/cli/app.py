@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from echo_vllm import VLLM_VERSION, __version__
+from echo_vllm.cli.bench import bench
+from echo_vllm.cli.calibrate import calibrate
 from echo_vllm.cli.doctor import doctor
 from echo_vllm.cli.patch import patch_app
+from echo_vllm.cli.trace import trace_app
 
 app = typer.Typer(
     help=f"ECHO: tree speculation for vLLM {VLLM_VERSION}.",
@@ -20,6 +23,9 @@ app = typer.Typer(
 )
 app.add_typer(patch_app, name="patch")
 app.command()(doctor)
+app.command()(calibrate)
+app.add_typer(trace_app, name="trace")
+app.command()(bench)
 
 
 def _show_version(wanted: bool) -> None:

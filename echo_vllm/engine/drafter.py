@@ -172,8 +172,7 @@ class EchoProposer(EagleProposer):
             else:
                 # A copy, so that the features of the whole batch need not stay in memory.
                 tokens = DrafterInput(tokens.start, tokens.token_ids, tokens.features.clone())
-                blocks = cad.block_table_tensor[i].tolist()
-                self.backlog.put(req_id, tokens, blocks, block_size)
+                self.backlog.put(req_id, tokens, cad.block_table_tensor[i], block_size)
         groups: list[list[int]] = []
         size = 0
         for i, tokens in enumerate(inputs):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
@@ -54,7 +55,7 @@ def measured_cost(runner: Any) -> StepCost:
         max_rows=max_rows,
     )
     cache = CostCache()
-    cost = cache.load(key)
+    cost = _of_first_rank(lambda: cache.load(key))
     if cost is None:
         logger.info("Measuring what forwards cost (at most about %.0f s)...", BUDGET_S)
         begin = perf_counter()
@@ -119,6 +120,15 @@ def feature_size(runner: Any) -> int:
     return int(runner.model_config.get_hidden_size())
 
 
+def _of_first_rank(decide: Callable[[], Any]) -> Any:
+    """What the first tensor-parallel rank decides. The forwards of all ranks meet in collectives,
+    so all must run the same ones, and clocks and files may differ."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return decide()
+    return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)
+
+
 def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) -> CostCurve:
     """Medians of a few runs of each size, small sizes first, until the time is up."""
     begin = perf_counter()
@@ -130,11 +140,14 @@ def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) ->
             start = perf_counter()
             forward(rows)
             times.append(perf_counter() - start)
-            if len(times) >= 2 and perf_counter() - begin > budget_s:
+            if len(times) >= 2 and _of_first_rank(lambda: perf_counter() - begin > budget_s):
                 break
         counts.append(rows)
         seconds.append(median(times))
         # The next size takes about twice as long, three times over.
-        if len(counts) > 2 and perf_counter() - begin + 6 * seconds[-1] > budget_s:
+        need = 6 * seconds[-1]
+        if len(counts) > 2 and _of_first_rank(
+            lambda need=need: perf_counter() - begin + need > budget_s
+        ):
             break
     return CostCurve.from_points(counts, seconds)

@@ -32,6 +32,10 @@ POLICIES: dict[str, tuple[int, dict[str, Any]]] = {
     "static-15": (15, {"policy": "static", "tree": STATIC_TREE}),
     "topn-16": (16, {"policy": "topn", "max_depth": 6, "top_k": 4}),
     "topn-64": (64, {"policy": "topn", "max_depth": 8, "top_k": 6}),
+    "echo-16": (16, {"policy": "echo", "k_max": 40, "gates": {"1": 0.2, "2": 0.1, "4": 0.05}}),
+    "echo-64": (64, {"policy": "echo", "max_depth": 8, "top_k": 6, "gates": {"1": 0.3}}),
+    # A forward that costs the same whatever its size: everything pays.
+    "auto-16": (16, {"policy": "auto", "k_max": 512, "gamma": 0.0}),
 }
 
 
@@ -63,8 +67,8 @@ def check_forests(llm: Any, num_nodes: int) -> None:
     drafter = runner(llm).drafter
     select = drafter.policy.select
 
-    def checked(pool: Any) -> Any:
-        forest = select(pool)
+    def checked(pool: Any, batch: Any) -> Any:
+        forest = select(pool, batch)
         forest.validate(max_nodes=num_nodes, max_depth=drafter.policy.max_depth)
         return forest
 

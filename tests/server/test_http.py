@@ -461,8 +461,8 @@ def test_streams_given_up_half_way_leave_nothing_behind(
     before = settled()
     assert Counter(asyncio.run(send_all())) == {"given up": 20, "whole": 40}
     counted = settled() - before
-    aborted = counted.by_label("request_success_total", "finished_reason").get("abort", 0)
-    assert aborted == 20
+    # vLLM counts no aborted request. Had the streams run on, each would have made 400 tokens.
+    assert counted.total("generation_tokens_total") < 40 * 24 + 20 * 250
     assert served.is_healthy()
 
 

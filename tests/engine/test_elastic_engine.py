@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Budgets, skipped drafting and traces in the real engine, on a tiny model in FP32."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_vllm.policy import DraftPlan
+from echo_vllm.trace.format import read_trace
+from tests.engine.conftest import TinyModel
+from tests.engine.engines import counters, echo, generate, runner
+from tests.engine.test_exactness import check_forests, greedy, tiny_engine, tiny_prompts
+
+AUTO = {"policy": "auto", "max_depth": 4, "top_k": 3}
+PATTERN = [(None, 0)] * 4 + [(0, 0)] * 7 + [(0, 2)] * 2 + [(2, 1)] * 3 + [(0, 0)] * 60
+"""(max_depth, probes) of consecutive steps: all draft, none drafts, some do."""
+
+
+def scheduler(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def dictate(llm: Any, plans: Iterator[tuple[int | None, int]]) -> None:
+    """Let `plans` decide in place of the forecast."""
+    turn = itertools.count()
+
+    def plan(num_decoding: int, prefill_tokens: int, cost: Any) -> DraftPlan:
+        depth, probes = next(plans)
+        return DraftPlan(depth, probes, next(turn), prefill_tokens)
+
+    scheduler(llm)._forecaster.plan = plan
+
+
+def record_drafts(llm: Any) -> dict[tuple[str, int], list[int]]:
+    """Filled while the engine runs: (request, its tokens so far) -> the tree's tokens."""
+    found: dict[tuple[str, int], list[int]] = {}
+    model_runner = runner(llm)
+    propose = model_runner.propose_draft_token_ids
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        drafts = propose(*args, **kwargs)
+        for req_id, tokens in zip(model_runner.input_batch.req_ids, drafts, strict=True):
+            if tokens:
+                # The random part of the id differs between engines.
+                request = model_runner.requests[req_id]
+                found[req_id.split("-")[0], request.num_tokens] = tokens
+        return drafts
+
+    model_runner.propose_draft_token_ids = recording
+    return found
+
+
+@pytest.mark.full
+def test_drafts_after_a_pause_are_those_without_one(tiny: TinyModel) -> None:
+    """The drafter's cache is made whole before it drafts again, and no token changes."""
+    prompts = tiny_prompts(24)
+    spec = echo(tiny.head, 12, **AUTO)
+    with tiny_engine(tiny, None) as llm:
+        wanted = generate(llm, prompts, greedy())
+    with tiny_engine(tiny, spec, enable_prefix_caching=False) as llm:
+        dictate(llm, itertools.repeat((None, 0)))
+        always = record_drafts(llm)
+        assert generate(llm, prompts, greedy()) == wanted
+    with tiny_engine(tiny, spec, enable_prefix_caching=False) as llm:
+        # Trees of less than full depth would differ for that reason alone.
+        dictate(llm, itertools.cycle([plan for plan in PATTERN if plan != (2, 1)]))
+        check_forests(llm, 12)
+        paused = record_drafts(llm)
+        assert generate(llm, prompts, greedy()) == wanted
+    common = always.keys() & paused.keys()
+    assert len(common) > 100
+    assert len(paused) < 0.6 * len(always)
+    different = [key for key in common if always[key] != paused[key]]
+    assert len(different) <= 0.01 * len(common), different[:5]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_gpu_blocks_override": 14, "block_size": 32},
+        {"max_num_batched_tokens": 24, "max_num_seqs": 8},
+        {"block_size": 32},
+    ],
+    ids=["preemption", "chunked-prefill-of-24", "prefix-cache"],
+)
+def test_pausing_is_exact_under_server_conditions(tiny: TinyModel, options: dict[str, Any]) -> None:
+    prompts = tiny_prompts(32)
+    with tiny_engine(tiny, None) as llm:
+        wanted = generate(llm, prompts, greedy())
+    with tiny_engine(tiny, echo(tiny.head, 12, **AUTO), **options) as llm:
+        dictate(llm, itertools.cycle(PATTERN))
+        check_forests(llm, 12)
+        for _ in range(2):  # The second time prompts and answers come from the prefix cache.
+            assert generate(llm, prompts, greedy()) == wanted
+        assert counters(llm)["spec_decode_num_drafts"] > 100
+
+
+@pytest.mark.full
+def test_a_block_without_drafter_keys_is_never_drafted_from(tiny: TinyModel) -> None:
+    """Answers decoded without drafts enter the prefix cache; who hits them runs without drafts."""
+    first = tiny_prompts(4)
+    with tiny_engine(tiny, echo(tiny.head, 12, **AUTO), block_size=32) as llm:
+        dictate(llm, itertools.repeat((0, 0)))
+        answers = generate(llm, first, greedy(100))
+        generate(llm, [{"prompt_token_ids": [4, 4]}], greedy(2))  # The worker hears of the end.
+        assert runner(llm).drafter.backlog.num_stale_blocks > 0
+        drafts = record_drafts(llm)
+        dictate(llm, itertools.repeat((None, 0)))
+        longer = [
+            {"prompt_token_ids": p["prompt_token_ids"] + a}
+            for p, a in zip(first, answers, strict=True)
+        ]
+        generate(llm, longer, greedy(20))
+        assert not drafts
+        fresh = [{"prompt_token_ids": [3, 5, 7] + p["prompt_token_ids"]} for p in first]
+        generate(llm, fresh, greedy(20))
+        assert drafts
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("k_max", [5, 24, 100])
+def test_the_batch_never_verifies_more_than_k_max(tiny: TinyModel, k_max: int) -> None:
+    """In every step, also where a step cannot schedule every request."""
+    spec = echo(tiny.head, 16, policy="echo", k_max=k_max, gates={"1": 0.1})
+    seen = []
+    with tiny_engine(tiny, spec, max_num_batched_tokens=40, max_num_seqs=16) as llm:
+        schedule = scheduler(llm).schedule
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            seen.append(sum(map(len, output.scheduled_spec_decode_tokens.values())))
+            return output
+
+        scheduler(llm).schedule = counting
+        generate(llm, tiny_prompts(32), greedy(64))
+    assert 0 < max(seen) <= k_max
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"policy": "topn", "max_depth": 3, "top_k": 3},
+        {"policy": "echo", "max_depth": 4, "top_k": 3, "k_max": 40, "gates": {"1": 0.3}},
+        {"policy": "auto", "max_depth": 4, "top_k": 3, "k_max": 64, "gamma": 0.0},
+    ],
+    ids=lambda section: section["policy"],
+)
+def test_a_trace_holds_what_was_drafted_and_accepted(
+    tiny: TinyModel, section: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.jsonl.gz"
+    num_nodes = 21 if section["policy"] == "topn" else 12
+    spec = echo(tiny.head, num_nodes, **section, trace=str(path))
+    with tiny_engine(tiny, spec) as llm:
+        generate(llm, tiny_prompts(20), greedy(40))
+        found = counters(llm)
+        runner(llm).recorder.close()
+    header, steps = read_trace(path)
+    assert header.echo["policy"] == section["policy"]
+    accepted = trees = nodes = 0
+    for step in steps:
+        assert step.verify_s > 0
+        assert step.draft_s > 0
+        assert step.plan is not None
+        assert step.plan["batch"]["num_requests"] >= len(step.requests)
+        for request in step.requests:
+            request.validate()
+            trees += bool(request.selected)
+            nodes += len(request.selected)
+            accepted += len(request.accepted)
+            if section["policy"] == "topn":
+                assert request.is_fully_verified or len(request.selected) < 21
+    assert trees == found["spec_decode_num_drafts"]
+    assert nodes == found["spec_decode_num_draft_tokens"]
+    assert accepted == found["spec_decode_num_accepted_tokens"]
