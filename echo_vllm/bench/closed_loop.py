@@ -71,6 +71,7 @@ class Run:
         full_steps: how many such steps `stages` covers.
         drafts: trees or chains that were verified.
         preemptions: requests that lost their cache for want of room; figures are doubtful then.
+        starved: drafts that got no node because others paid better, once a request and step.
         draft_seconds, verify_seconds: as the configuration counts them itself, if it does.
         latency: as clients saw it.
         outputs: token ids by prompt, if the job keeps them.
@@ -87,6 +88,7 @@ class Run:
     full_steps: int = 0
     drafts: int = 0
     preemptions: int = 0
+    starved: int = 0
     draft_seconds: float | None = None
     verify_seconds: float | None = None
     latency: Latency | None = None
@@ -101,6 +103,7 @@ class Counters:
         ("verified", "vllm:spec_decode_num_draft_tokens"),
         ("accepted", "vllm:spec_decode_num_accepted_tokens"),
         ("preemptions", "vllm:num_preemptions"),
+        ("starved", "vllm:echo_starved_requests"),
         ("draft_seconds", "vllm:echo_draft_seconds"),
         ("verify_seconds", "vllm:echo_verify_seconds"),
     )
@@ -118,7 +121,7 @@ class Counters:
         """Fields of a `Run`; times stay None where the engine does not count them."""
         counts = {name: value - before.values.get(name, 0.0) for name, value in self.values.items()}
         times = {name: counts.get(name) for name in ("draft_seconds", "verify_seconds")}
-        whole = ("drafts", "verified", "accepted", "preemptions")
+        whole = ("drafts", "verified", "accepted", "preemptions", "starved")
         return times | {name: round(counts.get(name, 0)) for name in whole}
 
 

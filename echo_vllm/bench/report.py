@@ -169,6 +169,7 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
     "draft %": lambda run: _share(run.draft_seconds, run),
     "verify %": lambda run: _share(run.verify_seconds, run),
     "cores used": lambda run: run.cpu_seconds / run.seconds,
+    "starved": lambda run: float(run.starved),
     "preemptions": lambda run: float(run.preemptions),
 }
 """Figures of one run by the heading of their column."""

@@ -14,7 +14,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
@@ -139,7 +138,10 @@ class Sweep:
         """
         plan = self.plan
         tokenizer = Tokenizer(self.options.model)
-        first_turns = self._short_enough([tokenizer.encode(c[:1]) for c in self.conversations])
+        # No more than the rounds can use: answering all first turns may take longer than they do.
+        most = plan.rounds * max(map(plan.requests, plan.concurrencies))
+        conversations = self.conversations[:most]
+        first_turns = self._short_enough([tokenizer.encode(c[:1]) for c in conversations])
         missing = plan.missing(done)
         progress = _progress(console or Console(stderr=True))
         total = sum(plan.weight(row[0]) * len(names) for row, names in missing.items())
@@ -156,7 +158,7 @@ class Sweep:
                 say=lambda text: progress.update(task, description=text),
             )
             with fleet:
-                prompts = self._all_turns(fleet, tokenizer, first_turns) if missing else []
+                prompts = self._all_turns(fleet, tokenizer, conversations) if missing else []
                 for group, cells in plan.runs(missing, self.keep_alive):
                     fleet.prepare(group)
                     for name, concurrency, temperature, number in cells:
@@ -178,11 +180,14 @@ class Sweep:
         return fleet.failures
 
     def _short_enough(self, prompts: list[list[int]]) -> list[list[int]]:
-        longest = self.options.max_model_len - self.plan.max_tokens
-        kept = [ids for ids in prompts if len(ids) <= longest]
+        kept = [ids for ids in prompts if len(ids) <= self._longest]
         if not kept:
-            raise ValueError(f"no prompt has at most {longest} tokens, which is what fits")
+            raise ValueError(f"no prompt has at most {self._longest} tokens, which is what fits")
         return kept
+
+    @property
+    def _longest(self) -> int:
+        return self.options.max_model_len - self.plan.max_tokens
 
     def _warm_up(self, prompts: list[list[int]]) -> list[Job]:
         plan = self.plan
@@ -192,28 +197,25 @@ class Sweep:
         return [Job(window(prompts, 0, c), c, WARM_UP_TOKENS, t) for c, t in each]
 
     def _all_turns(
-        self, fleet: Fleet, tokenizer: Tokenizer, first_turns: list[list[int]]
+        self, fleet: Fleet, tokenizer: Tokenizer, conversations: Sequence[Sequence[str]]
     ) -> list[list[int]]:
         """First turns, and second turns after plain decoding's own greedy answer to the first.
 
         The answers are generated once, so that every configuration continues the same text.
         """
-        longest = self.options.max_model_len - self.plan.max_tokens
-        two = [
-            list(c[:2])
-            for c in self.conversations
-            if len(c) > 1 and len(tokenizer.encode(c[:1])) <= longest
-        ]
-        if not two:
-            return first_turns
+        firsts = [tokenizer.encode(c[:1]) for c in conversations]
         answers: dict[str, str] = {}
         if self.frozen and self.frozen.is_file():
             answers = json.loads(self.frozen.read_text())
-        left = [turns[0] for turns in two if turns[0] not in answers]
+        left = {
+            turns[0]: ids
+            for ids, turns in zip(firsts, conversations, strict=True)
+            if len(turns) > 1 and turns[0] not in answers and len(ids) <= self._longest
+        }
         if left:
             fleet.prepare([PLAIN.name])
             job = Job(
-                [tokenizer.encode([turn]) for turn in left],
+                list(left.values()),
                 max(self.plan.concurrencies),
                 self.plan.max_tokens,
                 ignore_eos=False,
@@ -225,9 +227,12 @@ class Sweep:
             answers |= dict(zip(left, map(tokenizer.decode, run.outputs), strict=True))
             if self.frozen:
                 self.frozen.write_text(json.dumps(answers, indent=1) + "\n")
-        second = [tokenizer.encode([turns[0], answers[turns[0]], turns[1]]) for turns in two]
-        both = [ids for turns in zip_longest(first_turns, second) for ids in turns if ids]
-        return self._short_enough(both)
+        prompts = []
+        for first_turn, turns in zip(firsts, conversations, strict=True):
+            prompts.append(first_turn)
+            if len(turns) > 1 and turns[0] in answers:
+                prompts.append(tokenizer.encode([turns[0], answers[turns[0]], turns[1]]))
+        return self._short_enough(prompts)
 
 
 def _progress(console: Console) -> Progress:

@@ -31,7 +31,8 @@ QUICK: dict[str, Any] = {
     "concurrency": "1,8,32",
     "engine": "in-process",
     "rounds": 3,
-    "tokens": 32,
+    "tokens": 24,
+    "requests_per_client": 1,
 }
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -122,7 +123,7 @@ def bench(
         temperatures=temperatures,
         rounds=given["rounds"],
         max_tokens=given["tokens"],
-        requests_per_client=requests_per_client,
+        requests_per_client=given["requests_per_client"],
         ignore_eos=not until_eos,
     )
     options = EngineOptions(
