@@ -30,7 +30,7 @@ PRIOR = 4.0
 REACH = 3.0
 """Octaves outside of what was observed in which a correction fades to its half."""
 
-REFRESH = 16
+REFRESH = 48
 """Observations of a curve after which it is worked out again, at the latest."""
 
 

@@ -11,6 +11,7 @@ result is cached on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -129,6 +130,10 @@ def _of_first_rank(decide: Callable[[], Any]) -> Any:
     return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)
 
 
+def _is_over(until: float) -> bool:
+    return perf_counter() > until
+
+
 def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) -> CostCurve:
     """Medians of a few runs of each size, small sizes first, until the time is up."""
     begin = perf_counter()
@@ -140,14 +145,12 @@ def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) ->
             start = perf_counter()
             forward(rows)
             times.append(perf_counter() - start)
-            if len(times) >= 2 and _of_first_rank(lambda: perf_counter() - begin > budget_s):
+            if len(times) >= 2 and _of_first_rank(partial(_is_over, begin + budget_s)):
                 break
         counts.append(rows)
         seconds.append(median(times))
         # The next size takes about twice as long, three times over.
-        need = 6 * seconds[-1]
-        if len(counts) > 2 and _of_first_rank(
-            lambda need=need: perf_counter() - begin + need > budget_s
-        ):
+        until = begin + budget_s - 6 * seconds[-1]
+        if len(counts) > 2 and _of_first_rank(partial(_is_over, until)):
             break
     return CostCurve.from_points(counts, seconds)

@@ -44,8 +44,9 @@ class EchoScheduler(Scheduler):
         self._step_stats: StepStats | None = None
         spec = self.vllm_config.speculative_config
         self._echo: EchoConfig = spec.echo
+        # Of steps with trees and without: the same number of rows takes longer with trees.
         self._cost: OnlineCost | None = None
-        self._fixed_cost: StepCost | None = None
+        self._plain_cost: OnlineCost | None = None
         self._max_rows: float | None = None
         self._forecaster: Forecaster | None = None
         profile = find_profile(spec.echo, spec.model)
@@ -89,7 +90,11 @@ class EchoScheduler(Scheduler):
         num_decoding, prefill_tokens = self._next_load(output)
         if self._forecaster is None:
             return DraftPlan(prefill_tokens=prefill_tokens, max_rows=self._max_rows)
-        return self._forecaster.plan(num_decoding, prefill_tokens, self._current_cost())
+        if self._cost is None or self._plain_cost is None:
+            return self._forecaster.plan(num_decoding, prefill_tokens, None)
+        return self._forecaster.plan(
+            num_decoding, prefill_tokens, self._cost.current(), self._plain_cost.current()
+        )
 
     def _next_load(self, output: Any) -> tuple[int, int]:
         """Requests that the next step will decode, and prompt tokens that it will prefill."""
@@ -109,11 +114,6 @@ class EchoScheduler(Scheduler):
         room = max(0, self.scheduler_config.max_num_batched_tokens - decoding)
         return decoding, min(prefill, room)
 
-    def _current_cost(self) -> StepCost | None:
-        if self._cost is None:
-            return None
-        return self._cost.current() if self._echo.online else self._fixed_cost
-
     # ---- After the step ----
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -126,12 +126,15 @@ class EchoScheduler(Scheduler):
         if stats.cost is not None:
             self._set_cost(StepCost.from_dict(stats.cost))
             stats.cost = None
-        if self._cost is not None:
-            self._cost.observe_verify(stats.rows, stats.verify_s)
+        elif self._cost is not None and self._plain_cost is not None and self._echo.online:
+            (self._cost if stats.nodes else self._plain_cost).observe_verify(
+                stats.rows, stats.verify_s
+            )
             if stats.committed:
                 self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)
             if stats.idle_s < LONGEST_GAP_S:
                 self._cost.observe_other(stats.idle_s)
+                self._plain_cost.observe_other(stats.idle_s)
         if self._forecaster is not None:
             for scores, depths in stats.samples:
                 self._forecaster.observe_draft(scores, depths)
@@ -144,7 +147,7 @@ class EchoScheduler(Scheduler):
         if self._echo.gamma is not None and self._echo.k_max is not None:
             hinge = Hinge(float(self._echo.k_max), self._echo.gamma, float(cost.verify(1)))
             cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
-        self._cost, self._fixed_cost = OnlineCost(cost), cost
+        self._cost, self._plain_cost = OnlineCost(cost), OnlineCost(cost)
         self._max_rows = fit_hinge(cost.verify).k_max
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

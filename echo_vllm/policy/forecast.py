@@ -42,6 +42,13 @@ SLOWEST_PROBE_STEPS = 256
 
 PROBES = 2
 
+PLAIN_STEPS = 64
+"""Steps between single steps of plain decoding while others draft: what plain decoding costs now
+is the other half of every comparison."""
+
+REUSE = 4
+"""Steps for which the expected tokens are not worked out anew."""
+
 NEARLY = 0.97
 """Below this share of plain decoding's speed, drafting is far from paying."""
 
@@ -87,17 +94,18 @@ class Forecaster:
         self.max_depth = max_depth
         self.frontier = frontier
         self.online = OnlineSurvival(max_depth) if online else None
-        self._drafts: deque[tuple[list[float], list[int]]] = deque(maxlen=MEMORY)
+        self._drafts: deque[tuple[NDArray[np.float32], NDArray[np.int64]]] = deque(maxlen=MEMORY)
         self._drafting = True
         self._step = 0
         self._next_probe = 0
         self._probe_steps = PROBE_STEPS
+        self._next_plain = PLAIN_STEPS
         self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        self._curves_until = 0
 
     def observe_draft(self, scores: list[float], depths: list[int]) -> None:
         """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
-        self._drafts.append((scores, depths))
-        self._curves = []
+        self._drafts.append((np.array(scores, np.float32), np.array(depths, np.int64)))
 
     def observe_acceptance(self, depth_scores: list[list[float]], accepted: list[int]) -> None:
         """Learn from a verification.
@@ -117,19 +125,26 @@ class Forecaster:
         )
         found = [sum(a >= d for a in accepted) for d in range(1, len(depth_scores) + 1)]
         self.online.update(expected.tolist(), found)
-        self._curves = []
 
     def factors(self) -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
         return () if self.online is None else tuple(self.online.factors())
 
-    def plan(self, num_decoding: int, prefill_tokens: int, cost: StepCost | None) -> DraftPlan:
+    def plan(
+        self,
+        num_decoding: int,
+        prefill_tokens: int,
+        cost: StepCost | None,
+        plain_cost: StepCost | None = None,
+    ) -> DraftPlan:
         """The plan of the next drafting.
 
         Args:
             num_decoding: requests that will decode in the next step.
             prefill_tokens: prompt tokens expected in it.
-            cost: predicted times, None before they are known.
+            cost: predicted times of steps with trees, None before they are known.
+            plain_cost: the same for steps without, if it is known apart: the same number of rows
+                takes longer where some of them are trees.
         """
         self._step += 1
         factors = self.factors()
@@ -138,11 +153,14 @@ class Forecaster:
             return DraftPlan(0, 0, self._step, prefill_tokens, None, 0.0, cost, factors)
         if len(self._drafts) < ENOUGH:
             return DraftPlan(0, 2 * PROBES, self._step, prefill_tokens, None, 0.0, cost, factors)
-        best = self.forecast(num_decoding, prefill_tokens, cost)
+        best = self.forecast(num_decoding, prefill_tokens, cost, plain_cost)
         margin = 1 - MARGIN if self._drafting else 1 + MARGIN
         self._drafting = best.depth > 0 and best.speed > margin * best.plain
         depth = best.depth if self._drafting else 0
         probes = 0
+        if depth and self._step >= self._next_plain:
+            self._next_plain = self._step + PLAIN_STEPS
+            return DraftPlan(0, 0, self._step, prefill_tokens, None, best.plain, cost, factors)
         if depth < self.max_depth and self._step >= self._next_probe:
             probes = PROBES
             if depth or best.speed > NEARLY * best.plain:
@@ -153,10 +171,17 @@ class Forecaster:
         price = best.speed if self._drafting else best.plain
         return DraftPlan(depth, probes, self._step, prefill_tokens, None, price, cost, factors)
 
-    def forecast(self, num_decoding: int, prefill_tokens: int, cost: StepCost) -> Forecast:
+    def forecast(
+        self,
+        num_decoding: int,
+        prefill_tokens: int,
+        cost: StepCost,
+        plain_cost: StepCost | None = None,
+    ) -> Forecast:
         """The best depth and number of nodes for a load, by the remembered drafts."""
         rows = num_decoding + prefill_tokens
-        plain = num_decoding / float(cost.plain_step(num_decoding, prefill_tokens))
+        seconds = float((plain_cost or cost).plain_step(num_decoding, prefill_tokens))
+        plain = num_decoding / seconds
         best = Forecast(0, 0.0, 0.0, plain)
         levels: list[float] = []
         for depth, (nodes, gains) in enumerate(self._expected(), 1):
@@ -164,8 +189,7 @@ class Forecaster:
                 levels.append(num_decoding * self.frontier)
             tokens = num_decoding * (1.0 + gains)
             committed = num_decoding * (1.0 + float(gains[-1]))
-            seconds = cost.step(rows + num_decoding * nodes, levels, committed)
-            speeds = tokens / seconds
+            speeds = tokens / cost.step(rows + num_decoding * nodes, levels, committed)
             i = int(np.argmax(speeds))
             if speeds[i] > best.speed:
                 best = Forecast(depth, float(nodes[i]), float(speeds[i]), plain)
@@ -173,20 +197,22 @@ class Forecaster:
 
     def _expected(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Per depth limit: nodes a request, rising, and the accepted tokens to expect of them."""
-        if not self._curves:
-            scores = torch.tensor([s for draft, _ in self._drafts for s in draft])
-            depths = torch.tensor([d for _, draft in self._drafts for d in draft])
+        if self._step >= self._curves_until:
+            self._curves_until = self._step + REUSE
+            self._curves = []
+            scores = np.concatenate([scores for scores, _ in self._drafts])
+            levels = np.concatenate([depths for _, depths in self._drafts])
             model = self.survival
             if factors := self.factors():
                 model = model.with_factors(torch.tensor(factors))
-            found = model.probability(scores, depths).double().numpy()
-            levels = depths.numpy()
-            order = np.argsort(-found, kind="stable")
+            found = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
+            order = np.argsort(-found.numpy(), kind="stable")
+            gains, levels = found.double().numpy()[order], levels[order]
             count = len(self._drafts)
             for depth in range(1, self.max_depth + 1):
-                gains = np.cumsum(found[order][levels[order] <= depth]) / count
-                nodes = np.arange(1, len(gains) + 1) / count
+                expected = np.cumsum(gains[levels <= depth]) / count
+                nodes = np.arange(1, len(expected) + 1) / count
                 # A few points of the curve are enough, and cheaper to price.
-                step = max(1, len(gains) // 64)
-                self._curves.append((nodes[step - 1 :: step], gains[step - 1 :: step]))
+                step = max(1, len(expected) // 64)
+                self._curves.append((nodes[step - 1 :: step], expected[step - 1 :: step]))
         return self._curves

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_vllm.cost import CostCurve, Hinge, OnlineCost, StepCost
+from echo_vllm.cost.online import REFRESH
 
 BASE = StepCost(
     verify=Hinge(k_max=40, gamma=0.02, base=0.01).to_curve(),
@@ -119,7 +120,7 @@ def test_the_current_cost_is_kept_between_observations() -> None:
     assert online.current() is first
     online.observe_verify(8, 1.0)
     assert online.current() is first, "one of many observations does not count"
-    for _ in range(16):
+    for _ in range(REFRESH):
         online.observe_verify(8, 1.0)
     assert online.current() is not first
 

@@ -30,7 +30,7 @@ def dictate(llm: Any, plans: Iterator[tuple[int | None, int]]) -> None:
     """Let `plans` decide in place of the forecast."""
     turn = itertools.count()
 
-    def plan(num_decoding: int, prefill_tokens: int, cost: Any) -> DraftPlan:
+    def plan(num_decoding: int, prefill_tokens: int, *costs: Any) -> DraftPlan:
         depth, probes = next(plans)
         return DraftPlan(depth, probes, next(turn), prefill_tokens)
 

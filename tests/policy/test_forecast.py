@@ -13,7 +13,7 @@ import pytest
 
 from echo_vllm.calibration.survival import SurvivalModel
 from echo_vllm.cost import CostCurve, StepCost
-from echo_vllm.policy.forecast import ENOUGH, MARGIN, Forecaster
+from echo_vllm.policy.forecast import ENOUGH, MARGIN, REUSE, Forecaster
 
 
 def forecaster(accept: float, online: bool = False) -> Forecaster:
@@ -117,6 +117,8 @@ def test_observed_acceptance_changes_the_decision() -> None:
         # Sixteen nodes at depth 1, each said to be accepted with 0.6: almost none is.
         found.observe_acceptance([[math.log(0.6)] * 16], [0] * 16)
     assert found.factors()[0] == pytest.approx(0.25, abs=0.02)
+    for _ in range(REUSE):
+        found.plan(requests, 0, cost(32))
     best = found.forecast(requests, 0, cost(32))
     assert best.speed < best.plain or best.depth != 1
 
