@@ -130,6 +130,8 @@ QUICK = [
     "static-15",
     "topn-8",
     "topn-16",
+    "echo",
+    "auto",
 ]
 """What `make bench-quick` compares."""
 
