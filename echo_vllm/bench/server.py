@@ -100,9 +100,10 @@ class ServerProcess:
         self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_S)
-        # The group outlives its leader when a worker hangs, so it is always signalled.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        # Workers outlive their leader when it is killed, and need not be in its process group.
+        for pid in _session(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
     def _has_ended(self) -> EngineError:
@@ -192,14 +193,20 @@ def server_environment(options: EngineOptions) -> dict[str, str]:
 
 def session_cpu_seconds(session: int) -> float:
     """CPU time so far of all processes of a session that live."""
-    ticks = 0
+    return sum(_session(session).values())
+
+
+def _session(session: int) -> dict[int, float]:
+    """Process ids of a session, and the CPU seconds of each so far."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # From the third field on: the second is a name in brackets, which may hold spaces.
             fields = path.read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+                ticks = int(fields[11]) + int(fields[12])
+                found[int(path.parent.name)] = ticks / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def _free_port() -> int:

@@ -132,11 +132,12 @@ def test_a_server_that_does_not_start_says_why(
 def test_stopping_a_server_ends_its_children_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # A leader that ends when asked, and a child that does not listen.
+    # A leader that ends when asked, and a child in a group of its own that does not listen.
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     pretend(
         monkeypatch,
-        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        "import subprocess, sys, time; "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], process_group=0); "
         "print(p.pid, flush=True); time.sleep(60)",
     )
     process = ServerProcess(PLAIN, OPTIONS, tmp_path / "log")
