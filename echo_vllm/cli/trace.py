@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,6 +33,8 @@ FULL = {"policy": "topn", "max_depth": 6, "top_k": 4}
 
 FULL_NODES = 4 + 5 * 16
 _out = Console(soft_wrap=True, highlight=False)
+# Figures are not to be cut where the output is a file, or a narrow terminal.
+_wide = Console(width=max(_out.width, 132), highlight=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 TraceFile = Annotated[Path, typer.Argument(help="A recorded trace.", show_default=False)]
 
@@ -90,6 +93,7 @@ def record(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "bfloat16",
     max_model_len: Annotated[int, typer.Option(min=16, help="As in vLLM.")] = 2048,
+    kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:
     """Record a trace with the real engine."""
     from echo_vllm.bench.prompts import Tokenizer, read_conversations
@@ -111,7 +115,14 @@ def record(
             f"{max_model_len}, which holds no prompt of the files; raise it, or lower --tokens."
         )
     recording = Recording(
-        model, speculation, tokens, concurrency, temperature, dtype, max_model_len
+        model=model,
+        speculation=speculation,
+        max_tokens=tokens,
+        concurrency=concurrency,
+        temperature=temperature,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_bytes=kv_cache_mib << 20,
     )
     columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_err) as progress:
@@ -261,7 +272,7 @@ def replay(
                 if chosen
                 else _usual(drafter, known, at_load)
             )
-            _out.print(_table(load, results[load]))
+            _wide.print(_table(load, results[load]))
     if output is not None:
         figures = [result.to_dict() for load in loads for result in results[load]]
         content = {
@@ -338,13 +349,13 @@ def _usual(
 
 
 def _table(load: int, results: list[ReplayResult]) -> Table:
-    table = Table(title=f"{load} requests", title_justify="left")
-    table.add_column("policy")
+    table = Table(title=f"{load} requests", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("policy", no_wrap=True)
     for name in (
         "tokens/s", "+-", "vs first", "tokens", "nodes", "drafter rows", "levels", "step ms",
         "drafting", "starved", "unknown",
     ):  # fmt: skip
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     first = results[0].tokens_per_second
     for r in results:
         table.add_row(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KV_CACHE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -23,6 +25,7 @@ class Recording:
         temperature: of sampling; seeds are the prompts' numbers.
         dtype: of the target, as in vLLM.
         max_model_len: tokens of a request, prompt and answer.
+        kv_cache_bytes: KV cache of the engine. vLLM's own default is most of the machine's memory.
     """
 
     model: str
@@ -32,6 +35,7 @@ class Recording:
     temperature: float
     dtype: str
     max_model_len: int
+    kv_cache_bytes: int = KV_CACHE_BYTES
 
 
 def record(
@@ -65,6 +69,7 @@ def record(
             max_num_seqs=recording.concurrency,
             # Room for whole trees beside a prompt: a tree that is cut is of less use.
             max_num_batched_tokens=max(2048, recording.concurrency * (1 + nodes) + 512),
+            kv_cache_memory_bytes=recording.kv_cache_bytes,
             enable_prefix_caching=False,
             enforce_eager=True,
             disable_log_stats=True,

@@ -197,7 +197,7 @@ def replay(
         concurrency: requests that decode in every step, >= 1.
         cost: what a step takes, also what the policy is told.
         prefill_tokens: prompt tokens in every target forward.
-        request_steps: as many steps as it takes for this many requests, at least 32.
+        request_steps: as many steps as it takes for this many requests, at least 128.
         warm_up: steps before these, in which policy `auto` learns what drafts are worth: at high
             load it looks at a few of them every 16 steps.
         seed: of the draws, which depend on it and on the load alone.
@@ -209,7 +209,7 @@ def replay(
         drafter.check(contender.policy)
     run = _Run(drafter, contender, concurrency, cost, prefill_tokens)
     rng = np.random.default_rng([seed, concurrency])
-    num_steps = max(32, math.ceil(request_steps / concurrency))
+    num_steps = max(128, math.ceil(request_steps / concurrency))
     steps = []
     for number in range(warm_up + num_steps):
         samples = rng.choice(
