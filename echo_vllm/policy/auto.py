@@ -68,15 +68,26 @@ class AutoPolicy:
     def probabilities(self, pool: CandidatePool, batch: DraftBatch) -> torch.Tensor:
         """[R, P] float32 in 0..1: how probably each candidate is accepted; never above its
         parent's, and 0 where there is no candidate."""
+        key = (id(self), batch.plan.factors)
+        found = torch.empty(pool.num_requests, 0)
+        if pool.memo is not None and pool.memo[0] == key:
+            found = pool.memo[1]
+        done = found.shape[1]
+        if done == pool.num_columns:
+            return found
         model = self.survival
         if batch.plan.factors:
             model = model.with_factors(torch.tensor(batch.plan.factors))
-        found = model.probability(pool.path_logprobs, pool.depths())
-        for depth in range(2, pool.num_levels + 1):
+        new = model.probability(pool.path_logprobs[:, done:], pool.depths()[done:])
+        found = torch.cat([found, new], dim=1)
+        for depth in range(1, pool.num_levels + 1):
             level = pool.level(depth)
+            if level.start < done or depth == 1:
+                continue
             parents = pool.parents[:, level]
             above = found.gather(1, parents.clamp(min=0)).masked_fill(parents == ROOT, 0.0)
             found[:, level] = torch.minimum(found[:, level], above)
+        pool.memo = (key, found)
         return found
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:

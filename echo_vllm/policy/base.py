@@ -129,6 +129,8 @@ class CandidatePool:
         level_starts: the first column of every level; the level of depth d has the columns
             level_starts[d - 1] up to the next start.
         active: [A] int64, the requests that the last level was drafted for.
+        memo: what a policy has worked out for the columns so far and may find again, with a key
+            that says what it depends on; the pool itself only ever grows.
     """
 
     token_ids: torch.Tensor
@@ -136,6 +138,7 @@ class CandidatePool:
     path_logprobs: torch.Tensor
     level_starts: list[int]
     active: torch.Tensor
+    memo: tuple[object, torch.Tensor] | None = None
 
     @classmethod
     def empty(cls, num_requests: int) -> CandidatePool:

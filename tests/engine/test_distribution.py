@@ -157,7 +157,7 @@ def sample(llm: Any, settings: list[Setting], each: int) -> list[list[tuple[int,
 def tree_engine(tiny: TinyModel, **section: Any) -> Any:
     return engine(
         tiny.target,
-        echo(tiny.head, 10, max_depth=3, top_k=3, **section),
+        echo(tiny.head, 10, **{"max_depth": 3, "top_k": 3, **section}),
         skip_tokenizer_init=True,
         max_model_len=64,
         max_num_seqs=256,
@@ -169,6 +169,27 @@ def test_samples_have_the_targets_distribution(tiny: TinyModel, target_logits: A
         (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES)
         found = counters(llm)
     assert found["spec_decode_num_accepted_tokens"] > 0.2 * NUM_SAMPLES, "nothing was at stake"
+    assert p_value(samples, SETTINGS["plain"], target_logits, tiny.shape.vocab) > LEAST_P
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        # The budget is short, so what a request gets depends on all others' drafts.
+        {"policy": "echo", "width": 5, "k_max": 500, "gates": {"1": 0.3}},
+        {"policy": "auto", "width": 5, "k_max": 300, "gamma": 0.001},
+    ],
+    ids=lambda section: section["policy"],
+)
+def test_samples_under_a_shared_budget_have_the_targets_distribution(
+    section: dict[str, Any], tiny: TinyModel, target_logits: Any
+) -> None:
+    with tree_engine(tiny, **section) as llm:
+        (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES)
+        found = counters(llm)
+    drafts, nodes = found["spec_decode_num_drafts"], found["spec_decode_num_draft_tokens"]
+    assert found["spec_decode_num_accepted_tokens"] > 0.05 * NUM_SAMPLES, "nothing was at stake"
+    assert nodes < 0.7 * 10 * drafts, "the budget was never short"
     assert p_value(samples, SETTINGS["plain"], target_logits, tiny.shape.vocab) > LEAST_P
 
 
