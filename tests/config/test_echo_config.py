@@ -349,6 +349,7 @@ def test_any_section_is_either_valid_or_one_sentence(section: Any, num_nodes: in
         ("chain.json", 4, "chain"),
         ("static.json", 16, "static"),
         ("topn-64.json", 64, "topn"),
+        ("auto.json", 16, "auto"),
     ],
 )
 def test_the_examples_are_valid(name: str, num_nodes: int, policy: str) -> None:

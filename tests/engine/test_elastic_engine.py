@@ -13,6 +13,7 @@ import pytest
 
 from echo_vllm.policy import DraftPlan
 from echo_vllm.trace.format import read_trace
+from echo_vllm.trace.replay import recorded_policy, replay_exact
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner
 from tests.engine.test_exactness import check_forests, greedy, tiny_engine, tiny_prompts
@@ -163,7 +164,8 @@ def test_a_trace_holds_what_was_drafted_and_accepted(
         generate(llm, tiny_prompts(20), greedy(40))
         found = counters(llm)
         runner(llm).recorder.close()
-    header, steps = read_trace(path)
+    header, read = read_trace(path)
+    steps = list(read)
     assert header.echo["policy"] == section["policy"]
     accepted = trees = nodes = 0
     for step in steps:
@@ -181,3 +183,7 @@ def test_a_trace_holds_what_was_drafted_and_accepted(
     assert trees == found["spec_decode_num_drafts"]
     assert nodes == found["spec_decode_num_draft_tokens"]
     assert accepted == found["spec_decode_num_accepted_tokens"]
+    # Offline, the same policy decides the same.
+    report = replay_exact(header, steps, recorded_policy(header))
+    assert report.different == 0, report
+    assert report.equal > 100, report
