@@ -367,4 +367,5 @@ def test_no_example_is_left_out() -> None:
         "chain.json",
         "static.json",
         "topn-64.json",
+        "auto.json",
     }
