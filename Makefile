@@ -35,7 +35,7 @@ serve: setup ## serve the demo model: PORT, HOST, CONFIG (empty: no speculation)
 	@exec scripts/serve.sh
 
 test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
-	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## the fast tier (under three minutes)
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile -m 'not full and not gpu' $(ARGS)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from echo_vllm.config import EchoConfig
 from tests.config.models import write_head, write_target
 
 # Until it gives up, the server is one busy process, so its CPU time is the time that a user waits
@@ -106,7 +107,7 @@ def speculative(models: Path, **changes: Any) -> str:
             {"echo": {"depth": 3}},
             [],
             "error: speculative_config.echo.depth is not a known field, got 3; did you mean "
-            "max_depth?; the fields are policy, max_depth, top_k, tree.",
+            f"max_depth?; the fields are {', '.join(EchoConfig.model_fields)}.",
             id="unknown-field",
         ),
         pytest.param(

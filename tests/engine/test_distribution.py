@@ -295,8 +295,8 @@ def test_a_planted_duplicate_sibling_is_caught(
         policy = runner(llm).drafter.policy
         select, broken = policy.select, []
 
-        def duplicate(pool: Any) -> Any:
-            forest = select(pool)
+        def duplicate(pool: Any, batch: Any) -> Any:
+            forest = select(pool, batch)
             first = forest.cu_nodes[:-1].to(torch.int64)
             roots = [
                 torch.nonzero(forest.parents[s : s + 10] == -1).flatten() + s
