@@ -125,13 +125,7 @@ def main() -> None:
 
 def forecasting(policy: AutoPolicy, requests: int, cost: StepCost) -> Callable[[], float]:
     """One plan, the expected tokens worked out as often as while serving."""
-    forecaster = Forecaster(
-        survival=policy.survival,
-        max_nodes=policy.max_nodes,
-        max_depth=policy.max_depth,
-        frontier=policy.max_frontier,
-        online=True,
-    )
+    forecaster = Forecaster.of(policy, online=True)
     for i in range(64):
         forecaster.observe_draft(
             [-0.1 * (j + i % 3) for j in range(16)], [1 + j // 4 for j in range(16)]

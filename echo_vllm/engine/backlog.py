@@ -15,6 +15,7 @@ behind one runs without drafts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -41,15 +42,6 @@ class DrafterInput:
     def stop(self) -> int:
         return self.start + len(self.token_ids)
 
-    def then(self, other: DrafterInput) -> DrafterInput:
-        """This followed by `other`, which must begin where this ends."""
-        assert other.start == self.stop
-        return DrafterInput(
-            self.start,
-            torch.cat([self.token_ids, other.token_ids]),
-            torch.cat([self.features, other.features]),
-        )
-
 
 class DrafterBacklog:
     """The backlog of every request of an engine."""
@@ -63,7 +55,7 @@ class DrafterBacklog:
 
     def __len__(self) -> int:
         """Tokens that wait, all requests."""
-        return sum(part.stop - part.start for parts in self._waiting.values() for part in parts)
+        return sum(parts[-1].stop - parts[0].start for parts in self._waiting.values())
 
     @property
     def num_stale_blocks(self) -> int:
@@ -100,24 +92,26 @@ class DrafterBacklog:
         if req_id in self._lost:
             self._mark(blocks, block_size, tokens.start, tokens.stop)
             return
-        parts = self._waiting.setdefault(req_id, [])
-        first = parts[0].start if parts else tokens.start
-        if tokens.stop - first > self.limit:
-            self._mark(blocks, block_size, first, tokens.stop)
-            del self._waiting[req_id]
+        parts = self._waiting.pop(req_id, [])
+        parts.append(tokens)
+        if tokens.stop - parts[0].start > self.limit:
+            self._mark(blocks, block_size, parts[0].start, tokens.stop)
             self._lost.add(req_id)
             return
-        parts.append(tokens)
+        self._waiting[req_id] = parts
 
     def take(self, req_id: str, tokens: DrafterInput) -> DrafterInput:
         """`tokens` with all that waited before them, which then waits no longer."""
         parts = self._waiting.pop(req_id, [])
         if not parts:
             return tokens
-        whole = parts[0]
-        for part in [*parts[1:], tokens]:
-            whole = whole.then(part)
-        return whole
+        parts.append(tokens)
+        assert all(before.stop == after.start for before, after in pairwise(parts))
+        return DrafterInput(
+            parts[0].start,
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.features for part in parts]),
+        )
 
     def waits(self, req_id: str) -> bool:
         return req_id in self._waiting

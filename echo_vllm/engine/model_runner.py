@@ -33,7 +33,7 @@ from echo_vllm.engine.stats import StepStats
 from echo_vllm.engine.tracing import TraceRecorder
 from echo_vllm.engine.verification import Verdict, verify
 from echo_vllm.forest import DraftForest, is_chain
-from echo_vllm.policy import CandidatePool, DraftBatch, DraftPlan, make_policy
+from echo_vllm.policy import DraftBatch, DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 
 if TYPE_CHECKING:
@@ -55,9 +55,6 @@ class DraftTree:
 
 
 NO_TREE = DraftTree([], [], [], True)
-
-MAX_SAMPLES = 4
-"""Requests of a drafting whose scores are reported to the scheduler."""
 
 
 @dataclass
@@ -245,25 +242,14 @@ class EchoRunnerMixin(_Runner):
         if report.forest is not None:
             sizes = report.forest.cu_nodes.diff()
             stats.starved = int((sizes == 0).sum())
-        if report.pool is not None:
-            stats.samples = self._samples(report.pool)
+        policy = self.drafter.policy
+        if isinstance(policy, AutoPolicy):  # Its forecast, in the scheduler, learns from both.
+            stats.depth_scores = step.forest.scores_by_depth()
+            if report.pool is not None:
+                stats.samples = policy.samples(report.pool)
         if self.cost is not None:
             stats.cost, self.cost = self.cost.to_dict(), None
         return stats
-
-    def _samples(self, pool: CandidatePool) -> list[tuple[list[float], list[int]]]:
-        """Scores and depths of the best candidates of a few requests that drafted to full depth,
-        for the scheduler's forecast; none for a policy that needs no forecast."""
-        policy = self.drafter.policy
-        if not isinstance(policy, AutoPolicy) or pool.num_levels < policy.max_depth:
-            return []
-        depths = pool.depths()
-        samples = []
-        for request in pool.active[:MAX_SAMPLES].tolist():
-            scores = pool.path_logprobs[request]
-            best = scores.argsort(descending=True, stable=True)[: policy.max_nodes]
-            samples.append((scores[best].tolist(), depths[best].tolist()))
-        return samples
 
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None

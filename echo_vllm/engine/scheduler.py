@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from echo_vllm.config import EchoConfig
@@ -21,8 +20,6 @@ from echo_vllm.engine.stats import StepStats
 from echo_vllm.policy import DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.forecast import Forecaster
-
-logger = init_logger(f"vllm.{__name__}")
 
 LONGEST_GAP_S = 0.05
 """A longer time between two steps is a lack of requests, not work of the scheduler."""
@@ -52,13 +49,7 @@ class EchoScheduler(Scheduler):
         profile = find_profile(spec.echo, spec.model)
         policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
         if isinstance(policy, AutoPolicy):
-            self._forecaster = Forecaster(
-                survival=policy.survival,
-                max_nodes=policy.max_nodes,
-                max_depth=policy.max_depth,
-                frontier=policy.max_frontier,
-                online=spec.echo.online,
-            )
+            self._forecaster = Forecaster.of(policy, online=spec.echo.online)
 
     # ---- Before the step ----
 
@@ -66,7 +57,7 @@ class EchoScheduler(Scheduler):
         if self._echo.k_max is not None:
             self._trim_drafts(self._echo.k_max)
         output = super().schedule(*args, **kwargs)
-        output.echo_plan = self._plan(output)
+        output.echo_plan = self._plan()
         return output
 
     def _trim_drafts(self, budget: int) -> None:
@@ -83,11 +74,11 @@ class EchoScheduler(Scheduler):
             total -= len(request.spec_token_ids) - kept
             request.spec_token_ids = request.spec_token_ids[:kept]
 
-    def _plan(self, output: Any) -> DraftPlan:
+    def _plan(self) -> DraftPlan:
         """What the worker is told for the drafting at the end of this step."""
         if self._forecaster is None and self._echo.policy != "echo":
             return DraftPlan()
-        num_decoding, prefill_tokens = self._next_load(output)
+        num_decoding, prefill_tokens = self._next_load()
         if self._forecaster is None:
             return DraftPlan(prefill_tokens=prefill_tokens, max_rows=self._max_rows)
         if self._cost is None or self._plain_cost is None:
@@ -96,7 +87,7 @@ class EchoScheduler(Scheduler):
             num_decoding, prefill_tokens, self._cost.current(), self._plain_cost.current()
         )
 
-    def _next_load(self, output: Any) -> tuple[int, int]:
+    def _next_load(self) -> tuple[int, int]:
         """Requests that the next step will decode, and prompt tokens that it will prefill."""
         prefill = decoding = 0
         for request in self.running:

@@ -26,7 +26,8 @@ class StepStats:
         depths: depth of each tree.
         widths: the most nodes that one level of each tree has.
         accepted: accepted draft tokens of each tree.
-        depth_scores: per depth, the path log-probabilities of the verified nodes.
+        depth_scores: per depth, the path log-probabilities of the verified nodes; only for a
+            policy that learns from them.
         rows: rows of the target's forward.
         verify_s, draft_s, idle_s: see `StepClock`.
         committed, level_rows: see `DraftReport`; of the drafting at the end of this step.
@@ -66,8 +67,6 @@ class StepStats:
             stats.depths.append(len(levels) - 1)
             stats.widths.append(int(levels.max()))
             stats.accepted.append(int(num_accepted[i]))
-        for depth in range(1, max(stats.depths, default=0) + 1):
-            stats.depth_scores.append(forest.path_logprobs[forest.depths == depth].tolist())
         return stats
 
     def to_dict(self) -> dict[str, Any]:

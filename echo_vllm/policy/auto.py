@@ -29,7 +29,9 @@ from echo_vllm import ops
 from echo_vllm.calibration.survival import SurvivalModel
 from echo_vllm.forest import ROOT, DraftForest
 from echo_vllm.policy.base import NO_CANDIDATE, CandidatePool, DraftBatch, Expansion
-from echo_vllm.policy.echo import own_best
+
+MAX_SAMPLES = 4
+"""Requests of a drafting that the forecast remembers."""
 
 
 class AutoPolicy:
@@ -127,7 +129,7 @@ class AutoPolicy:
         return torch.from_numpy(going)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        _, rank = own_best(pool, self.max_nodes)
+        rank = pool.rank()
         found = self.probabilities(pool, batch)
         exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
         scores = found.masked_fill(~exists, NO_CANDIDATE)
@@ -159,8 +161,17 @@ class AutoPolicy:
         this pool."""
         cost = batch.plan.cost
         assert cost is not None
-        drafting = float(cost.catch_up(pool.num_requests)) if pool.num_requests else 0.0
-        for depth in range(2, pool.num_levels + 1):
-            drafted = pool.path_logprobs[:, pool.level_starts[depth - 1]] > NO_CANDIDATE
-            drafting += float(cost.draft_level(int(drafted.sum()) * self.max_frontier))
-        return np.asarray(cost.verify(batch.rows + num_nodes)) + drafting + cost.other
+        levels = [size * self.max_frontier for size in pool.level_sizes()[1:]]
+        return cost.step(batch.rows + num_nodes, levels, pool.num_requests)
+
+    def samples(self, pool: CandidatePool) -> list[tuple[list[float], list[int]]]:
+        """What the forecast remembers of a drafting: path log-probabilities and depths of the best
+        candidates of a few requests; none if nobody drafted to full depth."""
+        if pool.num_levels < self.max_depth:
+            return []
+        depths, order = pool.depths(), pool.best_first()[:, : self.max_nodes]
+        return [
+            (pool.path_logprobs[request, best].tolist(), depths[best].tolist())
+            for request in pool.active[:MAX_SAMPLES].tolist()
+            for best in [order[request]]
+        ]

@@ -218,6 +218,12 @@ class CandidatePool:
         starts = torch.tensor([*self.level_starts, self.num_columns])
         return torch.arange(1, len(starts)).repeat_interleave(starts.diff())
 
+    def level_sizes(self) -> list[int]:
+        """Per level, how many requests have candidates on it."""
+        exists = self.path_logprobs[:, self.level_starts] > NO_CANDIDATE
+        sizes: list[int] = exists.sum(0).tolist()
+        return sizes
+
     def best_of_level(self, depth: int) -> torch.Tensor:
         """[R] float32, the best path score of one depth; NO_CANDIDATE without a candidate."""
         best = self.path_logprobs[:, self.level(depth)].amax(1)
@@ -258,6 +264,12 @@ class CandidatePool:
         children."""
         # A stable sort, not topk: ties fall to the earlier column, on every rank the same.
         return self.path_logprobs.argsort(dim=1, descending=True, stable=True)
+
+    def rank(self) -> torch.Tensor:
+        """[R, P] int64, every column's place in `best_first`."""
+        order = self.best_first()
+        rank = torch.empty_like(order)
+        return rank.scatter_(1, order, torch.arange(self.num_columns).expand_as(order))
 
     def best_frontier(self, depth: int, width: int, requests: torch.Tensor) -> torch.Tensor:
         """[A, min(width, level)] int64, the best columns of one depth for each of `requests`."""

@@ -92,8 +92,7 @@ class EchoPolicy:
         if self.share == "batch":
             # Every level of a request takes a node at least: drafting more levels than there is
             # budget for would be for nothing. The most confident go first, ties by request.
-            drafted = int((pool.path_logprobs[:, pool.level_starts] > NO_CANDIDATE).sum())
-            left = max(0, self.budget(batch) - drafted)
+            left = max(0, self.budget(batch) - sum(pool.level_sizes()))
             order = best.masked_fill(~going, NO_CANDIDATE).argsort(descending=True, stable=True)
             going[order[left:]] = False
         requests = requests[going]
@@ -106,7 +105,8 @@ class EchoPolicy:
         budget, limit = self.budget(batch), self.max_nodes
         if self.share == "equal":
             limit = min(limit, budget // max(1, pool.num_requests))
-        scores, rank = own_best(pool, limit)
+        rank = pool.rank()
+        scores = pool.path_logprobs.masked_fill(rank >= limit, NO_CANDIDATE)
         # The k-th best of a request never comes before its parent: floors are ancestor-closed.
         tiers = torch.where(self._is_depth(pool), 1, 2)
         tiers = tiers.masked_fill(rank < self.floor, 0).to(torch.int32)
@@ -126,15 +126,6 @@ class EchoPolicy:
             if depth > 1:
                 mark_parents(marked, pool.parents[:, level], level)
         return marked
-
-
-def own_best(pool: CandidatePool, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores [R, P] of the `limit` best candidates of every request, the rest NO_CANDIDATE,
-    and the rank [R, P] int64 of every column among its request's."""
-    order = pool.best_first()
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(pool.num_columns).expand_as(order))
-    return pool.path_logprobs.masked_fill(rank >= limit, NO_CANDIDATE), rank
 
 
 def mark_parents(marked: torch.Tensor, parents: torch.Tensor, level: slice) -> None:

@@ -15,7 +15,7 @@ resulting `DraftPlan`.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from echo_vllm.calibration.survival import OnlineSurvival, SurvivalModel
 from echo_vllm.cost import StepCost
+from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import DraftPlan
 
 MEMORY = 64
@@ -77,7 +78,6 @@ class Forecaster:
         self,
         *,
         survival: SurvivalModel,
-        max_nodes: int,
         max_depth: int,
         frontier: int,
         online: bool,
@@ -85,12 +85,11 @@ class Forecaster:
         """
         Args:
             survival: calibrated probability of acceptance of a candidate.
-            max_nodes, max_depth: of one request's tree.
+            max_depth: of one request's tree.
             frontier: nodes of one request that a drafter forward expands.
             online: whether to follow observed acceptance.
         """
         self.survival = survival
-        self.max_nodes = max_nodes
         self.max_depth = max_depth
         self.frontier = frontier
         self.online = OnlineSurvival(max_depth) if online else None
@@ -102,6 +101,16 @@ class Forecaster:
         self._next_plain = PLAIN_STEPS
         self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._curves_until = 0
+
+    @classmethod
+    def of(cls, policy: AutoPolicy, *, online: bool) -> Forecaster:
+        """The forecaster of a policy."""
+        return cls(
+            survival=policy.survival,
+            max_depth=policy.max_depth,
+            frontier=policy.max_frontier,
+            online=online,
+        )
 
     def observe_draft(self, scores: list[float], depths: list[int]) -> None:
         """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
@@ -147,12 +156,18 @@ class Forecaster:
                 takes longer where some of them are trees.
         """
         self._step += 1
-        factors = self.factors()
+        plan = DraftPlan(
+            max_depth=0,
+            turn=self._step,
+            prefill_tokens=prefill_tokens,
+            cost=cost,
+            factors=self.factors(),
+        )
         if cost is None or num_decoding == 0:
             # Nothing can be weighed yet; the first steps are prefills.
-            return DraftPlan(0, 0, self._step, prefill_tokens, None, 0.0, cost, factors)
+            return plan
         if len(self._drafts) < ENOUGH:
-            return DraftPlan(0, 2 * PROBES, self._step, prefill_tokens, None, 0.0, cost, factors)
+            return replace(plan, probes=2 * PROBES)
         best = self.forecast(num_decoding, prefill_tokens, cost, plain_cost)
         margin = 1 - MARGIN if self._drafting else 1 + MARGIN
         self._drafting = best.depth > 0 and best.speed > margin * best.plain
@@ -160,7 +175,7 @@ class Forecaster:
         probes = 0
         if depth and self._step >= self._next_plain:
             self._next_plain = self._step + PLAIN_STEPS
-            return DraftPlan(0, 0, self._step, prefill_tokens, None, best.plain, cost, factors)
+            return replace(plan, price=best.plain)
         if depth < self.max_depth and self._step >= self._next_probe:
             probes = PROBES
             if depth or best.speed > NEARLY * best.plain:
@@ -169,7 +184,7 @@ class Forecaster:
                 self._probe_steps = min(2 * self._probe_steps, SLOWEST_PROBE_STEPS)
             self._next_probe = self._step + self._probe_steps
         price = best.speed if self._drafting else best.plain
-        return DraftPlan(depth, probes, self._step, prefill_tokens, None, price, cost, factors)
+        return replace(plan, max_depth=depth, probes=probes, price=price)
 
     def forecast(
         self,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from echo_vllm.calibration.profile import DrafterProfile
 from echo_vllm.calibration.survival import SurvivalModel
@@ -34,6 +35,14 @@ def make_policy(
         num_speculative_tokens: the most nodes a request may have (N).
         profile: of the drafter, for `echo` and `auto`; None takes built-in values.
     """
+    elastic: dict[str, Any] = {
+        "max_nodes": num_speculative_tokens,
+        "max_depth": config.max_depth,
+        "top_k": config.top_k,
+        "width": config.width,
+        "k_max": config.k_max,
+        "floor": config.floor,
+    }
     match config.policy:
         case "chain":
             return ChainPolicy(num_speculative_tokens)
@@ -43,26 +52,12 @@ def make_policy(
         case "topn":
             return TopNPolicy(num_speculative_tokens, config.max_depth, config.top_k)
         case "echo":
-            return EchoPolicy(
-                max_nodes=num_speculative_tokens,
-                max_depth=config.max_depth,
-                top_k=config.top_k,
-                width=_filled(config.width),
-                gates=gates_of(config, profile),
-                k_max=config.k_max,
-                floor=_filled(config.floor),
-                share=config.share,
-            )
+            return EchoPolicy(**elastic, gates=gates_of(config, profile), share=config.share)
         case "auto":
             return AutoPolicy(
-                max_nodes=num_speculative_tokens,
-                max_depth=config.max_depth,
-                top_k=config.top_k,
-                width=_filled(config.width),
+                **elastic,
                 survival=survival_of(config, profile),
                 growth=growth_of(config, profile),
-                k_max=config.k_max,
-                floor=_filled(config.floor),
             )
 
 
@@ -89,9 +84,3 @@ def growth_of(config: EchoConfig, profile: DrafterProfile | None) -> list[float]
         ]
     last = growth[-1] if growth else DEFAULT_GROWTH
     return (growth + [last] * config.max_depth)[: config.max_depth - 1]
-
-
-def _filled(value: int | None) -> int:
-    """A field that `EchoConfig` has filled in."""
-    assert value is not None
-    return value

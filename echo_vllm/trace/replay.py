@@ -272,13 +272,7 @@ class _Run:
         self.max_rows = fit_hinge(cost.verify).k_max
         self.forecaster: Forecaster | None = None
         if isinstance(self.policy, AutoPolicy):
-            self.forecaster = Forecaster(
-                survival=self.policy.survival,
-                max_nodes=self.policy.max_nodes,
-                max_depth=self.policy.max_depth,
-                frontier=self.policy.max_frontier,
-                online=contender.online,
-            )
+            self.forecaster = Forecaster.of(self.policy, online=contender.online)
         self.learns = self.forecaster is not None
         # Per slot: committed tokens that the drafter has not seen.
         self.waiting = np.ones(concurrency, dtype=np.int64)
@@ -327,15 +321,10 @@ class _Run:
         if forecaster is None or not isinstance(policy, AutoPolicy):
             return
         pool, forest = draft.pool, draft.forest
-        if pool.num_levels == policy.max_depth:
-            depths = pool.depths()
-            for request in pool.active[:OBSERVED].tolist():
-                scores = pool.path_logprobs[request]
-                best = scores.argsort(descending=True, stable=True)[: policy.max_nodes]
-                forecaster.observe_draft(scores[best].tolist(), depths[best].tolist())
-        deepest = int(forest.depths.max()) if forest.num_nodes else 0
+        for scores, depths in policy.samples(pool):
+            forecaster.observe_draft(scores, depths)
         forecaster.observe_acceptance(
-            [forest.path_logprobs[forest.depths == d].tolist() for d in range(1, deepest + 1)],
+            forest.scores_by_depth(),
             accepted[forest.cu_nodes.diff().numpy() > 0].tolist(),
         )
 

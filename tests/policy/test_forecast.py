@@ -18,9 +18,7 @@ from echo_vllm.policy.forecast import ENOUGH, MARGIN, REUSE, Forecaster
 
 def forecaster(accept: float, online: bool = False) -> Forecaster:
     """Trees of depth 4 whose best child has probability `accept`, the next one a third of it."""
-    found = Forecaster(
-        survival=SurvivalModel.default(4), max_nodes=8, max_depth=4, frontier=2, online=online
-    )
+    found = Forecaster(survival=SurvivalModel.default(4), max_depth=4, frontier=2, online=online)
     draw = random.Random(1)
     for _ in range(64):
         sure = min(0.99, max(0.01, draw.gauss(accept, 0.1)))
@@ -45,9 +43,7 @@ def cost(free: float, drafter: float = 0.02) -> StepCost:
 
 
 def test_nothing_is_drafted_before_costs_are_known_and_little_before_drafts_are() -> None:
-    empty = Forecaster(
-        survival=SurvivalModel.default(3), max_nodes=8, max_depth=3, frontier=2, online=True
-    )
+    empty = Forecaster(survival=SurvivalModel.default(3), max_depth=3, frontier=2, online=True)
     assert (empty.plan(4, 0, None).max_depth, empty.plan(4, 0, None).probes) == (0, 0)
     plan = empty.plan(4, 0, cost(64))
     assert plan.max_depth == 0
