@@ -57,13 +57,6 @@ class EchoCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        isa: str = getattr(self, "isa")  # noqa: B009  (vLLM's attribute, untyped)
-        if isa == "amx":
-            # vLLM 0.32.0's AMX kernel is wrong: in bfloat16, without speculation too, the demo
-            # model answers "What is the capital of France?" with nonsense. The vector kernel reads
-            # and writes the same blocks in its own layout.
-            self.isa = "vec"
-            self._set_isa_to_layers(self.layer_names)
         self.verification: VerificationRows | None = None
         """Set by the model runner for the duration of one build."""
 
