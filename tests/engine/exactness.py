@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +36,29 @@ CHUNKED = {"max_num_batched_tokens": 64}
 PREEMPTED = {"num_gpu_blocks_override": 40, "block_size": 32, "max_model_len": 1184}
 
 
-def cases(quick: bool) -> Iterator[tuple[str, tuple[int, dict[str, Any]], dict[str, Any], bool]]:
+def cases() -> Iterator[tuple[str, tuple[int, dict[str, Any]], dict[str, Any], bool]]:
     """Name, policy, engine options, one by one."""
     for name, policy in POLICIES.items():
         yield f"{name}, concurrency 16", policy, {}, False
     yield "topn-16, prefill chunks of 64", POLICIES["topn-16"], CHUNKED, False
     yield "topn-16, preempted", POLICIES["topn-16"], PREEMPTED, False
-    if not quick:
-        for name, policy in POLICIES.items():
-            yield f"{name}, concurrency 1", policy, {}, True
+    for name, policy in POLICIES.items():
+        yield f"{name}, concurrency 1", policy, {}, True
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
 
 
-def fp32(prompts: list[str], num_tokens: int, quick: bool) -> list[dict[str, Any]]:
+def fp32(
+    prompts: list[str], num_tokens: int, pattern: str, keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
     with engine(DEMO_TARGET, None, **OPTIONS) as llm:
         wanted = generate(llm, prompts, greedy(num_tokens))
     rows = []
-    for name, (num_nodes, section), options, one_by_one in cases(quick):
+    for name, (num_nodes, section), options, one_by_one in cases():
+        if not re.search(pattern, name):
+            continue
         start = time.monotonic()
         spec = echo(DEMO_HEAD, num_nodes, **section)
         with engine(DEMO_TARGET, spec, **{**OPTIONS, **options}) as llm:
@@ -75,6 +79,7 @@ def fp32(prompts: list[str], num_tokens: int, quick: bool) -> list[dict[str, Any
             }
         )
         print(f"{rows[-1]}  ({time.monotonic() - start:.0f} s)", flush=True)
+        keep(rows)
     return rows
 
 
@@ -107,21 +112,27 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--prompts", type=int, default=10_000, help="how many at most")
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--quick", action="store_true", help="no concurrency 1")
+    parser.add_argument("--cases", default="", help="FP32: a regular expression of case names")
     parser.add_argument("--only", choices=["fp32", "bf16"])
     args = parser.parse_args()
     prompts = chat(DEMO_TARGET, project_prompts())[: args.prompts]
     report: dict[str, Any] = {
         "command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])
     }
+
+    def keep(rows: list[dict[str, Any]] | None = None) -> None:
+        if rows:
+            report["float32"] = rows
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
     if args.only != "fp32":
         report["bfloat16"] = bf16(prompts, args.tokens)
         print(report["bfloat16"], flush=True)
+        keep()
     if args.only != "bf16":
-        report["float32"] = fp32(prompts, args.tokens, args.quick)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        report["float32"] = fp32(prompts, args.tokens, args.cases, keep)
     exact = all(row["identical"] == row["prompts"] for row in report.get("float32", []))
     return 0 if exact else 1
 
