@@ -64,6 +64,12 @@ def closest(name: str, allowed: Sequence[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def num_candidates(depth: int, top_k: int, width: int) -> int:
+    """Nodes that a drafter can propose for one tree: the best `width` tokens after the root, and in
+    each further level after each of the `top_k` nodes that are expanded."""
+    return width + (depth - 1) * top_k * width
+
+
 class EchoConfig(BaseModel):
     """One engine's tree speculation, validated and with every default filled in.
 
@@ -360,8 +366,7 @@ class EchoConfig(BaseModel):
                     "num_speculative_tokens."
                 )
             depth = num_nodes
-        each = self.top_k * width
-        reachable = width + (depth - 1) * each
+        reachable = num_candidates(depth, self.top_k, width)
         if num_nodes > reachable:
             terms = (
                 "top_k + (max_depth - 1) * top_k^2"
@@ -371,8 +376,8 @@ class EchoConfig(BaseModel):
             raise EchoConfigError(
                 f"speculative_config.num_speculative_tokens must be at most {reachable} with "
                 f"{SECTION}.top_k {self.top_k} and {SECTION}.max_depth {depth} ({terms} = {width} "
-                f"+ {depth - 1} * {each} = {reachable} nodes can be drafted), got {num_nodes}; "
-                "lower it, or raise top_k or max_depth."
+                f"+ {depth - 1} * {self.top_k * width} = {reachable} nodes can be drafted), got "
+                f"{num_nodes}; lower it, or raise top_k or max_depth."
             )
         return depth
 

@@ -8,11 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration, built_in, choose
 from echo_vllm.bench.engine_process import KV_CACHE_BYTES, EngineOptions
@@ -20,6 +18,7 @@ from echo_vllm.bench.fleet import Kind, exit_on_sigterm, workers_that_fit
 from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_conversations
 from echo_vllm.bench.results import Journal, write_results
 from echo_vllm.bench.sweep import Plan, Sweep
+from echo_vllm.cli.console import errors, fail, located, note
 
 CONFIGURATIONS = (
     "plain,eagle3-k1,eagle3-k2,eagle3-k3,eagle3-k5,eagle3-adaptive,ngram,topn-8,echo,auto"
@@ -34,13 +33,6 @@ QUICK: dict[str, Any] = {
     "tokens": 24,
     "requests_per_client": 1,
 }
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def _wrong(sentence: str) -> NoReturn:
-    """Arguments that make no sense: one line, status 2."""
-    _err.print(Text(f"error: {sentence}"))
-    raise typer.Exit(2)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any], lowest: float) -> tuple[Any, ...]:
@@ -50,7 +42,7 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any], lowest: float) 
     except ValueError:
         values = ()
     if not values or not all(lowest <= value < float("inf") for value in values):
-        _wrong(f"{option} must be numbers from {lowest:g} on, with commas, got {text!r}")
+        fail(f"{option} must be numbers from {lowest:g} on, with commas, got {text!r}")
     return values
 
 
@@ -111,12 +103,12 @@ def bench(
     temperatures = _numbers("--temperature", temperature, float, 0)
     for folder in (model, drafter):
         if folder in (str(DEMO_TARGET), str(DEMO_HEAD)) and not Path(folder).is_dir():
-            _wrong(f"the demo is not at {folder}; run `make setup`, or give MODEL and --drafter")
+            fail(f"the demo is not at {folder}; run `make setup`, or give MODEL and --drafter")
     try:
-        chosen = choose(names, _absolute(drafter))
+        chosen = choose(names, located(drafter))
         conversations = read_conversations(prompts)
     except (ValueError, OSError) as error:
-        _wrong(str(error))
+        fail(str(error))
     plan = Plan(
         configurations=tuple(chosen),
         concurrencies=concurrencies,
@@ -127,7 +119,7 @@ def bench(
         ignore_eos=not until_eos,
     )
     options = EngineOptions(
-        model=_absolute(model),
+        model=located(model),
         dtype=dtype,
         max_num_seqs=max(concurrencies),
         threads=threads,
@@ -152,7 +144,7 @@ def bench(
         output.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(journal_path, settings, ["echo-vllm", *sys.argv[1:]], resume)
     except (ValueError, OSError) as error:
-        _wrong(str(error))
+        fail(str(error))
     _warn_if_busy()
     logs = output.with_name(output.name + ".logs")
     sweep = Sweep(
@@ -167,22 +159,18 @@ def bench(
     exit_on_sigterm()
     failures: dict[str, str] = {}
     try:
-        failures = sweep.run(journal.append, journal.done(), journal.session, _err)
+        failures = sweep.run(journal.append, journal.done(), journal.session, errors)
     except ValueError as error:
-        _wrong(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _err.print(Text(f"interrupted; all workers are stopped; go on with --resume ({output})"))
+        note(f"interrupted; all workers are stopped; go on with --resume ({output})")
         raise typer.Exit(130) from None
     finally:
         text = write_results(journal, chosen, failures) if journal.samples else ""
     typer.echo(text)
     if failures:
-        _err.print(Text(f"error: {', '.join(failures)} failed; the logs are in {logs}"))
+        note(f"error: {', '.join(failures)} failed; the logs are in {logs}")
         raise typer.Exit(1)
-
-
-def _absolute(model: str) -> str:
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _without_folder(configuration: Configuration) -> dict[str, Any] | None:
@@ -196,6 +184,4 @@ def _without_folder(configuration: Configuration) -> dict[str, Any] | None:
 def _warn_if_busy() -> None:
     busy = os.getloadavg()[0]
     if busy > 0.5:
-        _err.print(
-            Text(f"warning: {busy:.1f} other programs are running; only ratios will mean anything")
-        )
+        note(f"warning: {busy:.1f} other programs are running; only ratios will mean anything")

@@ -9,29 +9,21 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K
+from echo_vllm.cli.console import errors, fail, located, note, read_step_cost, record_prompts
+from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K, num_candidates
 
 if TYPE_CHECKING:
     from echo_vllm.calibration.fit import Calibration
     from echo_vllm.cost import StepCost
     from echo_vllm.engine.recording import Recording
     from echo_vllm.trace.format import TraceHeader
-
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def _wrong(sentence: str) -> NoReturn:
-    """Arguments that make no sense: one line, status 2."""
-    _err.print(Text(f"error: {sentence}"))
-    raise typer.Exit(2)
 
 
 def calibrate(
@@ -78,12 +70,12 @@ def calibrate(
     """Measure how far a drafter can be trusted: gates, thresholds, survival curves."""
     for path in (output, report, save_trace):
         if path is not None and not path.absolute().parent.is_dir():
-            _wrong(f"{path} cannot be written: make the folder {path.parent} first")
-    cost = None if costs is None else _read_costs(costs)
+            fail(f"{path} cannot be written: make the folder {path.parent} first")
+    cost = None if costs is None else read_step_cost("--costs", costs)
     if trace is None and not prompts:
-        _wrong("--prompts is missing; give a JSON-lines file, or a recorded trace with --trace")
+        fail("--prompts is missing; give a JSON-lines file, or a recorded trace with --trace")
     if trace is not None and (prompts or save_trace is not None):
-        _wrong("--trace takes the place of a run; leave out --prompts and --save-trace")
+        fail("--trace takes the place of a run; leave out --prompts and --save-trace")
     with tempfile.TemporaryDirectory(prefix="echo-calibrate-") as folder:
         what = None
         if trace is None:
@@ -102,7 +94,7 @@ def calibrate(
                 dtype=dtype,
                 max_model_len=max_model_len,
             )
-            count = _record(recording, lines)
+            count, _ = record_prompts(recording, lines)
             if save_trace is not None:
                 _keep(trace, save_trace)
             what = (
@@ -113,29 +105,15 @@ def calibrate(
     _write(calibration, output, report, cost)
 
 
-def _read_prompts(paths: list[Path]) -> list[str]:
-    """The first turn of each conversation."""
+def _read_prompts(paths: list[Path]) -> list[list[str]]:
     from echo_vllm.bench.prompts import read_conversations
 
     try:
-        return [turns[0] for turns in read_conversations(paths)]
+        return read_conversations(paths)
     except OSError as error:
-        _wrong(f"--prompts {error.filename} cannot be read ({error.strerror})")
+        fail(f"--prompts {error.filename} cannot be read ({error.strerror})")
     except ValueError as error:
-        _wrong(str(error))
-
-
-def _read_costs(path: Path) -> StepCost:
-    from echo_vllm.cost import CostError, StepCost
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _wrong(f"--costs {path} cannot be read ({error}); give a file of the cost cache")
-    try:
-        return StepCost.from_dict(data.get("cost", data))
-    except (CostError, AttributeError) as error:
-        _wrong(f"--costs {path} is not a step cost: {error}")
+        fail(str(error))
 
 
 def _known_costs(header: TraceHeader) -> StepCost | None:
@@ -159,14 +137,12 @@ def _known_costs(header: TraceHeader) -> StepCost | None:
         if fits and (newest is None or found[:2] > newest[:2]):
             newest = found
     if newest is None:
-        _err.print(
-            Text(
-                "note: no step cost was measured for these models and this dtype; thresholds weigh "
-                "no time (an engine with policy auto measures it when it starts)"
-            )
+        note(
+            "note: no step cost was measured for these models and this dtype; thresholds weigh "
+            "no time (an engine with policy auto measures it when it starts)"
         )
         return None
-    _err.print(Text(f"note: step cost from {newest[1]}"))
+    note(f"note: step cost from {newest[1]}")
     return newest[2]
 
 
@@ -176,17 +152,15 @@ def _recording(
     """A run that verifies the whole pool, or the best MAX_NODES of it."""
     from echo_vllm.engine.recording import Recording
 
-    pool = top_k + (max_depth - 1) * top_k**2
+    pool = num_candidates(max_depth, top_k, top_k)
     if pool > MAX_NODES:
-        _err.print(
-            Text(
-                f"note: the drafter makes {pool} candidates a tree; the best {MAX_NODES} of them "
-                "are verified"
-            )
+        note(
+            f"note: the drafter makes {pool} candidates a tree; the best {MAX_NODES} of them "
+            "are verified"
         )
     speculation = {
         "method": "echo",
-        "model": str(Path(drafter).resolve()) if Path(drafter).exists() else drafter,
+        "model": located(drafter),
         "num_speculative_tokens": min(MAX_NODES, pool),
         "echo": {
             "policy": "topn",
@@ -198,51 +172,6 @@ def _recording(
     return Recording(model=model, speculation=speculation, **options)
 
 
-def _record(recording: Recording, prompts: list[str]) -> int:
-    """Run the engine; returns how many prompts it answered."""
-    from echo_vllm.bench.prompts import Tokenizer
-    from echo_vllm.engine.recording import record
-
-    try:
-        tokenizer = Tokenizer(recording.model)
-    except (ValueError, OSError) as error:
-        _wrong(f"MODEL has no tokenizer that can be loaded: {_last_line(error)}")
-    room = recording.max_model_len - recording.max_tokens
-    encoded = [ids for ids in (tokenizer.encode([p]) for p in prompts) if len(ids) <= room]
-    if not encoded:
-        _wrong(
-            f"no prompt leaves room for {recording.max_tokens} tokens in --max-model-len "
-            f"{recording.max_model_len}; raise it, or lower --tokens"
-        )
-    if len(encoded) < len(prompts):
-        _err.print(Text(f"note: {len(prompts) - len(encoded)} prompts are too long"))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_err) as progress:
-        task = progress.add_task("starting the engine", total=len(encoded))
-        try:
-            record(
-                recording,
-                encoded,
-                lambda: progress.update(task, advance=1, description="recording"),
-            )
-        except (ValueError, OSError) as error:
-            progress.stop()
-            _wrong(f"the engine cannot record: {_last_line(error)}")
-    return len(encoded)
-
-
-def _last_line(error: BaseException) -> str:
-    """vLLM's validation errors put their reason there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def _keep(recorded: Path, wanted: Path) -> None:
     """Copy the trace, compressed or not as its new name says."""
     try:
@@ -252,7 +181,7 @@ def _keep(recorded: Path, wanted: Path) -> None:
             with gzip.open(recorded) as source, wanted.open("wb") as target:
                 shutil.copyfileobj(source, target)
     except OSError as error:
-        _wrong(f"--save-trace {wanted} cannot be written ({error.strerror or error})")
+        fail(f"--save-trace {wanted} cannot be written ({error.strerror or error})")
 
 
 def _fit(
@@ -273,26 +202,22 @@ def _fit(
     try:
         header, steps = read_trace(trace)
         _check_names(header, model, drafter)
-        with _err.status("reading the trace"):
+        with errors.status("reading the trace"):
             samples = collect(steps, header.num_speculative_tokens)
     except TraceError as error:
-        _wrong(str(error))
+        fail(str(error))
     except ValueError as error:
-        _wrong(f"{trace}: {error}")
+        fail(f"{trace}: {error}")
     if samples.skipped > samples.num_trees:
-        _err.print(
-            Text(
-                f"warning: {samples.skipped} of {samples.skipped + samples.num_trees} trees were "
-                "cut before they were verified and do not count"
-            )
+        note(
+            f"warning: {samples.skipped} of {samples.skipped + samples.num_trees} trees were "
+            "cut before they were verified and do not count"
         )
     if samples.partial and header.num_speculative_tokens < MAX_NODES:
-        _err.print(
-            Text(
-                f"warning: {samples.partial} trees had more candidates than the "
-                f"{header.num_speculative_tokens} that were verified; the profile holds for trees "
-                "of that size"
-            )
+        note(
+            f"warning: {samples.partial} trees had more candidates than the "
+            f"{header.num_speculative_tokens} that were verified; the profile holds for trees "
+            "of that size"
         )
     cost = cost or _known_costs(header)
     top_k = int(header.echo.get("top_k", 1))
@@ -308,7 +233,7 @@ def _fit(
             )
             for nodes in range(1, top_k + 1)
         ]
-    with _err.status("fitting"):
+    with errors.status("fitting"):
         calibration = fit(
             samples,
             target=header.model,
@@ -327,7 +252,7 @@ def _check_names(header: TraceHeader, model: str, drafter: str) -> None:
         ("--drafter", drafter, header.drafter),
     ):
         if Path(given).name != Path(recorded).name:
-            _wrong(
+            fail(
                 f"{option} is {Path(given).name}, but the trace was recorded with "
                 f"{Path(recorded).name}; give the one that fits the other"
             )
@@ -343,7 +268,7 @@ def _write(
     try:
         calibration.profile.save(output)
         if report is not None:
-            with _err.status("drawing"):
+            with errors.status("drawing"):
                 write_report(
                     report,
                     calibration,
@@ -354,7 +279,7 @@ def _write(
                 )
             written.append(report)
     except OSError as error:
-        _wrong(f"{error.filename or output} cannot be written ({error.strerror or error})")
+        fail(f"{error.filename or output} cannot be written ({error.strerror or error})")
     header, rows = rows_of(calibration)
     table = Table(*header)
     for row in rows:

@@ -8,14 +8,16 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from echo_vllm.cli.console import fail, located, note, read_step_cost, record_prompts
+from echo_vllm.config import num_candidates
 
 if TYPE_CHECKING:
     from echo_vllm.calibration import DrafterProfile
@@ -31,18 +33,11 @@ PUBLISHED_PREFIX = "published:"
 FULL = {"policy": "topn", "max_depth": 6, "top_k": 4}
 """The default recording: with as many nodes as candidates, the fate of each is known."""
 
-FULL_NODES = 4 + 5 * 16
+FULL_NODES = num_candidates(6, 4, 4)
 _out = Console(soft_wrap=True, highlight=False)
 # Figures are not to be cut where the output is a file, or a narrow terminal.
 _wide = Console(width=max(_out.width, 132), highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
 TraceFile = Annotated[Path, typer.Argument(help="A recorded trace.", show_default=False)]
-
-
-def _wrong(sentence: str) -> NoReturn:
-    """Arguments that make no sense: one line, status 2."""
-    _err.print(Text(f"error: {sentence}"))
-    raise typer.Exit(2)
 
 
 @contextlib.contextmanager
@@ -54,7 +49,7 @@ def _errors_shown() -> Iterator[None]:
     try:
         yield
     except (EchoConfigError, TraceError, CostError) as error:
-        _wrong(str(error))
+        fail(str(error))
 
 
 # --- record --------------------------------------------------------------------------------
@@ -96,24 +91,15 @@ def record(
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:
     """Record a trace with the real engine."""
-    from echo_vllm.bench.prompts import Tokenizer, read_conversations
+    from echo_vllm.bench.prompts import read_conversations
     from echo_vllm.engine.recording import Recording
-    from echo_vllm.engine.recording import record as run
 
     speculation = _speculation(drafter, output, config)
     try:
         conversations = read_conversations(prompts)[:limit]
         output.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        _wrong(str(error))
-    tokenizer = Tokenizer(model)
-    asked = [tokenizer.encode(turns[:1]) for turns in conversations]
-    asked = [ids for ids in asked if len(ids) + tokens <= max_model_len]
-    if not asked:
-        _wrong(
-            f"--max-model-len must hold a prompt and {tokens} tokens of answer, got "
-            f"{max_model_len}, which holds no prompt of the files; raise it, or lower --tokens."
-        )
+        fail(str(error))
     recording = Recording(
         model=model,
         speculation=speculation,
@@ -124,11 +110,8 @@ def record(
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_mib << 20,
     )
-    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err) as progress:
-        task = progress.add_task("recording", total=len(asked))
-        generated = run(recording, asked, lambda: progress.advance(task))
-    _out.print(Text(f"{len(asked)} prompts, {generated} tokens: {output}"))
+    count, generated = record_prompts(recording, conversations)
+    _out.print(Text(f"{count} prompts, {generated} tokens: {output}"))
     show(output)
 
 
@@ -141,7 +124,7 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
             given = json.loads(config.read_text(encoding="utf-8"))
             nodes, section = given["num_speculative_tokens"], given.get("echo", {})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            _wrong(
+            fail(
                 f"--config must be a JSON file with a speculative config of method echo, got "
                 f"{str(config)!r} ({type(error).__name__}: {error}); see examples/."
             )
@@ -150,11 +133,10 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
         with _errors_shown():
             EchoConfig.from_section(section, num_speculative_tokens=nodes)
     path = str(output.resolve())
-    head = str(Path(drafter).resolve()) if Path(drafter).exists() else drafter
     return {
         **given,
         "method": "echo",
-        "model": head,
+        "model": located(drafter),
         "echo": {**given.get("echo", {}), "trace": path},
     }
 
@@ -286,25 +268,24 @@ def replay(
         try:
             output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            _wrong(f"--output {output} cannot be written ({error.strerror}); choose another file.")
+            fail(f"--output {output} cannot be written ({error.strerror}); choose another file.")
 
 
 def _loads(text: str) -> list[int]:
     loads = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(loads) < 1:
-        _wrong(f"--concurrency must be numbers from 1 on, with commas, got {text!r}; such as 1,8.")
+        fail(f"--concurrency must be numbers from 1 on, with commas, got {text!r}; such as 1,8.")
     return list(dict.fromkeys(loads))
 
 
 def _cost(text: str) -> tuple[StepCost, list[str]]:
     """The step cost and what is to be said about it."""
-    from echo_vllm.cost import StepCost
     from echo_vllm.trace.published import PUBLISHED
 
     if text.startswith(PUBLISHED_PREFIX):
         name = text.removeprefix(PUBLISHED_PREFIX)
         if name not in PUBLISHED:
-            _wrong(
+            fail(
                 f"--cost must name one of {', '.join(PUBLISHED_PREFIX + n for n in PUBLISHED)}, "
                 f"or a file, got {text!r}."
             )
@@ -313,14 +294,7 @@ def _cost(text: str) -> tuple[StepCost, list[str]]:
             *(f"published: {source}" for source in found.sources),
             *(f"assumed: {assumption}" for assumption in found.assumptions),
         ]
-    try:
-        data = json.loads(Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _wrong(f"--cost {text} cannot be read as JSON ({error}); give a file with a step cost.")
-    # A file of the engine's cache has the cost under a key of its own.
-    if isinstance(data, dict) and "cost" in data:
-        data = data["cost"]
-    return StepCost.from_dict(data), [f"step cost: {Path(text).name}"]
+    return read_step_cost("--cost", Path(text)), [f"step cost: {Path(text).name}"]
 
 
 def _usual(
@@ -389,12 +363,10 @@ def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
         )
     )
     if not report.agrees:
-        _err.print(
-            Text(
-                f"error: {report.first}; give the profile that the engine had with --profile, and "
-                "the version that recorded the trace."
-            )
+        note(
+            f"error: {report.first}; give the profile that the engine had with --profile, and "
+            "the version that recorded the trace."
         )
         raise typer.Exit(1)
     if not report.steps:
-        _wrong(f"{trace} has no complete step to decide again; record it with one request at once.")
+        fail(f"{trace} has no complete step to decide again; record it with one request at once.")

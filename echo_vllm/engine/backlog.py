@@ -19,10 +19,6 @@ from itertools import pairwise
 
 import torch
 
-MAX_BACKLOG = 512
-"""Tokens of one request that wait at most; beyond it the request stops drafting for good, which
-bounds the memory of the features."""
-
 
 @dataclass
 class DrafterInput:

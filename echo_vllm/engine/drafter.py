@@ -26,9 +26,10 @@ from echo_vllm.engine.attention.tree import (
     TreeAttention,
     num_mask_words,
 )
-from echo_vllm.engine.backlog import MAX_BACKLOG, DrafterBacklog, DrafterInput
+from echo_vllm.engine.backlog import DrafterBacklog, DrafterInput
 from echo_vllm.forest import DraftForest
 from echo_vllm.policy import CandidatePool, DraftBatch, DraftPolicy
+from echo_vllm.policy.base import MAX_BACKLOG
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ import torch
 from echo_vllm.cost import StepCost
 from echo_vllm.forest import ROOT, DraftForest
 
+MAX_BACKLOG = 512
+"""Committed tokens of one request that wait for a drafter that rests; beyond them the request
+drafts no more, which bounds the memory of their features."""
+
 NO_CANDIDATE = float("-inf")
 """Path score of a column that a request has no candidate in, because it left the frontier."""
 

@@ -39,15 +39,10 @@ from echo_vllm.config import MAX_NODES, EchoConfig
 from echo_vllm.cost import StepCost, fit_hinge
 from echo_vllm.policy import DraftBatch, DraftPlan, DraftPolicy, make_policy
 from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.base import MAX_BACKLOG
 from echo_vllm.policy.forecast import Forecaster
 from echo_vllm.trace.format import TraceError, TraceHeader, TraceRequest, TraceStep
 from echo_vllm.trace.recorded import STAND_IN, RecordedDraft, RecordedDrafter
-
-BACKLOG = 512
-"""Committed tokens of one request that wait for the drafter at most, as in the engine."""
-
-OBSERVED = 4
-"""Requests of a drafting whose scores the forecast sees, as in the engine."""
 
 PLAIN = "plain"
 
@@ -289,13 +284,13 @@ class _Run:
         if self.forecaster is not None and plan.max_depth == 0:
             slots, probes = slots[probes], list(range(len(probes)))
         if not len(slots):
-            self.waiting = np.minimum(self.waiting + 1, BACKLOG)
+            self.waiting = np.minimum(self.waiting + 1, MAX_BACKLOG)
             return _Step(count, 0, [], plain, False, 0, 0)
         batch = DraftBatch(len(slots), count, plan, torch.tensor(probes, dtype=torch.int64))
         draft = self.drafter.draft(self.policy, batch, samples[slots])
         accepted, unknown = self.drafter.accepted(draft, samples[slots])
         committed = int(self.waiting[slots].sum())
-        self.waiting = np.minimum(self.waiting + 1, BACKLOG)
+        self.waiting = np.minimum(self.waiting + 1, MAX_BACKLOG)
         self.waiting[slots] = 1 + accepted
         nodes = draft.forest.num_nodes
         rows = count + self.prefill_tokens + nodes

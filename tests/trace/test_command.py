@@ -132,7 +132,7 @@ def test_an_exact_replay_that_differs_fails(tmp_path: Path) -> None:
         (["--concurrency", "1,x"], "--concurrency must be numbers from 1 on"),
         (["--concurrency", "0"], "--concurrency must be numbers from 1 on"),
         (["--cost", "published:moon"], "must name one of published:eagle3-h100, published:echo-"),
-        (["--cost", "none.json"], "--cost none.json cannot be read as JSON"),
+        (["--cost", "none.json"], "--cost none.json cannot be read"),
         (["--policy", "best"], "a policy must be plain, NAME:N"),
         (["--policy", "chain:3"], "the policy drafts 3 levels and the trace has 2"),
         (["--policy", "tpon:3"], "echo.policy must be one of"),
