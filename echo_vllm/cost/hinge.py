@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 
 from echo_vllm.cost.curve import CostCurve, CostError
 
+AFFORDABLE = 1.25
+"""How much longer than the smallest forward one may take that fills the budget of a curve without
+a flat part."""
+
+FLAT_ROWS = 8
+"""Rows below which a hinge has no flat part to speak of: one tree does not fit there."""
+
 
 @dataclass(frozen=True)
 class Hinge:
@@ -96,6 +103,24 @@ def fit_hinge(curve: CostCurve) -> Hinge:
         error = float(np.sqrt(np.mean((best(x) / y - 1) ** 2)))
         best = Hinge(best.k_max, best.gamma, best.base, error)
     return best
+
+
+def budget_rows(curve: CostCurve) -> float:
+    """Rows that a forward should not exceed, roots and prompts included: the hinge's k_max.
+
+    A curve that is concave, or rises from the first row on, has its best hinge at or near its
+    first point, which would leave no room for one tree. There the budget ends where a forward
+    takes `AFFORDABLE` times as long as the smallest.
+
+    Raises:
+        CostError: as `fit_hinge`.
+    """
+    k_max = fit_hinge(curve).k_max
+    if k_max >= FLAT_ROWS:
+        return k_max
+    rows = np.arange(curve.counts[0], curve.counts[-1] + 1.0)
+    affordable = rows[curve(rows) <= AFFORDABLE * curve.seconds[0]]
+    return max(k_max, float(affordable[-1]))
 
 
 def _solve(columns: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

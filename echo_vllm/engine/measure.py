@@ -23,7 +23,15 @@ from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
 from echo_vllm import __version__
-from echo_vllm.cost import CostCache, CostCurve, CostKey, StepCost, describe_cpu, fit_hinge
+from echo_vllm.cost import (
+    CostCache,
+    CostCurve,
+    CostKey,
+    StepCost,
+    budget_rows,
+    describe_cpu,
+    fit_hinge,
+)
 from echo_vllm.engine.verification import argmax_of_rows
 
 logger = init_logger(f"vllm.{__name__}")
@@ -66,7 +74,7 @@ def measured_cost(runner: Any) -> StepCost:
     hinge = fit_hinge(cost.verify)
     logger.info(
         "Cost of a target forward: %s; fitted hinge: K_max %.0f rows, gamma %.4f per row, "
-        "error %.0f%%.",
+        "error %.0f%%; budget of policy echo: %.0f rows.",
         ", ".join(
             f"{rows:g} rows {1000 * seconds:.0f} ms"
             for rows, seconds in zip(*cost.verify.to_points(), strict=True)
@@ -74,6 +82,7 @@ def measured_cost(runner: Any) -> StepCost:
         hinge.k_max,
         hinge.gamma,
         100 * hinge.error,
+        budget_rows(cost.verify),
     )
     return cost
 

@@ -36,8 +36,8 @@ class DraftPlan:
         probes: how many requests draft to the policy's full depth, whatever `max_depth` says.
         turn: which requests these are: it goes round with the steps.
         prefill_tokens: prompt tokens expected in the forward that will verify this draft.
-        max_rows: rows up to which a target forward costs as much as plain decoding (the hinge of
-            the cost model), None if unknown.
+        max_rows: rows up to which a target forward may be filled (`echo_vllm.cost.budget_rows`),
+            None if unknown.
         price: what a second is worth, in tokens; 0 if unknown.
         cost: predicted times of forwards, None if unknown.
         factors: per depth, accepted over predicted acceptance lately; empty if unknown.

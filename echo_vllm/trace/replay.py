@@ -36,7 +36,7 @@ import torch
 
 from echo_vllm.calibration.profile import DrafterProfile
 from echo_vllm.config import MAX_NODES, EchoConfig
-from echo_vllm.cost import StepCost, fit_hinge
+from echo_vllm.cost import StepCost, budget_rows
 from echo_vllm.policy import DraftBatch, DraftPlan, DraftPolicy, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import MAX_BACKLOG
@@ -264,7 +264,7 @@ class _Run:
         self.concurrency = concurrency
         self.cost = cost
         self.prefill_tokens = prefill_tokens
-        self.max_rows = fit_hinge(cost.verify).k_max
+        self.max_rows = budget_rows(cost.verify)
         self.forecaster: Forecaster | None = None
         if isinstance(self.policy, AutoPolicy):
             self.forecaster = Forecaster.of(self.policy, online=contender.online)

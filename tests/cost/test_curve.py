@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression  # noqa: F401  so that no example waits for it
 
-from echo_vllm.cost import CostCurve, CostError, Hinge, StepCost, fit_hinge
+from echo_vllm.cost import CostCurve, CostError, Hinge, StepCost, budget_rows, fit_hinge
 
 COUNTS = st.lists(st.integers(0, 2048), min_size=1, max_size=20, unique=True)
 SECONDS = st.floats(1e-6, 10.0)
@@ -158,6 +158,22 @@ def test_no_other_hinge_fits_better(curve: CostCurve, data: st.DataObject) -> No
 def test_a_flat_curve_has_no_bend() -> None:
     assert fit_hinge(CostCurve((1, 64), (0.5, 0.5))) == Hinge(k_max=64, gamma=0.0, base=0.5)
     assert fit_hinge(CostCurve((8,), (0.5,))) == Hinge(k_max=8, gamma=0.0, base=0.5)
+
+
+def test_the_budget_is_the_hinge_where_there_is_a_flat_part() -> None:
+    hinge = Hinge(k_max=48, gamma=0.004, base=0.1)
+    assert budget_rows(CostCurve.from_points(range(1, 257), hinge(np.arange(1, 257)))) == (
+        pytest.approx(48)
+    )
+    assert budget_rows(CostCurve((1, 64), (0.5, 0.5))) == 64
+
+
+def test_the_budget_of_a_curve_without_a_flat_part_is_what_a_quarter_more_time_buys() -> None:
+    rising = CostCurve((1.0, 101.0), (1.0, 2.0))  # one per cent a row
+    assert fit_hinge(rising).k_max < 8
+    assert budget_rows(rising) == 26
+    steep = CostCurve((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
+    assert budget_rows(steep) == 1
 
 
 def test_a_curve_of_zero_seconds_has_no_hinge() -> None:
