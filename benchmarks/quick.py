@@ -3,7 +3,7 @@
 """One table from one run: plain decoding, vLLM's own EAGLE-3 chain, and this project's policies.
 
     make bench-quick ARGS="--rounds 5"
-    python -m benchmarks.quick --prompts my_prompts.jsonl --configs topn-16,examples/echo.json
+    python -m benchmarks.quick --prompts my_prompts.jsonl --configs topn-16,examples/topn-64.json
 
 Greedy decoding of real prompts, the same number of tokens for each request. Speed is tokens per
 second over plain decoding's, prefill included, as the median and range over rounds.

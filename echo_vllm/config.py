@@ -79,7 +79,7 @@ class EchoConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     policy: Policy = Field(
-        default="topn",
+        default="auto",
         description=(
             "Which nodes are drafted and verified. `chain`: one path of num_speculative_tokens "
             "nodes. `static`: the fixed shape given by `tree`. `topn`: the "
@@ -87,7 +87,7 @@ class EchoConfig(BaseModel):
             "`echo`: calibrated gates stop unsure requests early, and one budget (`k_max`) for the "
             "whole batch is spent on depth, then width. `auto`: as `echo`, but the budget is what "
             "maximises the predicted tokens per second, and may be nothing. "
-            'Default "topn".'
+            'Default "auto".'
         ),
     )
     max_depth: int = Field(

@@ -26,11 +26,13 @@ def parse(section: object, num_nodes: int = 16) -> EchoConfig:
 @pytest.mark.parametrize(
     ("section", "num_nodes", "expected"),
     [
-        ({}, 16, ("topn", 6, 4, None)),
-        ({}, 3, ("topn", 3, 4, None)),
-        ({}, 84, ("topn", 6, 4, None)),
-        ({"max_depth": 1, "top_k": 16}, 16, ("topn", 1, 16, None)),
-        ({"max-depth": 2, "top-k": 3}, 4, ("topn", 2, 3, None)),
+        ({}, 16, ("auto", 6, 4, None)),
+        ({}, 3, ("auto", 3, 4, None)),
+        ({"policy": "topn"}, 16, ("topn", 6, 4, None)),
+        ({"policy": "topn"}, 3, ("topn", 3, 4, None)),
+        ({"policy": "topn"}, 84, ("topn", 6, 4, None)),
+        ({"policy": "topn", "max_depth": 1, "top_k": 16}, 16, ("topn", 1, 16, None)),
+        ({"policy": "topn", "max-depth": 2, "top-k": 3}, 4, ("topn", 2, 3, None)),
         ({"policy": "topn", "max_depth": 2}, 20, ("topn", 2, 4, None)),
         ({"policy": "chain"}, 1, ("chain", 1, 1, None)),
         ({"policy": "chain"}, 32, ("chain", 32, 1, None)),
@@ -184,7 +186,7 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             "nodes, got 6; lower it, or raise num_speculative_tokens.",
         ),
         (
-            {"max_depth": 2},
+            {"policy": "topn", "max_depth": 2},
             21,
             f"{NODES} must be at most 20 with {FIELD}.top_k 4 and {FIELD}.max_depth 2 (top_k + "
             "(max_depth - 1) * top_k^2 = 4 + 1 * 16 = 20 nodes can be drafted), got 21; lower it, "
@@ -193,7 +195,7 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
         (
             {"tree": TREE},
             16,
-            f"{FIELD}.tree belongs to policy static, got policy topn; remove {FIELD}.tree, or set "
+            f"{FIELD}.tree belongs to policy static, got policy auto; remove {FIELD}.tree, or set "
             f"{FIELD}.policy to static.",
         ),
         *[
@@ -345,11 +347,11 @@ def test_any_section_is_either_valid_or_one_sentence(section: Any, num_nodes: in
 @pytest.mark.parametrize(
     ("name", "num_nodes", "policy"),
     [
-        ("echo.json", 16, "topn"),
+        ("echo.json", 16, "auto"),
         ("chain.json", 4, "chain"),
         ("static.json", 16, "static"),
         ("topn-64.json", 64, "topn"),
-        ("auto.json", 16, "auto"),
+        ("topn.json", 16, "topn"),
     ],
 )
 def test_the_examples_are_valid(name: str, num_nodes: int, policy: str) -> None:
@@ -367,5 +369,5 @@ def test_no_example_is_left_out() -> None:
         "chain.json",
         "static.json",
         "topn-64.json",
-        "auto.json",
+        "topn.json",
     }

@@ -50,7 +50,7 @@ def make_config(target: Path, head: Path) -> MakeConfig:
 
 
 def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeConfig) -> None:
-    config = make_config({"echo": {"top_k": 5}})
+    config = make_config({"echo": {"policy": "topn", "top_k": 5}})
     spec = config.speculative_config
     assert spec.method == "eagle3"
     assert spec.use_eagle()
@@ -65,8 +65,8 @@ def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeC
 
 
 def test_the_section_may_be_left_out(make_config: MakeConfig) -> None:
-    assert make_config().speculative_config.echo.policy == "topn"
-    assert make_config({"echo": None}).speculative_config.echo.policy == "topn"
+    assert make_config().speculative_config.echo.policy == "auto"
+    assert make_config({"echo": None}).speculative_config.echo.policy == "auto"
 
 
 def test_the_config_survives_copies_and_processes(make_config: MakeConfig) -> None:

@@ -35,12 +35,12 @@ def engine(model: Path, spec: dict[str, Any] | None = None, **options: Any) -> I
 
 
 def echo(head: Path, num_nodes: int, **section: Any) -> dict[str, Any]:
-    """A speculative config of method `echo`."""
+    """A speculative config of method `echo`, of policy topn unless another is named."""
     return {
         "method": "echo",
         "model": str(head),
         "num_speculative_tokens": num_nodes,
-        "echo": section,
+        "echo": {"policy": "topn", **section},
     }
 
 

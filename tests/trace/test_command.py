@@ -177,7 +177,7 @@ def test_the_default_recording_verifies_every_candidate(tmp_path: Path) -> None:
 
 
 def test_a_recording_takes_a_config_and_adds_the_trace(tmp_path: Path) -> None:
-    spec = _speculation("head", tmp_path / "t.jsonl", Path("examples/echo.json"))
+    spec = _speculation("head", tmp_path / "t.jsonl", Path("examples/topn.json"))
     assert spec["num_speculative_tokens"] == 16
     assert spec["echo"]["policy"] == "topn"
     assert spec["echo"]["trace"] == str(tmp_path / "t.jsonl")
