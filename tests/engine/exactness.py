@@ -3,11 +3,13 @@
 """The whole exactness matrix on the demo model, too long for `make test`.
 
     python -m tests.engine.exactness --json benchmarks/results/exactness-cpu.json
+    python -m tests.engine.exactness --tiny --only fp32 --cases 'concurrency 1$'
 
 FP32: every policy at concurrency 16 and 1, a chunked-prefill budget of 64 tokens, and forced
 preemption, on all prompts of the project x 128 tokens, token for token against the same engine
-without speculation. BF16: the share of equal answers, and how near to a tie the first difference
-of the others is: the gap between the two tokens' log-probabilities in plain decoding.
+without speculation; with `--tiny` the tests' random model and their random prompts. BF16: the share
+of equal answers, and how near to a tie the first difference of the others is: the gap between the
+two tokens' log-probabilities in plain decoding.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +32,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from tests.engine.engines import counters, echo, engine, generate
 from tests.engine.prompts import chat, project_prompts
-from tests.engine.test_exactness import POLICIES, greedy
+from tests.engine.test_exactness import POLICIES, greedy, tiny_prompts
+from tests.engine.tiny import make_head, make_target
 
 OPTIONS = {"max_model_len": 1536, "max_num_seqs": 16}
 CHUNKED = {"max_num_batched_tokens": 64}
@@ -51,17 +55,24 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 
 def fp32(
-    prompts: list[str], num_tokens: int, pattern: str, keep: Callable[[list[dict[str, Any]]], None]
+    target: Path,
+    head: Path,
+    prompts: list[Any],
+    num_tokens: int,
+    pattern: str,
+    keep: Callable[[list[dict[str, Any]]], None],
+    **more: Any,
 ) -> list[dict[str, Any]]:
-    with engine(DEMO_TARGET, None, **OPTIONS) as llm:
+    usual = OPTIONS | more
+    with engine(target, None, **usual) as llm:
         wanted = generate(llm, prompts, greedy(num_tokens))
     rows = []
     for name, (num_nodes, section), options, one_by_one in cases():
         if not re.search(pattern, name):
             continue
         start = time.monotonic()
-        spec = echo(DEMO_HEAD, num_nodes, **section)
-        with engine(DEMO_TARGET, spec, **{**OPTIONS, **options}) as llm:
+        spec = echo(head, num_nodes, **section)
+        with engine(target, spec, **{**usual, **options}) as llm:
             found = generate(llm, prompts, greedy(num_tokens), one_by_one=one_by_one)
             count = counters(llm)
             preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
@@ -114,8 +125,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--cases", default="", help="FP32: a regular expression of case names")
     parser.add_argument("--only", choices=["fp32", "bf16"])
+    parser.add_argument("--tiny", action="store_true", help="FP32 on the tiny random model")
     args = parser.parse_args()
-    prompts = chat(DEMO_TARGET, project_prompts())[: args.prompts]
+    if args.tiny and args.only != "fp32":
+        parser.error("--tiny has no bfloat16 part; add --only fp32")
     report: dict[str, Any] = {
         "command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])
     }
@@ -127,12 +140,31 @@ def main() -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n")
 
+    if args.tiny:
+        with tempfile.TemporaryDirectory(prefix="echo-exactness-") as folder:
+            target, head = make_target(Path(folder) / "target"), make_head(Path(folder) / "head")
+            report["float32"] = fp32(
+                target,
+                head,
+                tiny_prompts(100)[: args.prompts],
+                args.tokens,
+                args.cases,
+                keep,
+                skip_tokenizer_init=True,
+                max_model_len=256,
+            )
+        return exit_status(report)
+    prompts = chat(DEMO_TARGET, project_prompts())[: args.prompts]
     if args.only != "fp32":
         report["bfloat16"] = bf16(prompts, args.tokens)
         print(report["bfloat16"], flush=True)
         keep()
     if args.only != "bf16":
-        report["float32"] = fp32(prompts, args.tokens, args.cases, keep)
+        report["float32"] = fp32(DEMO_TARGET, DEMO_HEAD, prompts, args.tokens, args.cases, keep)
+    return exit_status(report)
+
+
+def exit_status(report: dict[str, Any]) -> int:
     exact = all(row["identical"] == row["prompts"] for row in report.get("float32", []))
     return 0 if exact else 1
 
