@@ -79,7 +79,7 @@ class EchoPolicy:
             return max(0, min(most, self.k_max - plan.prefill_tokens))
         if plan.max_rows is None:
             return most
-        return max(batch.num_requests * self.floor, min(most, int(plan.max_rows) - batch.rows))
+        return max(0, min(most, int(plan.max_rows) - batch.rows))
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:

@@ -272,5 +272,5 @@ def test_echo_takes_its_budget_from_the_hinge() -> None:
     assert isinstance(policy, EchoPolicy)
     assert policy.budget(planned(4, max_rows=40.0)) == 36
     assert policy.budget(planned(4, max_rows=40.0, prefill_tokens=30)) == 6
-    assert policy.budget(planned(4, max_rows=2.0)) == 4
+    assert policy.budget(planned(4, max_rows=2.0)) == 0
     assert policy.budget(planned(4)) == 64
