@@ -95,6 +95,8 @@ class EchoPolicy:
             left = max(0, self.budget(batch) - sum(pool.level_sizes()))
             order = best.masked_fill(~going, NO_CANDIDATE).argsort(descending=True, stable=True)
             going[order[left:]] = False
+        elif depth > self.budget(batch) // max(1, pool.num_requests):
+            going[:] = False  # A path of that many levels is more than anyone's part.
         requests = requests[going]
         if not len(requests):
             return None

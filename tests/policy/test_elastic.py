@@ -274,3 +274,12 @@ def test_echo_takes_its_budget_from_the_hinge() -> None:
     assert policy.budget(planned(4, max_rows=40.0, prefill_tokens=30)) == 6
     assert policy.budget(planned(4, max_rows=2.0)) == 0
     assert policy.budget(planned(4)) == 64
+
+
+def test_equal_shares_draft_no_level_that_nobody_can_keep() -> None:
+    policy = elastic(12, policy="echo", max_depth=4, top_k=2, share="equal", gates={}, k_max=9)
+    for requests, levels in ((1, 4), (3, 3), (4, 2), (10, 1)):
+        batch = planned(requests)
+        pool = grow(policy, requests, 1, batch)
+        assert pool.num_levels == levels
+        assert max(policy.select(pool, batch).cu_nodes.diff().tolist()) == min(12, 9 // requests)
