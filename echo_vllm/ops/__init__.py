@@ -94,7 +94,7 @@ def tree_attention(
     Raises:
         RuntimeError: an argument's shape, dtype, stride or range does not fit.
     """
-    implementation("tree_attention", query.device.type)(
+    implementation("tree_attention", query.is_cuda)(
         query,
         key_cache,
         value_cache,
@@ -137,7 +137,7 @@ def commit_kv(
     Raises:
         RuntimeError: an argument's shape, dtype or stride does not fit, or a slot is out of range.
     """
-    implementation("commit_kv", src_slots.device.type)(
+    implementation("commit_kv", src_slots.is_cuda)(
         list(kv_caches), src_slots, dst_slots, block_size, layout
     )
 
@@ -159,9 +159,7 @@ def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple
     Raises:
         RuntimeError: the parents or bounds are not a forest, or a tree does not fit the words.
     """
-    mask, depths = implementation("build_super_tree", parents.device.type)(
-        parents, cu_nodes, num_words
-    )
+    mask, depths = implementation("build_super_tree", parents.is_cuda)(parents, cu_nodes, num_words)
     return mask, depths
 
 
@@ -184,7 +182,7 @@ def accept_path(
     Raises:
         RuntimeError: the parents or bounds are not a forest, or shapes and dtypes do not fit.
     """
-    accepted_rows, num_accepted = implementation("accept_path", parents.device.type)(
+    accepted_rows, num_accepted = implementation("accept_path", parents.is_cuda)(
         sampled, token_ids, parents, cu_nodes, max_depth
     )
     return accepted_rows, num_accepted
@@ -217,7 +215,7 @@ def select_budget(
         RuntimeError: a child ranks before its parent, or its parent is no candidate or not an
             earlier column (request and column are named), or shapes and dtypes do not fit.
     """
-    columns, cu_nodes = implementation("select_budget", scores.device.type)(
+    columns, cu_nodes = implementation("select_budget", scores.is_cuda)(
         scores, tiers, parents, budget, max_per_request
     )
     return columns, cu_nodes

@@ -151,12 +151,10 @@ def choose(op: str, device: str) -> Choice:
 
     Raises:
         ValueError: `ECHO_VLLM_OPS` names no implementation.
-        RuntimeError: the forced implementation cannot run here, or the device is not supported.
+        RuntimeError: the forced implementation cannot run here.
     """
     forced = forced_implementation()
-    order = ORDER[op].get(device)
-    if order is None:
-        raise RuntimeError(f"{op} runs on {' and '.join(ORDER[op])} tensors, got {device}")
+    order = ORDER[op][device]
     if forced in order:
         reason = _SOURCES[forced].reason(op, device)
         if reason:
@@ -172,8 +170,13 @@ def choose(op: str, device: str) -> Choice:
 
 
 @functools.cache
-def implementation(op: str, device: str) -> Callable[..., Any]:
-    """The function that runs `op` on tensors of a device type; raises what `choose` raises."""
+def implementation(op: str, is_cuda: bool) -> Callable[..., Any]:
+    """The function that runs `op` on tensors with this `is_cuda`; raises what `choose` raises.
+
+    An operator runs in every layer of every step, and `is_cuda` is the cheapest question to a
+    tensor about its device. Devices of other kinds get what a CPU gets.
+    """
+    device = "cuda" if is_cuda else "cpu"
     choice = choose(op, device)
     if choice.name == "reference" and not choice.forced:
         reasons = "; ".join(choice.passed_over.values())

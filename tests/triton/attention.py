@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Triton's tree and suffix attention against the reference; run by test_triton.py.
 
-Error norm and tolerances are those of tests/ops/test_tree_attention.py.
+Runs in Triton's interpreter, and without it on a GPU. Error norm and tolerances are those of
+tests/ops/test_tree_attention.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from echo_vllm.ops import reference, triton_kernels
 from echo_vllm.ops.triton_kernels import attention
 from tests.ops.cases import Shape, TreeAttentionCase, build
 from tests.ops.test_tree_attention import TOLERANCE, relative_error
+
+DEVICE = "cpu" if attention.INTERPRETED else "cuda"
 
 BASE = Shape("nhd", torch.float32, 16, 2, 3, 64, (5, 1, 9), (70, 0, 33), (5, 1, 9))
 
@@ -38,9 +41,22 @@ def variant(**changes: Any) -> Shape:
     return Shape(**{**BASE.__dict__, **changes})
 
 
+def on_device(case: TreeAttentionCase) -> TreeAttentionCase:
+    return case.with_arguments(
+        **{
+            name: value.to(DEVICE) if isinstance(value, Tensor) else value
+            for name, value in case.arguments.items()
+        }
+    )
+
+
+def run_triton(case: TreeAttentionCase) -> Tensor:
+    return on_device(case).run(triton_kernels.tree_attention).cpu()
+
+
 def assert_matches_reference(case: TreeAttentionCase) -> None:
     expected = case.run(reference.tree_attention)
-    actual = case.run(triton_kernels.tree_attention)
+    actual = run_triton(case)
     assert not actual[case.owned_rows].isnan().any(), "an element was not written"
     assert actual[~case.owned_rows].isnan().all(), "wrote a row of another request"
     error = relative_error(actual[case.owned_rows], expected[case.owned_rows])
@@ -70,8 +86,7 @@ def test_matches_reference(changes: dict[str, Any]) -> None:
     assert_matches_reference(build(variant(**changes)))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
-@pytest.mark.parametrize("window", [-1, 30])
+@pytest.mark.parametrize(("splits", "window"), [(1, -1), (2, 30), (8, -1)])
 def test_splits_do_not_matter(splits: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "num_splits", lambda programs, max_context: splits)
     shape = variant(num_kv_heads=1, contexts=(150, 0, 3), head_size=32, sliding_window=window)
@@ -99,22 +114,23 @@ def test_memory_may_be_in_hnd_order() -> None:
 def test_rows_that_see_nothing_are_zero() -> None:
     case = build(variant(contexts=(0, 0, 0)))
     case = case.with_arguments(mask=torch.zeros_like(case.arguments["mask"]))
-    out = case.run(triton_kernels.tree_attention)
+    out = run_triton(case)
     assert (out[case.owned_rows] == 0).all()
 
 
 def test_suffix_attention_gives_output_and_lse() -> None:
     case = build(variant(rows=(5, 0, 9), suffix_lens=(5, 1, 70), softcap=3.0, group=2))
-    arguments = {name: case.arguments[name] for name in SUFFIX_ARGUMENTS}
-    query: Tensor = arguments["query"]
-    lse = torch.full((query.shape[1], query.shape[0]), float("nan"))
+    arguments = {name: on_device(case).arguments[name] for name in SUFFIX_ARGUMENTS}
+    query: Tensor = case.arguments["query"]
+    lse = torch.full((query.shape[1], query.shape[0]), float("nan"), device=DEVICE)
 
     def without_context(op: Any) -> Tensor:
         lens = torch.zeros_like(case.arguments["context_lens"])
         return case.with_arguments(context_lens=lens).run(op)
 
-    out = torch.full(query.shape, float("nan"))
+    out = torch.full(query.shape, float("nan"), device=DEVICE)
     triton_kernels.suffix_attention(**arguments, out=out, lse=lse)
+    out, lse = out.cpu(), lse.cpu()
     owned = case.owned_rows
     assert relative_error(out[owned], without_context(reference.tree_attention)[owned]) < 1e-5
     assert out[~owned].isnan().all()
