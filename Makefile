@@ -34,6 +34,9 @@ setup: ## .venv, vLLM, our patches and extension, the demo model; starts nothing
 serve: setup ## serve the demo model: PORT, HOST, CONFIG (empty: no speculation), DTYPE, COMPILE
 	@exec scripts/serve.sh
 
+# Passed on to setup, which these targets depend on.
+test test-fast: export FOR_TESTS := 1
+
 test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

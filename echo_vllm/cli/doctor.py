@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -96,6 +99,64 @@ def check_extension() -> Finding:
     return Finding("extension", lines[-1] if lines else f"status {run.returncode}", remedy)
 
 
+REPORT_OPERATORS = (
+    "import json, torch; from echo_vllm.ops import dispatch; "
+    "print(json.dumps({'gpu': torch.cuda.is_available(), 'devices': dispatch.report()}))"
+)
+
+
+@functools.cache
+def report_operators() -> dict[str, Any]:
+    """`ops.dispatch.report()` and whether there is a GPU, from another process as above."""
+    run = subprocess.run(
+        [sys.executable, "-c", REPORT_OPERATORS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if run.returncode != 0:
+        lines = run.stderr.strip().splitlines()
+        return {"error": lines[-1] if lines else f"status {run.returncode}"}
+    report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return report
+
+
+def check_cpu_operators() -> Finding:
+    return describe_operators("cpu", report_operators())
+
+
+def check_cuda_operators() -> Finding:
+    return describe_operators("cuda", report_operators())
+
+
+def describe_operators(device: str, report: dict[str, Any]) -> Finding:
+    """Which implementation each operator uses on a device, and why not a better one."""
+    what = f"operators on {device}"
+    if "error" in report:
+        return Finding(what, f"unknown: {report['error']}", "see the rows above")
+    operators = report["devices"][device]
+    errors = {entry["error"] for entry in operators if "error" in entry}
+    if errors:
+        return Finding(what, "; ".join(sorted(errors)), "change or unset ECHO_VLLM_OPS")
+    users: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}  # reason -> implementation
+    for entry in operators:
+        users.setdefault(entry["name"], []).append(entry["op"])
+        reasons |= {reason: name for name, reason in entry["passed_over"].items()}
+    state = ", ".join(
+        f"{name} for {'all' if len(ops) == len(operators) else ', '.join(ops)}"
+        for name, ops in users.items()
+    )
+    if reasons:
+        state += "; not " + "; not ".join(f"{name}: {why}" for why, name in reasons.items())
+    if device == "cuda" and not report["gpu"]:
+        return Finding(what, f"no GPU here; with one: {state}")
+    slow = "reference" in users and bool(reasons)
+    remedy = "build the extension with `make setup`; the reference is slow" if slow else ""
+    return Finding(what, state, remedy)
+
+
 def check_plugins() -> Finding:
     missing = [
         group
@@ -118,6 +179,8 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_torch,
     check_patches,
     check_extension,
+    check_cpu_operators,
+    check_cuda_operators,
     check_plugins,
 )
 

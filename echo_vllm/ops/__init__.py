@@ -3,9 +3,10 @@
 """The operators: tree attention, K/V commit, the forest's mask and walk, and the budget's choice.
 
 Called by `echo_vllm.acceptance`, `echo_vllm.policy` and `echo_vllm.engine`; knows tensors only, no
-vLLM. Each function runs the C++ kernel for the device of its tensors, or with
-`ECHO_VLLM_OPS=reference` in the environment the plain-torch version in `reference.py`.
-`ECHO_VLLM_CPU_ISA` forces the instruction set of the CPU kernels (`supported_cpu_isas()`).
+vLLM. Each function runs the best implementation for the device of its tensors (`dispatch.py` has
+the table): the C++ extension, Triton, xFormers or the plain-torch `reference.py`. `ECHO_VLLM_OPS`
+in the environment names the one to use. `ECHO_VLLM_CPU_ISA` forces the instruction set of the CPU
+kernels (`supported_cpu_isas()`).
 
 Terms: a request's rows are [root, node 0, node 1, ...]; the root is the last sampled token. A
 parent is the index of a node of the same request, -1 is the root. Bit j of a mask row is bit
@@ -14,15 +15,12 @@ j % 64 of its word j // 64.
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from echo_vllm.ops import reference
+from echo_vllm.ops.dispatch import available_implementations, implementation
 from echo_vllm.ops.library import load_library
 
 __all__ = [
@@ -35,43 +33,6 @@ __all__ = [
     "supported_cpu_isas",
     "tree_attention",
 ]
-
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "tree_attention": reference.tree_attention,
-    "commit_kv": reference.commit_kv,
-    "build_super_tree": reference.build_super_tree,
-    "accept_path": reference.accept_path,
-    "select_budget": reference.select_budget,
-}
-
-
-@functools.cache  # an operator runs in every layer of every step
-def _implementation(op: str) -> Callable[..., Any]:
-    choice = os.environ.get("ECHO_VLLM_OPS", "")
-    if choice == "reference":
-        return _REFERENCE[op]
-    if choice:
-        raise ValueError(f"ECHO_VLLM_OPS must be unset or 'reference', got {choice!r}")
-    load_library()
-    kernel: Callable[..., Any] = getattr(torch.ops.echo_vllm, op).default
-    return kernel
-
-
-def available_implementations() -> dict[str, tuple[str, ...]]:
-    """Operator name -> what can run it here: `reference`, and `cpu`, `cuda` from the library."""
-    implementations: dict[str, tuple[str, ...]] = {}
-    try:
-        load_library()
-    except RuntimeError:
-        return dict.fromkeys(_REFERENCE, ("reference",))
-    for op in _REFERENCE:
-        kernels = tuple(
-            key.lower()
-            for key in ("CPU", "CUDA")
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"echo_vllm::{op}", key)
-        )
-        implementations[op] = ("reference", *kernels)
-    return implementations
 
 
 def supported_cpu_isas() -> tuple[str, ...]:
@@ -133,7 +94,7 @@ def tree_attention(
     Raises:
         RuntimeError: an argument's shape, dtype, stride or range does not fit.
     """
-    _implementation("tree_attention")(
+    implementation("tree_attention", query.is_cuda)(
         query,
         key_cache,
         value_cache,
@@ -176,7 +137,9 @@ def commit_kv(
     Raises:
         RuntimeError: an argument's shape, dtype or stride does not fit, or a slot is out of range.
     """
-    _implementation("commit_kv")(list(kv_caches), src_slots, dst_slots, block_size, layout)
+    implementation("commit_kv", src_slots.is_cuda)(
+        list(kv_caches), src_slots, dst_slots, block_size, layout
+    )
 
 
 def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
@@ -196,7 +159,7 @@ def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple
     Raises:
         RuntimeError: the parents or bounds are not a forest, or a tree does not fit the words.
     """
-    mask, depths = _implementation("build_super_tree")(parents, cu_nodes, num_words)
+    mask, depths = implementation("build_super_tree", parents.is_cuda)(parents, cu_nodes, num_words)
     return mask, depths
 
 
@@ -219,7 +182,7 @@ def accept_path(
     Raises:
         RuntimeError: the parents or bounds are not a forest, or shapes and dtypes do not fit.
     """
-    accepted_rows, num_accepted = _implementation("accept_path")(
+    accepted_rows, num_accepted = implementation("accept_path", parents.is_cuda)(
         sampled, token_ids, parents, cu_nodes, max_depth
     )
     return accepted_rows, num_accepted
@@ -252,7 +215,7 @@ def select_budget(
         RuntimeError: a child ranks before its parent, or its parent is no candidate or not an
             earlier column (request and column are named), or shapes and dtypes do not fit.
     """
-    columns, cu_nodes = _implementation("select_budget")(
+    columns, cu_nodes = implementation("select_budget", scores.is_cuda)(
         scores, tiers, parents, budget, max_per_request
     )
     return columns, cu_nodes

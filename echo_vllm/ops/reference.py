@@ -65,7 +65,7 @@ def gather_context(
 
 def mask_bits(mask: Tensor, length: int) -> Tensor:
     """The first `length` bits of each row of an int64 [rows, words] mask: bool [rows, length]."""
-    column = torch.arange(length)
+    column = torch.arange(length, device=mask.device)
     words = mask[:, column // BITS_PER_WORD]
     return (words >> (column % BITS_PER_WORD)) & 1 != 0
 
@@ -109,10 +109,11 @@ def tree_attention(
         key = torch.cat([context_key, suffix_key[start : start + length]])
         value = torch.cat([context_value, suffix_value[start : start + length]])
 
-        visible = torch.ones(rows, context + length, dtype=torch.bool)
+        visible = torch.ones(rows, context + length, dtype=torch.bool, device=query.device)
         if sliding_window > 0:
             position = positions[first_row : first_row + rows, None]
-            visible[:, :context] = torch.arange(context) > position - sliding_window
+            token = torch.arange(context, device=query.device)
+            visible[:, :context] = token > position - sliding_window
         visible[:, context:] = mask_bits(mask[first_mask_row:end_mask_row], length)
 
         # [kv heads, group, rows, D] x [kv heads, 1, keys, D]
@@ -172,7 +173,7 @@ def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple
         mask_rows += [[_signed_word(row, word) for word in range(num_words)] for row in rows]
         depths += depth
     mask = torch.tensor(mask_rows, dtype=torch.int64).reshape(len(depths), num_words)
-    return mask, torch.tensor(depths, dtype=torch.int32)
+    return mask.to(parents.device), torch.tensor(depths, dtype=torch.int32, device=parents.device)
 
 
 def _signed_word(bits: int, word: int) -> int:
@@ -200,7 +201,7 @@ def accept_path(
             path.append(child[path[-1], targets[path[-1]]])
         accepted_rows[request, : len(path)] = torch.tensor(path, dtype=torch.int32)
         num_accepted[request] = len(path) - 1
-    return accepted_rows, num_accepted
+    return accepted_rows.to(parents.device), num_accepted.to(parents.device)
 
 
 def select_budget(

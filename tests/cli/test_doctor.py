@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -29,7 +30,8 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_installation_that_the_tests_use_is_healthy() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
-    for what in ("echo-vllm", "vLLM", "torch", "patches", "extension", "vLLM plug-ins"):
+    rows = ("echo-vllm", "vLLM", "torch", "patches", "extension", "vLLM plug-ins")
+    for what in (*rows, "operators on cpu", "operators on cuda"):
         assert what in result.output
     assert f"{VLLM_VERSION}" in result.output
 
@@ -63,6 +65,40 @@ def test_patches_that_are_not_applied_are_found(monkeypatch: pytest.MonkeyPatch)
     finding = doctor_command.check_patches()
     assert finding.state == Condition.PRISTINE.value
     assert finding.remedy == "run `echo-vllm patch apply`"
+
+
+def report(gpu: bool = False, **cuda: Any) -> dict[str, Any]:
+    entry = {"op": "commit_kv", "name": "extension", "passed_over": {}}
+    other = {"op": "accept_path", "name": "extension", "passed_over": {}}
+    return {"gpu": gpu, "devices": {"cpu": [entry, other], "cuda": [{**entry, **cuda}, other]}}
+
+
+def test_operators_name_their_implementation_and_why_not_a_better_one() -> None:
+    finding = doctor_command.describe_operators("cpu", report())
+    assert finding == doctor_command.Finding("operators on cpu", "extension for all")
+    passed_over = {"extension": "no cuda kernel"}
+    triton = report(True, name="triton", passed_over=passed_over)
+    assert doctor_command.describe_operators("cuda", triton) == doctor_command.Finding(
+        "operators on cuda",
+        "triton for commit_kv, extension for accept_path; not extension: no cuda kernel",
+    )
+
+
+def test_the_reference_is_a_fault_where_there_is_a_device_only() -> None:
+    slow = {"name": "reference", "passed_over": {"extension": "not built"}}
+    assert doctor_command.describe_operators("cuda", report(True, **slow)).remedy
+    finding = doctor_command.describe_operators("cuda", report(False, **slow))
+    assert finding.state.startswith("no GPU here; with one: reference for commit_kv")
+    assert not finding.remedy
+
+
+def test_a_wrong_choice_of_operators_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECHO_VLLM_OPS", "fast")
+    finding = doctor_command.describe_operators(
+        "cpu", doctor_command.report_operators.__wrapped__()
+    )
+    assert "ECHO_VLLM_OPS must be unset or one of extension, triton" in finding.state
+    assert finding.remedy == "change or unset ECHO_VLLM_OPS"
 
 
 def test_plug_ins_that_are_not_registered_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,10 @@ class TreeAttentionCase:
         """Runs `op` on a fresh poisoned `out` with strides of its own and returns it."""
         num_tokens, num_heads, head_size = self.arguments["query"].shape
         storage = torch.full(
-            (num_tokens, num_heads + 1, head_size + 16), float("nan"), dtype=self.dtype
+            (num_tokens, num_heads + 1, head_size + 16),
+            float("nan"),
+            dtype=self.dtype,
+            device=self.arguments["query"].device,
         )
         out = storage[:, :num_heads, :head_size]
         op(**self.arguments, out=out)

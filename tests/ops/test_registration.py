@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from echo_vllm import ops
-from echo_vllm.ops import library, reference
+from echo_vllm.ops import library
 from tests.ops.cases import Shape, TreeAttentionCase, build
 
 SHAPE = Shape("vec", torch.float32, 32, 2, 3, 32, (5, 1, 0, 9), (40, 0, 3, 77), (5, 1, 2, 9))
@@ -61,27 +61,6 @@ def test_opcheck_select_budget() -> None:
     tiers = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 2]], dtype=torch.int32)
     parents = torch.tensor([[-1, 0, 0, 1], [-1, -1, 0, 1]])
     opcheck(torch.ops.echo_vllm.select_budget, scores, tiers, parents, 4, 3)
-
-
-def test_every_op_has_a_reference_and_a_cpu_kernel() -> None:
-    names = {"tree_attention", "commit_kv", "build_super_tree", "accept_path", "select_budget"}
-    available = ops.available_implementations()
-    assert set(available) == names
-    assert all({"reference", "cpu"} <= set(kinds) for kinds in available.values())
-
-
-def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise AssertionError("the library was asked for")
-
-    monkeypatch.setattr(ops, "load_library", refuse)
-    monkeypatch.setattr(ops, "_implementation", ops._implementation.__wrapped__)
-    monkeypatch.setenv("ECHO_VLLM_OPS", "reference")
-    mask, _ = ops.build_super_tree(*FOREST, 1)
-    assert torch.equal(mask, reference.build_super_tree(*FOREST, 1)[0])
-    monkeypatch.setenv("ECHO_VLLM_OPS", "fast")
-    with pytest.raises(ValueError, match="ECHO_VLLM_OPS must be unset or 'reference', got 'fast'"):
-        ops.build_super_tree(*FOREST, 1)
 
 
 def test_a_missing_library_names_the_remedy(
