@@ -35,6 +35,7 @@ from echo_vllm.engine.verification import Verdict, verify
 from echo_vllm.forest import DraftForest, is_chain
 from echo_vllm.policy import DraftBatch, DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.echo import EchoPolicy
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -97,7 +98,7 @@ class EchoRunnerMixin(_Runner):
         """Measured at start-up; reported once to the scheduler, which keeps it true."""
         self.recorder = TraceRecorder.of(vllm_config) if is_global_first_rank() else None
         # Only where the drafter may be skipped is it worth holding tokens back from it.
-        self.may_skip_drafter = isinstance(policy, AutoPolicy)
+        self.may_skip_drafter = isinstance(policy, AutoPolicy | EchoPolicy)
 
     # ---- Before the forward: batch order, positions, attention ----
 

@@ -19,6 +19,7 @@ from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
 from echo_vllm.policy import DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.echo import EchoPolicy
 from echo_vllm.policy.forecast import Forecaster
 
 LONGEST_GAP_S = 0.05
@@ -48,6 +49,7 @@ class EchoScheduler(Scheduler):
         self._forecaster: Forecaster | None = None
         profile = find_profile(spec.echo, spec.model)
         policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+        self._elastic = policy if isinstance(policy, EchoPolicy) else None
         if isinstance(policy, AutoPolicy):
             self._forecaster = Forecaster.of(policy, online=spec.echo.online)
 
@@ -76,11 +78,12 @@ class EchoScheduler(Scheduler):
 
     def _plan(self) -> DraftPlan:
         """What the worker is told for the drafting at the end of this step."""
-        if self._forecaster is None and self._echo.policy != "echo":
+        if self._forecaster is None and self._elastic is None:
             return DraftPlan()
         num_decoding, prefill_tokens = self._next_load()
-        if self._forecaster is None:
-            return DraftPlan(prefill_tokens=prefill_tokens, max_rows=self._max_rows)
+        if self._elastic is not None:
+            return self._elastic.plan(num_decoding, prefill_tokens, self._max_rows)
+        assert self._forecaster is not None
         if self._cost is None or self._plain_cost is None:
             return self._forecaster.plan(num_decoding, prefill_tokens, None)
         return self._forecaster.plan(

@@ -21,12 +21,13 @@ rerank; with budget for all of them and no gate that fires, the result is the `t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from echo_vllm import ops
 from echo_vllm.forest import ROOT, DraftForest
-from echo_vllm.policy.base import NO_CANDIDATE, CandidatePool, DraftBatch, Expansion
+from echo_vllm.policy.base import NO_CANDIDATE, CandidatePool, DraftBatch, DraftPlan, Expansion
 
 
 class EchoPolicy:
@@ -80,6 +81,13 @@ class EchoPolicy:
         if plan.max_rows is None:
             return most
         return max(0, min(most, int(plan.max_rows) - batch.rows))
+
+    def plan(self, num_decoding: int, prefill_tokens: int, max_rows: float | None) -> DraftPlan:
+        """The plan of a drafting; where the next step has no budget, nobody drafts."""
+        plan = DraftPlan(prefill_tokens=prefill_tokens, max_rows=max_rows)
+        if num_decoding and not self.budget(DraftBatch(num_decoding, num_decoding, plan)):
+            plan = replace(plan, max_depth=0)
+        return plan
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:

@@ -40,6 +40,7 @@ from echo_vllm.cost import StepCost, budget_rows
 from echo_vllm.policy import DraftBatch, DraftPlan, DraftPolicy, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import MAX_BACKLOG
+from echo_vllm.policy.echo import EchoPolicy
 from echo_vllm.policy.forecast import Forecaster
 from echo_vllm.trace.format import TraceError, TraceHeader, TraceRequest, TraceStep
 from echo_vllm.trace.recorded import STAND_IN, RecordedDraft, RecordedDrafter
@@ -281,7 +282,7 @@ class _Run:
         plan = self._plan()
         slots = np.arange(count)
         probes = list(plan.probed(count))
-        if self.forecaster is not None and plan.max_depth == 0:
+        if plan.max_depth == 0:
             slots, probes = slots[probes], list(range(len(probes)))
         if not len(slots):
             self.waiting = np.minimum(self.waiting + 1, MAX_BACKLOG)
@@ -308,7 +309,9 @@ class _Run:
     def _plan(self) -> DraftPlan:
         if self.forecaster is not None:
             return self.forecaster.plan(self.concurrency, self.prefill_tokens, self.cost)
-        return DraftPlan(prefill_tokens=self.prefill_tokens, max_rows=self.max_rows)
+        if isinstance(self.policy, EchoPolicy):
+            return self.policy.plan(self.concurrency, self.prefill_tokens, self.max_rows)
+        return DraftPlan()
 
     def _observe(self, draft: RecordedDraft, accepted: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         """What the engine's worker reports to its scheduler."""

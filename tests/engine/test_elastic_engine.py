@@ -145,6 +145,35 @@ def test_the_batch_never_verifies_more_than_k_max(tiny: TinyModel, k_max: int) -
 
 
 @pytest.mark.full
+def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More requests than the budget has rows: the drafter rests until they are gone."""
+    monkeypatch.setattr("echo_vllm.engine.scheduler.budget_rows", lambda curve: 6.0)
+    prompts = tiny_prompts(8)
+    lengths = [96 if i < 3 else 24 for i in range(8)]
+    params = [greedy(length) for length in lengths]
+    with tiny_engine(tiny, None) as llm:
+        wanted = generate(llm, prompts, params)
+    spec = echo(tiny.head, 8, policy="echo", max_depth=3, gates={})
+    with tiny_engine(tiny, spec) as llm:
+        runs = []
+        propose = runner(llm).drafter.propose_forest
+
+        def counting(**kwargs: Any) -> Any:
+            runs.append((kwargs["batch"].num_decoding, len(kwargs["requests"].drafting)))
+            return propose(**kwargs)
+
+        runner(llm).drafter.propose_forest = counting
+        assert generate(llm, prompts, params) == wanted
+        found = counters(llm)
+    # What a step costs is known after the first one.
+    assert not any(drafting for decoding, drafting in runs[1:] if decoding > 6)
+    assert any(drafting for decoding, drafting in runs if decoding <= 3)
+    assert found["spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     "section",
     [
