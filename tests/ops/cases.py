@@ -106,7 +106,10 @@ class TreeAttentionCase:
         """Runs `op` on a fresh poisoned `out` with strides of its own and returns it."""
         num_tokens, num_heads, head_size = self.arguments["query"].shape
         storage = torch.full(
-            (num_tokens, num_heads + 1, head_size + 16), float("nan"), dtype=self.dtype
+            (num_tokens, num_heads + 1, head_size + 16),
+            float("nan"),
+            dtype=self.dtype,
+            device=self.arguments["query"].device,
         )
         out = storage[:, :num_heads, :head_size]
         op(**self.arguments, out=out)
@@ -118,6 +121,13 @@ class TreeAttentionCase:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.arguments["query"].dtype
         return dtype
+
+    def to(self, device: str) -> TreeAttentionCase:
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return TreeAttentionCase(moved, self.owned_rows)
 
     def with_arguments(self, **changes: Any) -> TreeAttentionCase:
         return dataclasses.replace(self, arguments={**self.arguments, **changes})
