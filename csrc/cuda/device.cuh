@@ -31,8 +31,14 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
                                                    static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(args...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  static_cast<void>(cudaGetLastError());  // the next caller's launch is not to blame
+  return error;
 }
 
 __device__ __forceinline__ unsigned char* shared_memory() {
