@@ -155,8 +155,9 @@ struct MmaTraits {
   }
 };
 
+// One block a multiprocessor: registers matter more here than occupancy.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     tree_attention_mma_kernel(const __grid_constant__ TreeAttentionArgs args,
                               const __grid_constant__ AttentionPlan plan) {
   using T = typename Traits::T;
@@ -215,6 +216,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const auto load_tile = [&](int tile) {
     unsigned char* keys = shared + (tile - begin_tile) % 2 * Traits::kStageBytes;
     unsigned char* values = keys + Traits::kTileBytes;
+    // Few copies at a time: their addresses compete with the accumulators for registers.
+#pragma unroll(kHeadSize > 128 ? 1 : 4)
     for (int i = thread; i < kKeys * kChunks; i += kThreads) {
       const int in_tile = i / kChunks, chunk = i % kChunks;
       const int key = tile * kKeys + in_tile;
