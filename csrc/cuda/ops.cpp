@@ -4,6 +4,7 @@
 // The operators on CUDA tensors: they check shapes on the host, allocate by shapes alone, and call
 // the launchers. What is in device memory is trusted: nothing here waits for the device, so a
 // forest or a slot that does not fit cannot be refused as it is on the CPU.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,6 +25,15 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace echo_vllm::cuda {
 namespace {
+
+// A launch goes to the current device, which need not be the tensors'.
+#if defined(ECHO_EMULATE_CUDA)
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#else
+using torch::stable::accelerator::DeviceGuard;
+#endif
 
 cudaStream_t current_stream(const Tensor& tensor) {
 #if defined(ECHO_EMULATE_CUDA)
@@ -74,6 +84,7 @@ ForestArgs check_forest(const char* op, const Tensor& parents, const Tensor& cu_
 std::tuple<Tensor, Tensor> build_super_tree(const Tensor& parents, const Tensor& cu_nodes,
                                             int64_t num_words) {
   const char* op = "build_super_tree";
+  const DeviceGuard guard(parents.get_device_index());
   SuperTreeArgs args{};
   args.forest = check_forest(op, parents, cu_nodes);
   check(num_words >= 1, op, ": num_words must be >= 1, got ", num_words);
@@ -91,6 +102,7 @@ std::tuple<Tensor, Tensor> accept_path(const Tensor& sampled, const Tensor& toke
                                        const Tensor& parents, const Tensor& cu_nodes,
                                        int64_t max_depth) {
   const char* op = "accept_path";
+  const DeviceGuard guard(parents.get_device_index());
   AcceptPathArgs args{};
   args.forest = check_forest(op, parents, cu_nodes);
   check(max_depth >= 0, op, ": max_depth must be >= 0, got ", max_depth);
@@ -116,6 +128,7 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
                                          const Tensor& parents, int64_t budget,
                                          int64_t max_per_request) {
   const char* op = "select_budget";
+  const DeviceGuard guard(parents.get_device_index());
   check_candidates(scores, tiers, parents, budget, max_per_request);
   const int64_t num_requests = scores.size(0), num_columns = scores.size(1);
   check(num_columns <= kMaxSelectColumns, op, ": on CUDA a request may have ", kMaxSelectColumns,
@@ -150,6 +163,7 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
 void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
                const Tensor& dst_slots, int64_t block_size, const std::string& layout) {
   const char* op = "commit_kv";
+  const DeviceGuard guard(src_slots.get_device_index());
   check(layout == "nhd" || layout == "hnd", op, ": on CUDA layout must be nhd or hnd, got '",
         layout, "'");
   check(block_size > 0, op, ": block_size must be positive, got ", block_size);
@@ -201,6 +215,7 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
                     double scale, double softcap, int64_t sliding_window, const std::string& layout,
                     const Tensor& out) {
   const char* op = kTreeAttentionOp;
+  const DeviceGuard guard(query.get_device_index());
   check(layout == "nhd", op,
         ": on CUDA layout must be nhd (its strides may be those of hnd), got '", layout, "'");
   const TreeAttentionArgs args =
