@@ -20,7 +20,7 @@ export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
 
-.PHONY: help setup serve test test-fast check format bench-quick clean
+.PHONY: help setup serve test test-fast check cuda-check wheel format bench-quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,10 +46,16 @@ test-fast: setup ## the fast tier (under three minutes)
 check: setup ## ruff, mypy and clang-format; changes nothing
 	@scripts/check.sh
 
+cuda-check: setup ## compile the CUDA kernels for every architecture (needs nvcc, no GPU)
+	@$(PYTHON_OF_VENV) scripts/cuda_check.py $(ARGS)
+
+wheel: setup ## dist/*.whl with a manylinux tag, and its size
+	@$(PYTHON_OF_VENV) scripts/make_wheel.py $(ARGS)
+
 format: setup ## let ruff and clang-format rewrite what make check complains about
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r .venv/bin/clang-format -i
+	@find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r .venv/bin/clang-format -i
 
 bench-quick: setup ## one table: plain decoding, vLLM's eagle3, and our policies
 	@$(PYTHON_OF_VENV) -m benchmarks.quick $(ARGS)

@@ -7,7 +7,13 @@ neither Python's headers nor ninja. One copy serves every Python and every torch
 The attention kernel is compiled once per instruction set from one source; the right one is chosen
 when it runs, so a library built on one machine runs on another.
 
-Environment: `CXX` (default g++), `CXXFLAGS`, `MAX_JOBS` (default: the number of CPUs).
+Where torch is a CUDA build and nvcc is there, the CUDA kernels go into the same library: nvcc
+compiles `csrc/cuda/*.cu`, which do not include torch, and links its runtime statically, so that the
+library still loads beside a CPU build of torch.
+
+Environment: `CXX` (default g++), `CXXFLAGS`, `MAX_JOBS` (default: the number of CPUs), `NVCC`
+(default: that of `CUDA_HOME`, or of the path), `ECHO_CUDA` (1 or 0: with or without the CUDA
+kernels, whatever torch is), `ECHO_CUDA_ARCHS` (default: see below).
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import concurrent.futures
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -61,6 +68,23 @@ AVX512_FLAGS = [
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header sets it off
 ]
 
+CUDA_SOURCES = [
+    "csrc/cuda/accept_path.cu",
+    "csrc/cuda/commit_kv.cu",
+    "csrc/cuda/select_budget.cu",
+    "csrc/cuda/super_tree.cu",
+    "csrc/cuda/tree_attention.cu",
+    "csrc/cuda/tree_attention_64.cu",
+    "csrc/cuda/tree_attention_96.cu",
+    "csrc/cuda/tree_attention_128.cu",
+    "csrc/cuda/tree_attention_256.cu",
+]
+
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+
+# Ampere, Hopper, Blackwell, and PTX for what comes later.
+CUDA_ARCHS = "80,90a,100,100+ptx"
+
 # Only these files may use more than the baseline instruction set.
 X86_SOURCES = {
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
@@ -82,6 +106,52 @@ def compile_units() -> dict[str, list[str]]:
     return units
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [os.environ.get("NVCC"), f"{home}/bin/nvcc" if home else None, "nvcc"]
+    found = (shutil.which(name) for name in candidates if name)
+    return next((path for path in found if path), None) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit that nvcc works with; nvcc itself may be a link or a script elsewhere."""
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    for line in plan.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=").strip()).resolve()
+    return Path(nvcc).resolve().parent.parent
+
+
+def cuda_arch_flags(archs: str) -> list[str]:
+    """nvcc's -gencode for names such as `90a` (machine code) and `100+ptx` (PTX)."""
+    flags = []
+    for arch in archs.split(","):
+        number, _, kind = arch.strip().partition("+")
+        code = f"compute_{number}" if kind == "ptx" else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+def cuda_compiler() -> str | None:
+    """nvcc if the CUDA kernels are to be built."""
+    import torch
+
+    wanted = os.environ.get("ECHO_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"ECHO_CUDA must be unset, 0 or 1, got {wanted!r}")
+    if wanted == "0" or (not wanted and torch.version.cuda is None):
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        message = "nvcc was not found: set CUDA_HOME or NVCC"
+        if wanted == "1":
+            raise SystemExit(f"ECHO_CUDA=1, but {message}")
+        print(f"warning: torch has CUDA, but {message}; building the CPU kernels only")
+    return nvcc
+
+
 class BuildExtension(build_ext):
     """Compiles with g++ directly: setuptools cannot give each source its own flags."""
 
@@ -99,20 +169,35 @@ class BuildExtension(build_ext):
             f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
             *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]
-        headers = [*ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"]
+        nvcc = cuda_compiler()
+        archs = os.environ.get("ECHO_CUDA_ARCHS", CUDA_ARCHS)
+        sources = {source: [*compiler, *flags, *own] for source, own in compile_units().items()}
+        libraries = ["-ltorch", "-ltorch_cpu"]
+        if nvcc:
+            home = cuda_home(nvcc)
+            sources["csrc/cuda/ops.cpp"] = [*compiler, *flags, f"-isystem{home / 'include'}"]
+            nvcc_command = [nvcc, *CUDA_FLAGS, *cuda_arch_flags(archs)]
+            sources |= dict.fromkeys(CUDA_SOURCES, nvcc_command)
+            libraries += [
+                f"-L{home / 'lib64'}",
+                "-lcudart_static",
+                "-ldl",
+                "-lpthread",
+                "-lrt",
+            ]
+        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), ROOT / "setup.py"]
         newest_header = max(path.stat().st_mtime for path in headers)
         objects: list[Path] = []
         commands: list[list[str]] = []
-        for source, own_flags in compile_units().items():
-            target = Path(self.build_temp) / (source + f".torch{torch.__version__}.o")
+        for source, command in sources.items():
+            made_for = archs.replace(",", "_") if source in CUDA_SOURCES else torch.__version__
+            target = Path(self.build_temp) / f"{source}.{made_for}.o"
             objects.append(target)
             newest = max(newest_header, (ROOT / source).stat().st_mtime)
             if not self.force and target.exists() and target.stat().st_mtime > newest:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            commands.append(
-                [*compiler, *flags, *own_flags, "-c", str(ROOT / source), "-o", str(target)]
-            )
+            commands.append([*command, "-c", str(ROOT / source), "-o", str(target)])
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(self._run, commands))
@@ -130,8 +215,7 @@ class BuildExtension(build_ext):
                 str(fresh),
                 f"-L{torch_root / 'lib'}",
                 "-Wl,--no-as-needed",
-                "-ltorch",
-                "-ltorch_cpu",
+                *libraries,
             ]
         )
         fresh.replace(library)

@@ -15,9 +15,9 @@
 namespace echo_vllm {
 
 // Whether there is a candidate at all: -inf marks an empty column, and NaN is no score.
-ECHO_HOST_DEVICE bool is_candidate(float score) {
-  return score > -std::numeric_limits<float>::infinity();
-}
+constexpr float kNoCandidate = -std::numeric_limits<float>::infinity();
+
+ECHO_HOST_DEVICE bool is_candidate(float score) { return score > kNoCandidate; }
 
 // Smaller is better. Both zeros are the same score.
 ECHO_HOST_DEVICE uint64_t rank_key(int32_t tier, float score) {

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace echo_vllm {
 
@@ -68,6 +69,26 @@ inline void check_index_vector(const char* op, const char* name, const Tensor& t
   check_dim(op, name, t, 1);
   check_dtype(op, name, t, dtype);
   check_last_dim_contiguous(op, name, t);
+}
+
+// The arguments of select_budget.
+inline void check_candidates(const Tensor& scores, const Tensor& tiers, const Tensor& parents,
+                             int64_t budget, int64_t max_per_request) {
+  const char* op = "select_budget";
+  check_dim(op, "scores", scores, 2);
+  check_dtype(op, "scores", scores, ScalarType::Float);
+  check_last_dim_contiguous(op, "scores", scores);
+  const int64_t num_requests = scores.size(0), columns = scores.size(1);
+  for (const auto& [name, tensor, dtype] : {std::tuple{"tiers", &tiers, ScalarType::Int},
+                                            std::tuple{"parents", &parents, ScalarType::Long}}) {
+    check_dim(op, name, *tensor, 2);
+    check_dtype(op, name, *tensor, dtype);
+    check_size(op, name, *tensor, 0, num_requests);
+    check_size(op, name, *tensor, 1, columns);
+    check_last_dim_contiguous(op, name, *tensor);
+  }
+  check(budget >= 0, op, ": budget must be >= 0, got ", budget);
+  check(max_per_request >= 0, op, ": max_per_request must be >= 0, got ", max_per_request);
 }
 
 }  // namespace echo_vllm

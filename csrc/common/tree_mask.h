@@ -46,6 +46,38 @@ ECHO_HOST_DEVICE int write_ancestor_row(const int32_t* parents, int node, uint64
   return depth;
 }
 
+// One word of a node's mask row, for kernels in which each thread writes a word; node -1 is the
+// root. `depth` becomes the node's depth. A parent that does not precede its child ends the walk.
+ECHO_HOST_DEVICE uint64_t ancestor_word(const int32_t* parents, int node, int word, int* depth) {
+  uint64_t bits = word == 0 ? 1 : 0;
+  *depth = 0;
+  while (node >= 0) {
+    if ((node + 1) / kBitsPerWord == word) bits |= bit_in_word(node + 1);
+    ++*depth;
+    const int parent = parents[node];
+    node = parent < node ? parent : -1;
+  }
+  return bits;
+}
+
+// Bits [first, first + 64) of a mask row of `length` bits as one word. Bits before the first one
+// (`first` may be negative) and behind the last are 0; no word behind the last bit's is read.
+ECHO_HOST_DEVICE uint64_t mask_word_at(const uint64_t* row, int length, int first) {
+  if (first >= length || first <= -kBitsPerWord) return 0;
+  uint64_t bits;
+  if (first < 0) {
+    bits = row[0] << -first;
+  } else {
+    const int word = first / kBitsPerWord, shift = first & (kBitsPerWord - 1);
+    bits = row[word] >> shift;
+    if (shift != 0 && (word + 1) * kBitsPerWord < length) {
+      bits |= row[word + 1] << (kBitsPerWord - shift);
+    }
+  }
+  const int left = length - first;
+  return left < kBitsPerWord ? bits & bit_range(0, left) : bits;
+}
+
 // The child of `row` (a row index: 0 = root) that holds `token`, as a row index, or -1.
 // Parents precede children, so the search starts behind the parent.
 template <class Token>

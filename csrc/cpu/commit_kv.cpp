@@ -26,6 +26,7 @@ struct Move {
 struct LayerShape {
   int64_t num_blocks, num_kv_heads;
   int block_size, head_size;
+  int64_t token_stride;
 };
 
 LayerShape check_layer(const Tensor& cache, int64_t layer, int64_t block_size, KvLayout layout) {
@@ -33,15 +34,17 @@ LayerShape check_layer(const Tensor& cache, int64_t layer, int64_t block_size, K
         ": kv_caches[", layer, "] must be [num_blocks, num_kv_heads, ", block_size,
         ", 2 * head_size], got ", ShapeOf{cache});
   const int64_t row = cache.size(3);
-  check(cache.stride(3) == 1 && cache.stride(2) == row, kOp, ": kv_caches[", layer,
-        "] must be contiguous inside a (block, kv head)");
+  check(cache.stride(3) == 1 && (cache.stride(2) == row || layout == KvLayout::kNhd), kOp,
+        ": kv_caches[", layer, "] must be contiguous inside a ",
+        layout == KvLayout::kNhd ? "token" : "(block, kv head)");
   const size_t size = cache.element_size();
   check(size == 1 || size == 2 || size == 4, kOp, ": kv_caches[", layer,
         "] must have elements of 1, 2 or 4 bytes, got ", size);
   check(layout != KvLayout::kAmx || (row / 2 % 32 == 0 && block_size % 32 == 0), kOp,
         ": the amx layout needs head and block sizes that are multiples of 32, got ", row / 2,
         " and ", block_size);
-  return {cache.size(0), cache.size(1), static_cast<int>(block_size), static_cast<int>(row / 2)};
+  return {cache.size(0), cache.size(1), static_cast<int>(block_size), static_cast<int>(row / 2),
+          cache.stride(2)};
 }
 
 // Calls f(offset in K, offset in V, dim) for every element of a token. The layout is a template
@@ -50,8 +53,8 @@ template <KvLayout kLayout, class F>
 void for_each_element(const LayerShape& shape, int token, const F& f) {
   const int head_size = shape.head_size, block_size = shape.block_size;
   for (int d = 0; d < head_size; ++d) {
-    f(key_offset(kLayout, block_size, head_size, token, d, 0),
-      value_offset(kLayout, block_size, head_size, token, d, 0), d);
+    f(key_offset(kLayout, block_size, head_size, token, d, shape.token_stride),
+      value_offset(kLayout, block_size, head_size, token, d, shape.token_stride), d);
   }
 }
 
@@ -60,7 +63,9 @@ template <KvLayout kLayout, class T>
 void move_head(T* head_base, int64_t block_stride, const LayerShape& shape,
                const std::vector<Move>& moves, T* held) {
   const int head_size = shape.head_size;
-  const int64_t value_region = static_cast<int64_t>(shape.block_size) * head_size;
+  // K and V are two regions of a (block, kv head), or in the nhd layout two halves of a token.
+  const int64_t value_region =
+      kLayout == KvLayout::kNhd ? head_size : static_cast<int64_t>(shape.block_size) * head_size;
   T* token_held = held;
   for (const Move& m : moves) {
     const T* keys = head_base + m.src_block * block_stride;
@@ -92,6 +97,8 @@ void move_head_of(const Tensor& cache, int64_t head, const LayerShape& shape, Kv
   T* base = static_cast<T*>(cache.mutable_data_ptr()) + head * cache.stride(1);
   if (layout == KvLayout::kAmx) {
     move_head<KvLayout::kAmx>(base, cache.stride(0), shape, moves, held.data());
+  } else if (layout == KvLayout::kNhd) {
+    move_head<KvLayout::kNhd>(base, cache.stride(0), shape, moves, held.data());
   } else {
     move_head<KvLayout::kVec>(base, cache.stride(0), shape, moves, held.data());
   }
@@ -101,9 +108,12 @@ void move_head_of(const Tensor& cache, int64_t head, const LayerShape& shape, Kv
 
 void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
                const Tensor& dst_slots, int64_t block_size, const std::string& layout_name) {
-  check(layout_name == "vec" || layout_name == "vec16" || layout_name == "amx", kOp,
-        ": layout must be one of vec, vec16, amx, got '", layout_name, "'");
-  const KvLayout layout = layout_name == "amx" ? KvLayout::kAmx : KvLayout::kVec;
+  const bool strided = layout_name == "nhd" || layout_name == "hnd";
+  check(strided || layout_name == "vec" || layout_name == "vec16" || layout_name == "amx", kOp,
+        ": layout must be one of vec, vec16, amx, nhd, hnd, got '", layout_name, "'");
+  const KvLayout layout = strided                ? KvLayout::kNhd
+                          : layout_name == "amx" ? KvLayout::kAmx
+                                                 : KvLayout::kVec;
   check(block_size > 0, kOp, ": block_size must be positive, got ", block_size);
   check_index_vector(kOp, "src_slots", src_slots, ScalarType::Long);
   check_index_vector(kOp, "dst_slots", dst_slots, ScalarType::Long);
@@ -131,9 +141,9 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
   const int64_t num_slots = fewest_blocks * block_size;
   std::vector<Move> moves;
   for (int64_t j = 0; j < src_slots.size(0); ++j) {
-    check(src[j] >= 0 && src[j] < num_slots && dst[j] >= 0 && dst[j] < num_slots, kOp, ": move ", j,
-          " from slot ", src[j], " to slot ", dst[j], " is outside the ", num_slots,
-          " slots of the cache");
+    if (src[j] < 0 || dst[j] < 0) continue;
+    check(src[j] < num_slots && dst[j] < num_slots, kOp, ": move ", j, " from slot ", src[j],
+          " to slot ", dst[j], " is outside the ", num_slots, " slots of the cache");
     if (src[j] == dst[j]) continue;
     moves.push_back({src[j] / block_size, dst[j] / block_size,
                      static_cast<int>(src[j] % block_size), static_cast<int>(dst[j] % block_size)});

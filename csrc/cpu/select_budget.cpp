@@ -64,20 +64,8 @@ const T* row_of(const Tensor& tensor, int64_t request) {
 std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tiers,
                                          const Tensor& parents, int64_t budget,
                                          int64_t max_per_request) {
-  check_dim(kOp, "scores", scores, 2);
-  check_dtype(kOp, "scores", scores, ScalarType::Float);
-  check_last_dim_contiguous(kOp, "scores", scores);
+  check_candidates(scores, tiers, parents, budget, max_per_request);
   const int64_t num_requests = scores.size(0), columns = scores.size(1);
-  for (const auto& [name, tensor, dtype] : {std::tuple{"tiers", &tiers, ScalarType::Int},
-                                            std::tuple{"parents", &parents, ScalarType::Long}}) {
-    check_dim(kOp, name, *tensor, 2);
-    check_dtype(kOp, name, *tensor, dtype);
-    check_size(kOp, name, *tensor, 0, num_requests);
-    check_size(kOp, name, *tensor, 1, columns);
-    check_last_dim_contiguous(kOp, name, *tensor);
-  }
-  check(budget >= 0, kOp, ": budget must be >= 0, got ", budget);
-  check(max_per_request >= 0, kOp, ": max_per_request must be >= 0, got ", max_per_request);
 
   // Request after request, each with at most max_per_request; `ends` says where one ends.
   std::vector<RankedCandidate> kept;
@@ -113,8 +101,9 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
     kept.resize(size);
   }
 
-  Tensor chosen =
-      torch::stable::new_empty(parents, {static_cast<int64_t>(kept.size())}, ScalarType::Long);
+  // The size depends on shapes alone, as on CUDA: what is not used is -1.
+  const int64_t num_slots = std::min(budget, num_requests * std::min(max_per_request, columns));
+  Tensor chosen = torch::stable::new_empty(parents, {num_slots}, ScalarType::Long);
   Tensor cu_nodes = torch::stable::new_empty(parents, {num_requests + 1}, ScalarType::Int);
   int64_t* column = static_cast<int64_t*>(chosen.mutable_data_ptr());
   int32_t* bound = static_cast<int32_t*>(cu_nodes.mutable_data_ptr());
@@ -128,6 +117,7 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
     begin = ends[request];
     bound[request + 1] = static_cast<int32_t>(begin);
   }
+  std::fill(column + begin, column + num_slots, -1);
   return {chosen, cu_nodes};
 }
 

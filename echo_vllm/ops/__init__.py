@@ -92,7 +92,9 @@ def tree_attention(
         out: [T, H, D], query's dtype, last dim contiguous.
 
     Raises:
-        RuntimeError: an argument's shape, dtype, stride or range does not fit.
+        RuntimeError: an argument's shape, dtype, stride or range does not fit. On CUDA the layout
+            is `nhd` (its strides may be those of `hnd`), D is at most 256, and lengths, starts and
+            block numbers are trusted.
     """
     implementation("tree_attention", query.is_cuda)(
         query,
@@ -125,14 +127,17 @@ def commit_kv(
 ) -> None:
     """Moves K and V of slot `src_slots[j]` to slot `dst_slots[j]` in every layer.
 
-    All reads precede all writes, so ranges may overlap; equal slots are skipped. Destinations must
-    be distinct. slot = block * block_size + offset.
+    All reads precede all writes, so ranges may overlap; equal slots are skipped, and so is a move
+    whose source or destination is negative. Destinations must be distinct.
+    slot = block * block_size + offset.
 
     Args:
-        kv_caches: per layer [num_blocks, KVH, block_size, 2 * D] in vLLM's CPU layout.
-        src_slots, dst_slots: int64 [M].
+        kv_caches: per layer [num_blocks, KVH, block_size, 2 * D], as vLLM shapes it.
+        src_slots, dst_slots: int64 [M]; on CUDA M is at most 8192 and no slot is checked.
         block_size: tokens per block, the same in all layers.
-        layout: `vec`, `vec16` or `amx`.
+        layout: how a (block, kv head) holds its tokens: `vec`, `vec16` or `amx` in vLLM's CPU
+            cache; `nhd` or `hnd` in its CUDA cache, where K and V of a token follow each other and
+            the strides say the rest. On CUDA only these two, aligned to 16 bytes.
 
     Raises:
         RuntimeError: an argument's shape, dtype or stride does not fit, or a slot is out of range.
@@ -157,7 +162,8 @@ def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple
         depths: int32 [K + R], 0 for a root.
 
     Raises:
-        RuntimeError: the parents or bounds are not a forest, or a tree does not fit the words.
+        RuntimeError: the parents or bounds are not a forest, or a tree does not fit the words. On
+            CUDA they are trusted, `cu_nodes` may end before K, and the rows behind are zeros.
     """
     mask, depths = implementation("build_super_tree", parents.is_cuda)(parents, cu_nodes, num_words)
     return mask, depths
@@ -207,9 +213,13 @@ def select_budget(
         max_per_request: nodes of one request, >= 0.
 
     Returns:
-        columns: int64 [n], n <= budget. Request i's columns are those from `cu_nodes[i]` on, by
+        columns: int64 [min(budget, R * min(max_per_request, P))], -1 behind the last chosen one,
+            which is at `cu_nodes[R] - 1`. Request i's columns are those from `cu_nodes[i]` on, by
             tier, falling score, column: parents come first, and every prefix is a tree.
         cu_nodes: int32 [R + 1].
+
+    On CUDA P is at most 4096, and the candidates are trusted to be trees: nothing is raised, and
+    a child that ranks before its parent may be chosen without it.
 
     Raises:
         RuntimeError: a child ranks before its parent, or its parent is no candidate or not an

@@ -69,9 +69,9 @@ def _fake_accept_path(
 def _fake_select_budget(
     scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
 ) -> tuple[Tensor, Tensor]:
-    num_nodes = torch.library.get_ctx().new_dynamic_size()
+    num_requests, num_columns = scores.shape
     return (
-        parents.new_empty((num_nodes,)),
+        parents.new_empty((min(budget, num_requests * min(max_per_request, num_columns)),)),
         parents.new_empty((parents.shape[0] + 1,), dtype=torch.int32),
     )
 

@@ -136,8 +136,18 @@ def commit_kv(
     kv_caches: list[Tensor], src_slots: Tensor, dst_slots: Tensor, block_size: int, layout: str
 ) -> None:
     """See `echo_vllm.ops.commit_kv`."""
+    moves = [
+        (src, dst)
+        for src, dst in zip(src_slots.tolist(), dst_slots.tolist(), strict=True)
+        if src >= 0 and dst >= 0
+    ]
     for kv_cache in kv_caches:
         num_blocks, num_kv_heads, _, row = kv_cache.shape
+        if layout in ("nhd", "hnd"):
+            rows = [kv_cache[src // block_size, :, src % block_size].clone() for src, _ in moves]
+            for (_, dst), held_row in zip(moves, rows, strict=True):
+                kv_cache[dst // block_size, :, dst % block_size] = held_row
+            continue
         head_size = row // 2
         # [blocks, kv heads, K or V, block_size * head_size], a view
         regions = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * head_size)
@@ -147,11 +157,10 @@ def commit_kv(
         ):
             region = regions[:, :, which]
             held = [
-                region[slot // block_size][:, offsets[slot % block_size]].clone()
-                for slot in src_slots.tolist()
+                region[src // block_size][:, offsets[src % block_size]].clone() for src, _ in moves
             ]
-            for slot, tokens in zip(dst_slots.tolist(), held, strict=True):
-                region[slot // block_size][:, offsets[slot % block_size]] = tokens
+            for (_, dst), tokens in zip(moves, held, strict=True):
+                region[dst // block_size][:, offsets[dst % block_size]] = tokens
 
 
 def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
@@ -240,4 +249,7 @@ def select_budget(
     trees = [[node[3] for node in kept if node[2] == request] for request in range(len(scores))]
     cu_nodes = torch.zeros(len(trees) + 1, dtype=torch.int32)
     cu_nodes[1:] = torch.tensor([len(tree) for tree in trees], dtype=torch.int32).cumsum(0)
-    return torch.tensor([column for tree in trees for column in tree], dtype=torch.int64), cu_nodes
+    columns = torch.full((min(budget, len(trees) * min(max_per_request, scores.shape[1])),), -1)
+    chosen = [column for tree in trees for column in tree]
+    columns[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return columns, cu_nodes

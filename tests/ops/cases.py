@@ -122,6 +122,13 @@ class TreeAttentionCase:
         dtype: torch.dtype = self.arguments["query"].dtype
         return dtype
 
+    def to(self, device: str) -> TreeAttentionCase:
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return TreeAttentionCase(moved, self.owned_rows)
+
     def with_arguments(self, **changes: Any) -> TreeAttentionCase:
         return dataclasses.replace(self, arguments={**self.arguments, **changes})
 

@@ -90,6 +90,31 @@ def test_layers_may_be_strided_over_blocks() -> None:
     assert torch.equal(interleaved, torch.stack(separate))
 
 
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("commit", [ops.commit_kv, reference.commit_kv])
+def test_cuda_layouts_follow_the_strides(layout: str, commit: object) -> None:
+    assert callable(commit)
+    cache = torch.randn(4, 2, 16, 64)  # [block, kv head, token, K and V]
+    expected = cache.clone().transpose(1, 2).flatten(0, 1)
+    src, dst = torch.tensor([5, 33, 6, 7]), torch.tensor([6, 2, 40, 5])
+    expected[dst] = expected[src]
+    if layout == "nhd":  # tokens before heads in memory
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    commit([cache], src, dst, 16, layout)
+    assert torch.equal(cache.transpose(1, 2).flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("layout", ["vec", "amx", "nhd"])
+@pytest.mark.parametrize("commit", [ops.commit_kv, reference.commit_kv])
+def test_negative_slots_are_skipped(layout: str, commit: object) -> None:
+    assert callable(commit)
+    cache = torch.randn(2, 2, 32, 64).bfloat16()
+    expected = cache.clone()
+    ops.commit_kv([expected], torch.tensor([9]), torch.tensor([1]), 32, layout)
+    commit([cache], torch.tensor([-1, 9, 7]), torch.tensor([3, 1, -1]), 32, layout)
+    assert torch.equal(cache, expected)
+
+
 def test_much_work_is_shared_by_threads() -> None:
     caches, _ = make_caches("vec", torch.float32, 30, 64, 2)
     expected = [cache.clone() for cache in caches]
@@ -108,10 +133,10 @@ def test_much_work_is_shared_by_threads() -> None:
     ("change", "message"),
     [
         ({"src_slots": torch.tensor([64])}, "outside the 64 slots"),
-        ({"dst_slots": torch.tensor([-1])}, "outside the 64 slots"),
+        ({"dst_slots": torch.tensor([99])}, "outside the 64 slots"),
         ({"dst_slots": torch.tensor([1, 2])}, r"dst_slots.shape\[0\] must be 1"),
         ({"src_slots": torch.tensor([1], dtype=torch.int32)}, "src_slots must be Long"),
-        ({"layout": "nhd"}, "layout must be one of vec, vec16, amx, got 'nhd'"),
+        ({"layout": "neon"}, "layout must be one of vec, vec16, amx, nhd, hnd, got 'neon'"),
         ({"block_size": 16}, r"must be \[num_blocks, num_kv_heads, 16, 2 \* head_size\]"),
     ],
 )

@@ -37,7 +37,9 @@ class Pool:
         columns, cu_nodes = ops.select_budget(
             self.scores, self.tiers, self.parents, budget, max_per_request
         )
-        assert cu_nodes[-1] == len(columns)
+        size = min(budget, self.num_requests * min(max_per_request, self.scores.shape[1]))
+        assert columns.shape == (size,), "the size must not depend on the scores"
+        assert (columns[int(cu_nodes[-1]) :] == -1).all()
         return [columns[a:b].tolist() for a, b in itertools.pairwise(cu_nodes.tolist())]
 
     def permuted(self, order: list[int]) -> Pool:

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+#
+# Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, compute-sanitizer
+# over the same tests, benchmarks. Runs without network and without a set-up checkout.
+#
+# Environment: PYTHON (an interpreter with a CUDA build of torch and pytest), OUT (a folder for
+# results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all).
+
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly PYTHON="${PYTHON:-python3}"
+readonly OUT="${OUT:-.build/gpu}"
+readonly LIMIT="${LIMIT:-580}"
+export ECHO_CUDA=1
+failed=()
+
+say() { printf '[gpu %3d s] %s\n' "$SECONDS" "$*"; }
+
+# stage NAME SECONDS COMMAND...: its output goes to $OUT/NAME.log and the result to summary.txt.
+stage() {
+  local name=$1 most=$2 left=$((LIMIT - SECONDS)) begin=$SECONDS code=0
+  shift 2
+  ((left < most)) && most=$left
+  if ((most < 5)); then
+    say "$name: no time left"
+    echo "$name: not run, no time left" >>"$OUT/summary.txt"
+    failed+=("$name")
+    return 1
+  fi
+  say "$name (at most $most s)"
+  timeout --kill-after=5 "$most" "$@" >"$OUT/$name.log" 2>&1 || code=$?
+  echo "$name: exit $code after $((SECONDS - begin)) s" | tee -a "$OUT/summary.txt"
+  tail -n 15 "$OUT/$name.log"
+  ((code == 0)) || failed+=("$name")
+  return "$code"
+}
+
+# pytest without the project's settings, which ask for plug-ins.
+readonly PYTEST=("$PYTHON" -m pytest -c /dev/null --rootdir . --import-mode importlib -q
+  -p no:cacheprovider tests/gpu)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+# sanitize TOOL OPTION...
+sanitize() {
+  local tool=$1 sanitizer
+  shift
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  if [[ ! -x $sanitizer ]]; then
+    echo "$tool: skipped, compute-sanitizer was not found" | tee -a "$OUT/summary.txt"
+    return
+  fi
+  # The caching allocator would hide an access behind the end of a tensor.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 100 "$sanitizer" --tool "$tool" \
+    --error-exitcode 9 --target-processes all "$@" "${PYTEST[@]}" -k sanitized
+}
+
+mkdir -p "$OUT"
+: >"$OUT/summary.txt"
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA GPU"' || exit 1
+{
+  nvidia-smi
+  "$PYTHON" -c 'import torch; print(torch.__version__, torch.version.cuda)'
+} >"$OUT/machine.txt" 2>&1
+
+if [[ -z ${ECHO_CUDA_ARCHS:-} ]]; then
+  ECHO_CUDA_ARCHS=$("$PYTHON" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + ("a" if major == 9 else ""))')
+  export ECHO_CUDA_ARCHS
+fi
+
+stage build 240 "$PYTHON" setup.py build_ext --inplace || exit 1
+stage tests 150 "${PYTEST[@]}" --junitxml="$OUT/tests.xml"
+stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json"
+sanitize memcheck --kernel-regex kns=echo_vllm
+sanitize racecheck --kernel-regex kns=echo_vllm
+sanitize initcheck # it must see torch's kernels too, which write what ours read
+
+if ((${#failed[@]})); then
+  say "failed: ${failed[*]}"
+  exit 1
+fi
+say "all good"

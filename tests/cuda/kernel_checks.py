@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""What the CUDA kernels must do, for whoever can run them: a GPU (tests/gpu) or the emulator.
+
+`kernels` is the namespace that holds the operators, `torch.ops.echo_vllm` on a GPU and
+`torch.ops.echo_vllm_emulated` on a host; `device` is where their tensors live. The reference always
+runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_vllm.ops import reference
+from tests.ops.cases import Shape, build
+
+NONE = -float("inf")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+Forest = tuple[Tensor, Tensor, Tensor]  # parents, token_ids, cu_nodes
+
+
+def random_forest(seed: int, requests: int, max_nodes: int) -> Forest:
+    """Trees of any form, empty ones too; no two siblings share a token."""
+    draw = random.Random(seed)
+    parents: list[int] = []
+    tokens: list[int] = []
+    bounds = [0]
+    for _ in range(requests):
+        form = draw.choice(["any", "chain", "star"])
+        siblings: dict[int, int] = {}
+        for node in range(draw.randint(0, max_nodes)):
+            parent = {"any": draw.randint(-1, node - 1), "chain": node - 1, "star": -1}[form]
+            siblings[parent] = siblings.get(parent, 0) + 1
+            parents.append(parent)
+            tokens.append(5 * siblings[parent])
+        bounds.append(len(parents))
+    return (
+        torch.tensor(parents, dtype=torch.int32),
+        torch.tensor(tokens, dtype=torch.int32),
+        torch.tensor(bounds, dtype=torch.int32),
+    )
+
+
+def words_for(cu_nodes: Tensor) -> int:
+    return int(cu_nodes.diff().max()) // 64 + 1 if len(cu_nodes) > 1 else 1
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual.cpu(), expected)
+
+
+def check_super_tree(kernels: Any, device: str, forest: Forest) -> None:
+    parents, _, cu_nodes = forest
+    for num_words in (words_for(cu_nodes), words_for(cu_nodes) + 1):
+        actual = kernels.build_super_tree(parents.to(device), cu_nodes.to(device), num_words)
+        expected = reference.build_super_tree(parents, cu_nodes, num_words)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+
+
+def random_samples(forest: Forest, seed: int) -> Tensor:
+    """The target's tokens: mostly one that a child holds, so that paths are long."""
+    parents, tokens, cu_nodes = forest
+    draw = random.Random(seed)
+    sampled: list[int] = []
+    for begin, end in zip(cu_nodes.tolist(), cu_nodes.tolist()[1:], strict=False):
+        for row in range(end - begin + 1):
+            children = [
+                int(tokens[node]) for node in range(begin, end) if int(parents[node]) == row - 1
+            ]
+            sampled.append(draw.choice([*children, *children, 3]))
+    return torch.tensor(sampled, dtype=torch.int64)
+
+
+def check_accept_path(kernels: Any, device: str, forest: Forest, seed: int) -> None:
+    parents, tokens, cu_nodes = forest
+    sampled = random_samples(forest, seed)
+    for token_ids in (tokens, tokens.long()):
+        for max_depth in (0, 3, 70):
+            arguments = (sampled, token_ids, parents, cu_nodes)
+            actual = kernels.accept_path(*(x.to(device) for x in arguments), max_depth)
+            expected = reference.accept_path(*arguments, max_depth)
+            for one, other in zip(actual, expected, strict=True):
+                assert_same(one, other)
+
+
+def random_pool(seed: int, requests: int, columns: int, steps: int) -> tuple[Tensor, ...]:
+    """scores, tiers, parents of which no child ranks before its parent; few `steps`: many ties."""
+    draw = random.Random(seed)
+    scores = torch.full((requests, columns), NONE)
+    tiers = torch.zeros(requests, columns, dtype=torch.int32)
+    parents = torch.full((requests, columns), -1)
+    for request in range(requests):
+        alive = [-1]
+        for column in range(columns):
+            tiers[request, column], parents[request, column] = draw.randint(-9, 9), 77
+            if draw.randrange(5) == 0:
+                scores[request, column] = draw.choice([NONE, float("nan")])
+                continue
+            parent = draw.choice(alive)
+            above, tier = 0.0, draw.choice([0, 0, 0, 1])
+            if parent >= 0:
+                above = float(scores[request, parent])
+                tier = int(tiers[request, parent]) + draw.choice([0, 0, 0, 2])
+            scores[request, column] = above - draw.randrange(steps) / steps
+            tiers[request, column], parents[request, column] = tier, parent
+            alive.append(column)
+    return scores, tiers, parents
+
+
+def check_select_budget(
+    kernels: Any, device: str, pool: tuple[Tensor, ...], budget: int, cap: int
+) -> None:
+    actual = kernels.select_budget(*(x.to(device) for x in pool), budget, cap)
+    expected = reference.select_budget(*pool, budget, cap)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other)
+
+
+def check_commit_kv(
+    kernels: Any, device: str, layout: str, dtype: torch.dtype, moves: int, seed: int
+) -> None:
+    """Any map of slots, cycles and skipped moves included."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks, heads, block_size, row, layers = 9, 3, 16, 32, 4
+    slots = num_blocks * block_size
+    dst = draw.sample(range(slots), moves)
+    src = [draw.choice([*range(slots), *dst, *dst]) for _ in range(moves)]
+    for i in range(0, moves, 7):
+        (src if draw.randrange(2) else dst)[i] = -1
+    caches = [
+        torch.randn(num_blocks, heads, block_size, row, generator=generator).to(dtype)
+        for _ in range(layers)
+    ]
+    expected = [cache.clone() for cache in caches]
+    held = []
+    for cache in caches:
+        if layout == "nhd":  # tokens before heads in memory, views of one storage
+            wide = torch.zeros(num_blocks, block_size, heads, row + 32, dtype=dtype, device=device)
+            view = wide[..., :row].transpose(1, 2)
+        else:
+            view = torch.zeros(num_blocks, heads, block_size, row, dtype=dtype, device=device)
+        held.append(view.copy_(cache.to(device)))
+    arguments = tuple(torch.tensor(slots_of, dtype=torch.int64) for slots_of in (src, dst))
+    kernels.commit_kv(held, *(x.to(device) for x in arguments), block_size, layout)
+    reference.commit_kv(expected, *arguments, block_size, layout)
+    for one, other in zip(held, expected, strict=True):
+        assert_same(one, other)
+
+
+def check_tree_attention(kernels: Any, device: str, shape: Shape) -> None:
+    """Against the reference, with everything poisoned that must not be read or written."""
+    case = build(shape)
+    expected = case.run(reference.tree_attention)
+    actual = case.to(device).run(kernels.tree_attention).cpu()
+    owned = case.owned_rows
+    assert not actual[owned].isnan().any(), "an element was not written"
+    assert actual[~owned].isnan().all(), "wrote a row of another request"
+    if not owned.any():
+        return
+    error = (actual[owned].double() - expected[owned].double()).abs().max()
+    error /= expected[owned].double().abs().max().clamp(min=1.0)
+    assert error < TOLERANCE[shape.dtype], f"error {error:.2e}"
