@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,5 +49,5 @@ def plot_speed(
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"tokens per second over {base}")
     panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(caption, fontsize="medium")
+    figure.suptitle(textwrap.fill(caption, 90), fontsize="medium")
     figure.savefig(path, dpi=150)
