@@ -22,6 +22,7 @@ NONE = -float("inf")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 Forest = tuple[Tensor, Tensor, Tensor]  # parents, token_ids, cu_nodes
+Pool = tuple[Tensor, Tensor, Tensor]  # scores, tiers, parents
 
 
 def random_forest(seed: int, requests: int, max_nodes: int) -> Forest:
@@ -90,8 +91,8 @@ def check_accept_path(kernels: Any, device: str, forest: Forest, seed: int) -> N
                 assert_same(one, other)
 
 
-def random_pool(seed: int, requests: int, columns: int, steps: int) -> tuple[Tensor, ...]:
-    """scores, tiers, parents of which no child ranks before its parent; few `steps`: many ties."""
+def random_pool(seed: int, requests: int, columns: int, steps: int) -> Pool:
+    """No child ranks before its parent; few `steps` make many ties."""
     draw = random.Random(seed)
     scores = torch.full((requests, columns), NONE)
     tiers = torch.zeros(requests, columns, dtype=torch.int32)
@@ -114,9 +115,7 @@ def random_pool(seed: int, requests: int, columns: int, steps: int) -> tuple[Ten
     return scores, tiers, parents
 
 
-def check_select_budget(
-    kernels: Any, device: str, pool: tuple[Tensor, ...], budget: int, cap: int
-) -> None:
+def check_select_budget(kernels: Any, device: str, pool: Pool, budget: int, cap: int) -> None:
     actual = kernels.select_budget(*(x.to(device) for x in pool), budget, cap)
     expected = reference.select_budget(*pool, budget, cap)
     for one, other in zip(actual, expected, strict=True):
@@ -148,9 +147,10 @@ def check_commit_kv(
         else:
             view = torch.zeros(num_blocks, heads, block_size, row, dtype=dtype, device=device)
         held.append(view.copy_(cache.to(device)))
-    arguments = tuple(torch.tensor(slots_of, dtype=torch.int64) for slots_of in (src, dst))
-    kernels.commit_kv(held, *(x.to(device) for x in arguments), block_size, layout)
-    reference.commit_kv(expected, *arguments, block_size, layout)
+    sources = torch.tensor(src, dtype=torch.int64)
+    targets = torch.tensor(dst, dtype=torch.int64)
+    kernels.commit_kv(held, sources.to(device), targets.to(device), block_size, layout)
+    reference.commit_kv(expected, sources, targets, block_size, layout)
     for one, other in zip(held, expected, strict=True):
         assert_same(one, other)
 

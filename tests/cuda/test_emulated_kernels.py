@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from echo_vllm.ops import reference
 from tests.cuda import kernel_checks as checks
 from tests.cuda.emulator.build import build_emulated_kernels
 from tests.ops.cases import Shape
@@ -38,7 +39,7 @@ def test_a_graph_may_pad_the_nodes(kernels: Any) -> None:
     parents, _, cu_nodes = checks.random_forest(5, requests=3, max_nodes=20)
     padded = torch.cat([parents, torch.full((9,), 12345, dtype=torch.int32)])
     mask, depths = kernels.build_super_tree(padded, cu_nodes, 2)
-    wanted_mask, wanted_depths = checks.reference.build_super_tree(parents, cu_nodes, 2)
+    wanted_mask, wanted_depths = reference.build_super_tree(parents, cu_nodes, 2)
     rows = len(wanted_depths)
     assert torch.equal(mask[:rows], wanted_mask)
     assert torch.equal(depths[:rows], wanted_depths)

@@ -157,7 +157,7 @@ def test_nothing_waits_for_the_device(kernels: Any) -> None:
 
 def captured(run: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
     """`run` in a graph, after a warm-up on a side stream, and what it returned."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
