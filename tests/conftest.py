@@ -24,7 +24,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A shared machine can take any time over an example.
+hypothesis.settings.register_profile(
+    "shared-machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_TARGET = ROOT / "models" / "smollm2-135m-instruct"
