@@ -32,8 +32,12 @@ MEMORY = 64
 ENOUGH = 8
 """Remembered drafts below which everything is drafted to full depth."""
 
-MARGIN = 0.015
-"""By how much the other way of decoding must be better before the decision changes."""
+GAIN = 0.02
+"""By how much drafting must be predicted to be faster. What the prediction leaves out is against it:
+requests that accept differently end one by one, and their successors' prompts come one by one."""
+
+MARGIN = 0.01
+"""How far the prediction must be beyond that on the other side before the decision changes."""
 
 PROBE_STEPS = 16
 """Steps between drafts of a few requests to full depth while others draft less deep."""
@@ -169,8 +173,8 @@ class Forecaster:
         if len(self._drafts) < ENOUGH:
             return replace(plan, probes=2 * PROBES)
         best = self.forecast(num_decoding, prefill_tokens, cost, plain_cost)
-        margin = 1 - MARGIN if self._drafting else 1 + MARGIN
-        self._drafting = best.depth > 0 and best.speed > margin * best.plain
+        wanted = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
+        self._drafting = best.depth > 0 and best.speed > wanted * best.plain
         depth = best.depth if self._drafting else 0
         probes = 0
         if depth and self._step >= self._next_plain:

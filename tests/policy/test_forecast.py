@@ -13,7 +13,7 @@ import pytest
 
 from echo_vllm.calibration.survival import SurvivalModel
 from echo_vllm.cost import CostCurve, StepCost
-from echo_vllm.policy.forecast import ENOUGH, MARGIN, REUSE, Forecaster
+from echo_vllm.policy.forecast import ENOUGH, GAIN, MARGIN, REUSE, Forecaster
 
 
 def forecaster(accept: float, online: bool = False) -> Forecaster:
@@ -89,7 +89,7 @@ def test_the_decision_has_hysteresis() -> None:
     # It gives up later than it resumes: between the two the margin decides.
     assert down <= up
     best = found.forecast(up, 0, curve)
-    assert best.speed <= (1 - MARGIN) * best.plain or best.depth == 0
+    assert best.speed <= (1 + GAIN - MARGIN) * best.plain or best.depth == 0
 
 
 def test_probes_become_rare_while_nothing_is_drafted() -> None:
@@ -106,7 +106,7 @@ def test_observed_acceptance_changes_the_decision() -> None:
     requests = next(
         r
         for r in range(1, 400)
-        if 1.0 < (b := found.forecast(r, 0, cost(32))).speed / b.plain < 1.3
+        if 1.05 < (b := found.forecast(r, 0, cost(32))).speed / b.plain < 1.3
     )
     assert (found.plan(requests, 0, cost(32)).max_depth or 0) > 0
     for _ in range(400):
