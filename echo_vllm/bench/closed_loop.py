@@ -19,10 +19,13 @@ import numpy as np
 
 _request_ids = itertools.count()
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples modulo 1 spread more evenly than those of any other number."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts as token ids, `concurrency` of them in flight, `max_tokens` generated for each.
+    """Prompts as token ids, `concurrency` of them in flight, `length` tokens generated for each.
 
     With `ignore_eos` every request generates all of them, so that configurations do equal work.
     `keep_outputs` asks for the generated tokens too.
@@ -34,6 +37,17 @@ class Job:
     temperature: float = 0.0
     ignore_eos: bool = True
     keep_outputs: bool = False
+    spread: float = 0.0
+
+    def length(self, request: int) -> int:
+        """The most tokens that a request, by its number, generates.
+
+        Between `1 - spread` and `1 + spread` times `max_tokens`, evenly over any run of numbers,
+        and the same for every configuration. Requests of one length would end together as long
+        as no draft is accepted, and their successors' prompts would share forwards.
+        """
+        share = 1 - self.spread + 2 * self.spread * (request * GOLDEN_RATIO % 1.0)
+        return max(1, round(self.max_tokens * share))
 
 
 @dataclass(frozen=True)
@@ -194,12 +208,6 @@ def run_closed_loop(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(
-        temperature=job.temperature,
-        max_tokens=job.max_tokens,
-        ignore_eos=job.ignore_eos,
-        output_kind=RequestOutputKind.DELTA,
-    )
     waiting = list(enumerate(job.prompts))[::-1]
     before = Counters(REGISTRY.collect())
     watch = Stopwatch()
@@ -211,6 +219,12 @@ def run_closed_loop(
             number, ids = waiting.pop()
             request_id = f"bench-{next(_request_ids)}"
             numbers[request_id] = number
+            params = SamplingParams(
+                temperature=job.temperature,
+                max_tokens=job.length(number),
+                ignore_eos=job.ignore_eos,
+                output_kind=RequestOutputKind.DELTA,
+            )
             watch.send(number)
             engine.add_request(request_id, {"prompt_token_ids": ids}, params)
             in_flight += 1

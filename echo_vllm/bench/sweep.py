@@ -39,9 +39,10 @@ class Plan:
     Attributes:
         configurations: plain decoding, the base of all ratios, is one of them.
         rounds: how often, each time with other prompts.
-        max_tokens: generated for each request.
+        max_tokens: generated for each request, on average.
+        spread: how far, as a share, requests may have fewer or more.
         requests_per_client: how many each of the concurrent clients sends in a run.
-        ignore_eos: whether every request generates all of `max_tokens`.
+        ignore_eos: whether every request generates all of its tokens.
     """
 
     configurations: tuple[Configuration, ...]
@@ -51,6 +52,7 @@ class Plan:
     max_tokens: int = 64
     requests_per_client: int = 2
     ignore_eos: bool = True
+    spread: float = 0.0
 
     def requests(self, concurrency: int) -> int:
         """Requests of a run: enough that they start and end at different times."""
@@ -170,7 +172,12 @@ class Sweep:
                         chosen = window(prompts, number * count, count)
                         known = set(fleet.failures)
                         job = Job(
-                            chosen, concurrency, plan.max_tokens, temperature, plan.ignore_eos
+                            chosen,
+                            concurrency,
+                            plan.max_tokens,
+                            temperature,
+                            plan.ignore_eos,
+                            spread=plan.spread,
                         )
                         if run := fleet.run(name, job):
                             on_sample(Sample(name, concurrency, number, run, temperature, session))
@@ -187,7 +194,8 @@ class Sweep:
 
     @property
     def _longest(self) -> int:
-        return self.options.max_model_len - self.plan.max_tokens
+        most = math.ceil(self.plan.max_tokens * (1 + self.plan.spread))
+        return self.options.max_model_len - most
 
     def _warm_up(self, prompts: list[list[int]]) -> list[Job]:
         plan = self.plan

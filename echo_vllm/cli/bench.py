@@ -63,6 +63,10 @@ def bench(
     temperature: Annotated[str, typer.Option(help="Sampling temperatures, such as 0,1.")] = "0",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for a request.")] = 128,
+    spread: Annotated[
+        float,
+        typer.Option(min=0, max=0.9, help="Requests have up to this share fewer or more tokens."),
+    ] = 0.5,
     requests_per_client: Annotated[int, typer.Option(min=1, help="Requests of a run.")] = 2,
     until_eos: Annotated[
         bool, typer.Option("--until-eos", help="Let requests end by themselves.")
@@ -117,6 +121,7 @@ def bench(
         max_tokens=given["tokens"],
         requests_per_client=given["requests_per_client"],
         ignore_eos=not until_eos,
+        spread=spread,
     )
     options = EngineOptions(
         model=located(model),
@@ -133,6 +138,7 @@ def bench(
         "prompts": [path.name for path in prompts],
         "engine": given["engine"],
         "tokens": plan.max_tokens,
+        "spread": plan.spread,
         "requests_per_client": plan.requests_per_client,
         "ignore_eos": plan.ignore_eos,
         # Nothing else of a worker may differ, but a later session may have more concurrency.

@@ -33,8 +33,8 @@ ENOUGH = 8
 """Remembered drafts below which everything is drafted to full depth."""
 
 GAIN = 0.02
-"""By how much drafting must be predicted to be faster. What the prediction leaves out is against it:
-requests that accept differently end one by one, and their successors' prompts come one by one."""
+"""By how much drafting must be predicted to be faster. What the prediction leaves out is against
+it: requests that accept differently end one by one, and so do their successors' prompts come."""
 
 MARGIN = 0.01
 """How far the prediction must be beyond that on the other side before the decision changes."""

@@ -27,6 +27,16 @@ from echo_vllm.bench.server import ServerProcess, server_command, session_cpu_se
 OPTIONS = EngineOptions("some/model", "float32", max_num_seqs=4, threads=1)
 
 
+def test_lengths_spread_evenly_around_the_given_one() -> None:
+    job = Job([], 1, 48, spread=0.5)
+    lengths = [job.length(number) for number in range(64)]
+    assert min(lengths) >= 24
+    assert max(lengths) <= 72
+    for start in range(0, 64, 16):
+        assert sum(lengths[start : start + 16]) == pytest.approx(16 * 48, rel=0.1)
+    assert {Job([], 1, 48).length(number) for number in range(64)} == {48}
+
+
 def test_percentiles_lie_between_ranks() -> None:
     assert percentile([3.0, 1.0, 2.0], 50) == 2.0
     assert percentile([0.0, 1.0], 99) == pytest.approx(0.99)

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "engine": "server",
     "tokens": 8,
+    "spread": 0.25,
     "speculation": {"plain": None, "auto": {"method": "echo"}},
 }
 CONFIGURATIONS = [PLAIN, *(Configuration(name, {}) for name in ("eagle3-k1", "eagle3-k2", "auto"))]
