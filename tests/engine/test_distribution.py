@@ -177,13 +177,27 @@ def test_samples_have_the_targets_distribution(tiny: TinyModel, target_logits: A
     [
         # The budget is short, so what a request gets depends on all others' drafts.
         {"policy": "echo", "width": 5, "k_max": 500, "gates": {"1": 0.3}},
-        {"policy": "auto", "width": 5, "k_max": 300, "gamma": 0.001},
+        {"policy": "auto", "width": 5, "k_max": 300, "gamma": 0.001, "online": False},
     ],
     ids=lambda section: section["policy"],
 )
 def test_samples_under_a_shared_budget_have_the_targets_distribution(
-    section: dict[str, Any], tiny: TinyModel, target_logits: Any
+    section: dict[str, Any],
+    tiny: TinyModel,
+    target_logits: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from echo_vllm.cost import CostCurve, StepCost
+    from echo_vllm.engine.scheduler import EchoScheduler
+
+    # A drafter that costs nothing, so that no clock decides whether `auto` drafts.
+    free = CostCurve((1.0,), (1e-9,))
+    set_cost = EchoScheduler._set_cost
+    monkeypatch.setattr(
+        EchoScheduler,
+        "_set_cost",
+        lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
+    )
     with tree_engine(tiny, **section) as llm:
         (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES)
         found = counters(llm)

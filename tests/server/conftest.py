@@ -16,16 +16,17 @@ from tests.conftest import ROOT, Server, ServerFactory
 from tests.engine.prompts import project_prompts
 from tests.server.metrics import Metrics, wait_until_idle
 
-CONFIG = ROOT / "examples" / "echo.json"
+CONFIG = ROOT / "examples" / "topn.json"
 MAX_MODEL_LEN = 1024
 MODEL = "demo"
-# The log has a line of statistics every second.
-ENV = {"VLLM_LOG_STATS_INTERVAL": "1"}
+# The log has a line of statistics every second. The server must not close an idle connection just
+# when the client sends on it: the client gives it up after five seconds, the server's default.
+ENV = {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
 
 
 @pytest.fixture
 def served(server: ServerFactory, demo_target: Path, demo_head: Path) -> Server:
-    """The demo target in bfloat16 with `examples/echo.json`, under the name MODEL."""
+    """The demo target in bfloat16 with `examples/topn.json`, under the name MODEL."""
     return server(
         demo_target,
         *("--speculative-config", str(CONFIG)),
