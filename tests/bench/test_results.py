@@ -15,7 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from echo_vllm.bench.closed_loop import Latency, Run
+from echo_vllm.bench.closed_loop import Job, Latency, Run
 from echo_vllm.bench.configurations import PLAIN, Configuration
 from echo_vllm.bench.report import Sample
 from echo_vllm.bench.results import Journal, write_results
@@ -154,7 +154,16 @@ def test_a_real_benchmark_of_two_servers(
     command[-1] += "typer.run(bench)"
     command += [str(demo_target), "--drafter", str(demo_head), "--prompts", str(prompts)]
     command += ["--configs", "plain,eagle3-k2", "--concurrency", "2", "--rounds", "1"]
-    command += ["--tokens", "8", "--keep-alive", "1", "--output", str(tmp_path / "out" / "bench")]
+    command += [
+        "--tokens",
+        "8",
+        "--spread",
+        "0.5",
+        "--keep-alive",
+        "1",
+        "--output",
+        str(tmp_path / "out" / "bench"),
+    ]
     here = {"VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env = {name: value for name, value in os.environ.items() if name not in here}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
@@ -162,9 +171,11 @@ def test_a_real_benchmark_of_two_servers(
     document = json.loads((tmp_path / "out" / "bench.json").read_text())
     runs = {s["configuration"]: s["run"] for s in document["samples"]}
     assert set(runs) == {"plain", "eagle3-k2"}
+    asked = Job([], concurrency=2, max_tokens=8, spread=0.5)
+    tokens = sum(asked.length(number) for number in range(4))
     for run in runs.values():
-        assert run["tokens"] == 4 * 8
-        assert run["decode_tokens"] == 4 * 7
+        assert run["tokens"] == tokens
+        assert run["decode_tokens"] == tokens - 4
         assert 0 < run["latency"]["ttft_p50"] <= run["latency"]["ttft_p99"]
         assert run["preemptions"] == 0
     assert runs["plain"]["verified"] == 0
