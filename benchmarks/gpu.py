@@ -18,6 +18,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from echo_vllm import ops
+from echo_vllm.ops.reference import mask_bits
 
 BLOCK_SIZE = 16
 DTYPE = torch.bfloat16
@@ -154,8 +156,7 @@ def attention_inputs(
         past = paged[blocks].flatten(1, 2)[:, :context]
         return torch.cat([past, own.view(requests, rows, kv_heads, d)], 1).transpose(1, 2)
 
-    column = torch.arange(rows, device=device)
-    seen = (mask.view(requests, rows, -1)[:, :, column // 64] >> (column % 64)) & 1 != 0
+    seen = mask_bits(mask, rows).view(requests, rows, rows)
     past = torch.ones(requests, rows, context, dtype=torch.bool, device=device)
     return AttentionInputs(
         arguments={
@@ -258,18 +259,8 @@ def time_forest(timer: Timer, rates: Rates, device: torch.device) -> list[Result
         words = -(-rows // 64)
         written = requests * rows * (8 * words + 4)
         floor = 1e6 * written / rates.bytes_per_second
-
-        def build(parents: Tensor = parents, bounds: Tensor = bounds, words: int = words) -> None:
-            ops.build_super_tree(parents, bounds, words)
-
-        def accept(
-            sampled: Tensor = sampled,
-            tokens: Tensor = tokens,
-            parents: Tensor = parents,
-            bounds: Tensor = bounds,
-        ) -> None:
-            ops.accept_path(sampled, tokens, parents, bounds, 16)
-
+        build = partial(ops.build_super_tree, parents, bounds, words)
+        accept = partial(ops.accept_path, sampled, tokens, parents, bounds, 16)
         for name, run in (("build_super_tree", build), ("accept_path", accept)):
             time = timer.microseconds(run)
             results.append(Result(name, "-", requests, 0, rows, time, floor, {}))
@@ -279,20 +270,9 @@ def time_forest(timer: Timer, rates: Rates, device: torch.device) -> list[Result
         tiers = torch.zeros(requests, 64, dtype=torch.int32, device=device)
         parents = torch.full((requests, 64), -1, device=device)
         budget = requests * 8
-
-        def select(
-            scores: Tensor = scores,
-            tiers: Tensor = tiers,
-            parents: Tensor = parents,
-            budget: int = budget,
-        ) -> None:
-            ops.select_budget(scores, tiers, parents, budget, 32)
-
-        def sort(scores: Tensor = scores, budget: int = budget) -> None:
-            scores.flatten().topk(budget)
-
+        select = partial(ops.select_budget, scores, tiers, parents, budget, 32)
         floor = 1e6 * scores.numel() * 8 / rates.bytes_per_second
-        others = {"topk": timer.microseconds(sort)}
+        others = {"topk": timer.microseconds(partial(scores.flatten().topk, budget))}
         time = timer.microseconds(select)
         results.append(Result("select_budget", "-", requests, 0, 64, time, floor, others))
         report(results[-1])
@@ -312,10 +292,7 @@ def time_commit(timer: Timer, rates: Rates, device: torch.device) -> list[Result
             first = torch.arange(requests, device=device)[:, None] * 16
             src = (first + torch.tensor([1, 5, 9, 12], device=device)).flatten()
             dst = (first + torch.arange(1, 5, device=device)).flatten()
-
-            def commit(src: Tensor = src, dst: Tensor = dst, caches: list[Tensor] = caches) -> None:
-                ops.commit_kv(caches, src, dst, BLOCK_SIZE, "nhd")
-
+            commit = partial(ops.commit_kv, caches, src, dst, BLOCK_SIZE, "nhd")
             row = model.num_kv_heads * 2 * model.head_size * 2
             floor = 1e6 * 2 * len(src) * row * model.layers / rates.bytes_per_second
             time = timer.microseconds(commit)

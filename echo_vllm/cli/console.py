@@ -24,10 +24,10 @@ def note(sentence: str) -> None:
     errors.print(Text(sentence))
 
 
-def fail(sentence: str) -> NoReturn:
-    """Arguments that make no sense: one line, status 2."""
+def fail(sentence: str, status: int = 2) -> NoReturn:
+    """What is wrong and what to do, in one line; status 2 is for arguments that make no sense."""
     note(f"error: {sentence}")
-    raise typer.Exit(2)
+    raise typer.Exit(status)
 
 
 def last_line(error: BaseException) -> str:

@@ -78,8 +78,20 @@ def check_patches() -> Finding:
     return Finding("patches", f"all {len(state.series.patches)} applied")
 
 
+def run_apart(code: str) -> tuple[str, str]:
+    """The last line that code prints in another process, which a library can take down, and its
+    error, '' if there is none."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    if run.returncode == 0:
+        return run.stdout.strip().splitlines()[-1], ""
+    lines = run.stderr.strip().splitlines()
+    return "", lines[-1] if lines else f"status {run.returncode}"
+
+
 def check_extension() -> Finding:
-    """Load the compiled extension in another process: a library can take its process down."""
+    """Load the compiled extension."""
     remedy = "build it with `make setup`, or `pip install --no-build-isolation -e .`"
     code = (
         "import torch, glob, os, importlib.util as u; "
@@ -88,15 +100,12 @@ def check_extension() -> Finding:
         "assert files, 'not built'; torch.ops.load_library(files[0]); "
         "print(os.path.basename(files[0]))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    if run.returncode == 0:
-        return Finding("extension", f"{run.stdout.strip()} loads")
+    printed, error = run_apart(code)
+    if not error:
+        return Finding("extension", f"{printed} loads")
     if importlib.util.find_spec("torch") is None:
         return Finding("extension", "needs torch", f"install vLLM {VLLM_VERSION} first")
-    lines = run.stderr.strip().splitlines()
-    return Finding("extension", lines[-1] if lines else f"status {run.returncode}", remedy)
+    return Finding("extension", error, remedy)
 
 
 REPORT_OPERATORS = (
@@ -107,18 +116,9 @@ REPORT_OPERATORS = (
 
 @functools.cache
 def report_operators() -> dict[str, Any]:
-    """`ops.dispatch.report()` and whether there is a GPU, from another process as above."""
-    run = subprocess.run(
-        [sys.executable, "-c", REPORT_OPERATORS],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if run.returncode != 0:
-        lines = run.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"status {run.returncode}"}
-    report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    """`ops.dispatch.report()` and whether there is a GPU."""
+    printed, error = run_apart(REPORT_OPERATORS)
+    report: dict[str, Any] = {"error": error} if error else json.loads(printed)
     return report
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from echo_vllm.cli.console import fail
 from echo_vllm.patching import (
     Condition,
     PatchError,
@@ -38,18 +39,12 @@ Root = Annotated[
 _out = Console(soft_wrap=True, highlight=False)
 
 
-def fail(sentence: str) -> NoReturn:
-    """Print what is wrong and what to do as the last line, and end with status 1."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {sentence}"))
-    raise typer.Exit(1)
-
-
 @contextlib.contextmanager
 def _errors_shown() -> Iterator[None]:
     try:
         yield
     except PatchError as error:
-        fail(str(error))
+        fail(str(error), status=1)
 
 
 def _open(root: Path | None) -> PatchState:
@@ -116,7 +111,8 @@ def verify(root: Root = None) -> None:
     if problems:
         fail(
             f"the patches in {state.installation.root} are not in order; run `echo-vllm patch "
-            "apply`, which says what to do where it cannot repair them."
+            "apply`, which says what to do where it cannot repair them.",
+            status=1,
         )
     _say(f"All {_count(state)} are in order in {_where(state)}.")
 

@@ -136,7 +136,7 @@ class AutoPolicy:
         tiers = torch.where(rank < self.floor, 0, 1).to(torch.int32)
         budget = self.budget(scores, tiers, pool, batch)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, self.max_nodes)
-        return pool.take_ragged(columns[: int(cu_nodes[-1])], cu_nodes)
+        return pool.take_ragged(columns, cu_nodes)
 
     def budget(
         self, scores: torch.Tensor, tiers: torch.Tensor, pool: CandidatePool, batch: DraftBatch

@@ -244,10 +244,12 @@ class CandidatePool:
         )
 
     def take_ragged(self, columns: torch.Tensor, cu_nodes: torch.Tensor) -> DraftForest:
-        """The forest of `columns` [n], of which request i has cu_nodes[i]:cu_nodes[i + 1].
+        """The forest of `columns`, of which request i has cu_nodes[i]:cu_nodes[i + 1].
 
-        The caller's columns must hold the parent of each of their nodes, before the node.
+        The caller's columns must hold the parent of each of their nodes, before the node. What
+        lies behind the last request's is padding, as `ops.select_budget` leaves it.
         """
+        columns = columns[: int(cu_nodes[-1])]
         sizes = cu_nodes.diff().to(torch.int64)
         owner = torch.arange(self.num_requests).repeat_interleave(sizes)
         place = torch.arange(len(columns)) - cu_nodes[:-1].to(torch.int64)[owner]

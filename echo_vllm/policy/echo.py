@@ -121,7 +121,7 @@ class EchoPolicy:
         tiers = torch.where(self._is_depth(pool), 1, 2)
         tiers = tiers.masked_fill(rank < self.floor, 0).to(torch.int32)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
-        return pool.take_ragged(columns[: int(cu_nodes[-1])], cu_nodes)
+        return pool.take_ragged(columns, cu_nodes)
 
     def _is_depth(self, pool: CandidatePool) -> torch.Tensor:
         """[R, P] bool: the best node of a level that passed its gate, or an ancestor of one."""

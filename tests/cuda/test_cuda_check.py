@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.full
-@pytest.mark.skipif(
-    shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists(),
-    reason="nvcc was not found; the CUDA sources are not compiled",
-)
 def test_every_kernel_compiles_for_every_architecture_and_none_spills(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "scripts/cuda_check.py", "--out", str(tmp_path)],
@@ -26,6 +21,8 @@ def test_every_kernel_compiles_for_every_architecture_and_none_spills(tmp_path: 
         capture_output=True,
         text=True,
     )
+    if result.stdout.startswith("cuda-check: skipped"):
+        pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr
     for arch in ("sm_80", "sm_90a", "sm_100"):
         assert arch in result.stdout

@@ -15,13 +15,14 @@ two tokens' log-probabilities in plain decoding.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,12 @@ def fp32(
     prompts: list[Any],
     num_tokens: int,
     pattern: str,
-    keep: Callable[[list[dict[str, Any]]], None],
     **more: Any,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """The row of each case as soon as it has run."""
     usual = OPTIONS | more
     with engine(target, None, **usual) as llm:
         wanted = generate(llm, prompts, greedy(num_tokens))
-    rows = []
     for name, (num_nodes, section), options, one_by_one in cases():
         if not re.search(pattern, name):
             continue
@@ -77,21 +77,29 @@ def fp32(
             count = counters(llm)
             preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
         differ = [i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
-        rows.append(
-            {
-                "case": name,
-                "prompts": len(prompts),
-                "tokens": num_tokens,
-                "identical": len(prompts) - len(differ),
-                "differing_prompts": differ,
-                "acceptance_length": 1
-                + count["spec_decode_num_accepted_tokens"] / count["spec_decode_num_drafts"],
-                "preemptions": preemptions[0] if preemptions else None,
-            }
-        )
-        print(f"{rows[-1]}  ({time.monotonic() - start:.0f} s)", flush=True)
-        keep(rows)
-    return rows
+        row = {
+            "case": name,
+            "prompts": len(prompts),
+            "tokens": num_tokens,
+            "identical": len(prompts) - len(differ),
+            "differing_prompts": differ,
+            "acceptance_length": 1
+            + count["spec_decode_num_accepted_tokens"] / count["spec_decode_num_drafts"],
+            "preemptions": preemptions[0] if preemptions else None,
+        }
+        print(f"{row}  ({time.monotonic() - start:.0f} s)", flush=True)
+        yield row
+
+
+@contextlib.contextmanager
+def models(tiny: bool) -> Iterator[tuple[Path, Path, list[Any], dict[str, Any]]]:
+    """Target, head, prompts and what its engines need beyond the usual."""
+    if not tiny:
+        yield DEMO_TARGET, DEMO_HEAD, chat(DEMO_TARGET, project_prompts()), {}
+        return
+    with tempfile.TemporaryDirectory(prefix="echo-exactness-") as folder:
+        target, head = make_target(Path(folder) / "target"), make_head(Path(folder) / "head")
+        yield target, head, tiny_prompts(100), {"skip_tokenizer_init": True, "max_model_len": 256}
 
 
 def bf16(prompts: list[str], num_tokens: int) -> dict[str, Any]:
@@ -133,39 +141,24 @@ def main() -> int:
         "command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])
     }
 
-    def keep(rows: list[dict[str, Any]] | None = None) -> None:
-        if rows:
-            report["float32"] = rows
+    def keep() -> None:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    if args.tiny:
-        with tempfile.TemporaryDirectory(prefix="echo-exactness-") as folder:
-            target, head = make_target(Path(folder) / "target"), make_head(Path(folder) / "head")
-            report["float32"] = fp32(
-                target,
-                head,
-                tiny_prompts(100)[: args.prompts],
-                args.tokens,
-                args.cases,
-                keep,
-                skip_tokenizer_init=True,
-                max_model_len=256,
-            )
-        return exit_status(report)
-    prompts = chat(DEMO_TARGET, project_prompts())[: args.prompts]
-    if args.only != "fp32":
-        report["bfloat16"] = bf16(prompts, args.tokens)
-        print(report["bfloat16"], flush=True)
-        keep()
-    if args.only != "bf16":
-        report["float32"] = fp32(DEMO_TARGET, DEMO_HEAD, prompts, args.tokens, args.cases, keep)
-    return exit_status(report)
-
-
-def exit_status(report: dict[str, Any]) -> int:
-    exact = all(row["identical"] == row["prompts"] for row in report.get("float32", []))
+    exact = True
+    with models(args.tiny) as (target, head, prompts, options):
+        prompts = prompts[: args.prompts]
+        if args.only != "fp32":
+            report["bfloat16"] = bf16(prompts, args.tokens)
+            print(report["bfloat16"], flush=True)
+            keep()
+        if args.only != "bf16":
+            report["float32"] = []
+            for row in fp32(target, head, prompts, args.tokens, args.cases, **options):
+                report["float32"].append(row)
+                keep()
+                exact = exact and row["identical"] == row["prompts"]
     return 0 if exact else 1
 
 
