@@ -11,7 +11,7 @@ VARIANT ?= cpu
 PORT ?= 8000
 HOST ?= 127.0.0.1
 CONFIG ?= examples/echo.json
-DTYPE ?= bfloat16
+DTYPE ?=
 COMPILE ?= 0
 # Engines of the tests run on one thread each, two test files at a time.
 WORKERS ?= 2
@@ -26,7 +26,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo "  variables: VARIANT=$(VARIANT) (or cuda, untested) PORT=$(PORT) HOST=$(HOST) CONFIG=$(CONFIG)"
-	@echo "             DTYPE=$(DTYPE) (or float32) COMPILE=$(COMPILE) (1: torch.compile) ARGS= (more options)"
+	@echo "             DTYPE=(what suits the CPU; or bfloat16, float32) COMPILE=$(COMPILE) (1: torch.compile) ARGS= (more options)"
 
 setup: ## .venv, vLLM, our patches and extension, the demo model; starts nothing
 	@scripts/setup.sh

@@ -15,6 +15,7 @@ from echo_vllm.bench.engine_process import EngineOptions
 from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_conversations
 from echo_vllm.bench.report import Sample
 from echo_vllm.bench.sweep import Plan, Sweep
+from echo_vllm.machine import fast_dtype
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, default=DEMO_TARGET, help="target (the demo's)")
     parser.add_argument("--head", type=Path, default=DEMO_HEAD, help="EAGLE-3 head (the demo's)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=fast_dtype())
     parser.add_argument(
         "--threads",
         type=_positive,

@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 HOST=${HOST:-127.0.0.1}
 PORT=${PORT:-8000}
 CONFIG=${CONFIG-examples/echo.json}
-DTYPE=${DTYPE:-bfloat16}
+DTYPE=${DTYPE:-} # empty: bfloat16, or float32 on a CPU without instructions for it
 COMPILE=${COMPILE:-0}
 KV_CACHE=${KV_CACHE:-2G}
 MODEL=${MODEL:-models/smollm2-135m-instruct}
@@ -31,6 +31,15 @@ die() {
 
 main() {
   [[ -x $PREFIX/bin/vllm ]] || die "$PREFIX/bin/vllm is missing: run make setup first"
+  if [[ -z $DTYPE ]]; then
+    DTYPE=bfloat16
+    if is_cpu_build; then
+      DTYPE=$("$PREFIX/bin/python" -m echo_vllm.machine)
+    fi
+    if [[ $DTYPE == float32 ]]; then
+      echo "[serve] float32: this CPU has no bfloat16 instructions (DTYPE=bfloat16 insists)"
+    fi
+  fi
   [[ $PORT =~ ^[0-9]+$ ]] || die "PORT must be a number, got '$PORT'"
   [[ $OPENMP == gnu || $OPENMP == intel ]] || die "OPENMP must be gnu or intel, got '$OPENMP'"
   if is_listening; then

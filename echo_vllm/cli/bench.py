@@ -19,6 +19,7 @@ from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_conversations
 from echo_vllm.bench.results import Journal, write_results
 from echo_vllm.bench.sweep import Plan, Sweep
 from echo_vllm.cli.console import errors, fail, located, note
+from echo_vllm.machine import fast_dtype
 
 CONFIGURATIONS = (
     "plain,eagle3-k1,eagle3-k2,eagle3-k3,eagle3-k5,eagle3-adaptive,ngram,topn-8,echo,auto"
@@ -72,7 +73,7 @@ def bench(
         bool, typer.Option("--until-eos", help="Let requests end by themselves.")
     ] = False,
     engine: Annotated[Kind, typer.Option(help="Servers over HTTP, or engines without.")] = "server",
-    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = fast_dtype(),
     threads: Annotated[
         int, typer.Option(min=1, help="Cores of a worker.", show_default="all")
     ] = len(os.sched_getaffinity(0)),

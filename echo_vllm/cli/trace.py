@@ -18,6 +18,7 @@ from rich.text import Text
 
 from echo_vllm.cli.console import fail, located, note, read_step_cost, record_prompts
 from echo_vllm.config import num_candidates
+from echo_vllm.machine import fast_dtype
 
 if TYPE_CHECKING:
     from echo_vllm.calibration import DrafterProfile
@@ -86,7 +87,7 @@ def record(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for a prompt.")] = 128,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="As in vLLM.")] = fast_dtype(),
     max_model_len: Annotated[int, typer.Option(min=16, help="As in vLLM.")] = 2048,
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:

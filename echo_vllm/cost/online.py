@@ -6,6 +6,11 @@ Start-up measures forwards alone, on an idle machine, with short contexts. Real 
 processes, long contexts, heat. Each real time is compared with its prediction; the logarithm of
 the ratio goes into a bin of its count (one bin an octave), the bin's median is its correction.
 A median ignores the steps in which something else took the processor, up to half of them.
+
+A machine that is shared, or hot, is slower for a while whatever it works on. That says nothing
+about the proportions between forwards, on which decisions depend, and a correction that was
+learned in a slow minute would be wrong in a fast one. So a `Pace`, shared by all curves, follows
+the last few steps, and what the curves learn is what is left after it.
 """
 
 from __future__ import annotations
@@ -24,6 +29,9 @@ from echo_vllm.cost.step_cost import StepCost
 WINDOW = 64
 """Observations that a bin remembers."""
 
+PACE_WINDOW = 16
+"""Steps whose median is the pace: fewer than a bin remembers, so that bins see several paces."""
+
 PRIOR = 4.0
 """Observations that the start-up measurement counts for in a bin."""
 
@@ -35,20 +43,21 @@ REFRESH = 48
 
 
 class RunningMedian:
-    """The median of the last WINDOW numbers.
+    """The median of the last `window` numbers.
 
     Attributes:
         seen: how many numbers there were in all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = WINDOW) -> None:
         self.seen = 0
+        self._window = window
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
 
     def add(self, number: float) -> None:
         self.seen += 1
-        if len(self._recent) == WINDOW:
+        if len(self._recent) == self._window:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self._recent.append(number)
         insort(self._sorted, number)
@@ -59,6 +68,25 @@ class RunningMedian:
         if len(self._sorted) % 2:
             return self._sorted[middle]
         return (self._sorted[middle - 1] + self._sorted[middle]) / 2
+
+
+class Pace:
+    """How much longer than predicted everything takes at the moment, as a factor.
+
+    Shared by the OnlineCosts of one engine: a slow minute that only one of them had steps in must
+    not make it look dearer than the other.
+    """
+
+    def __init__(self) -> None:
+        self._logs = RunningMedian(PACE_WINDOW)
+        self.factor = 1.0
+
+    def observe(self, seconds: float, predicted: float) -> None:
+        """A forward took `seconds`, `predicted` were expected at a pace of 1."""
+        ratio = _log_ratio(seconds, predicted)
+        if ratio is not None:
+            self._logs.add(ratio)
+            self.factor = math.exp(self._logs.median())
 
 
 class CurveCorrection:
@@ -109,7 +137,11 @@ class CurveCorrection:
         at = np.log2(np.maximum(counts, 2.0**-20))
         outside = np.maximum(0.0, np.maximum(places[0] - at, at - places[-1]))
         log_factor = np.interp(at, places, logs) * np.exp2(-outside / REACH)
-        seconds = np.maximum.accumulate(self._curve(counts) * np.exp(log_factor))
+        seconds = self._curve(counts) * np.exp(log_factor)
+        # Monotone again; where the faded part and the observed disagree, the observed is right.
+        first = int(np.searchsorted(at, places[0]))
+        seconds[: first + 1] = np.minimum.accumulate(seconds[first::-1])[::-1]
+        seconds = np.maximum.accumulate(seconds)
         return CostCurve.from_valid(counts, seconds)
 
 
@@ -124,8 +156,15 @@ class OnlineCost:
     OnlineCost and sends `current().to_dict()` to the others.
     """
 
-    def __init__(self, base: StepCost) -> None:
+    def __init__(self, base: StepCost, pace: Pace | None = None) -> None:
+        """
+        Args:
+            base: what was measured.
+            pace: what to take out of every time before learning from it; `current` then is what
+                steps cost at a pace of 1. None: nothing.
+        """
         self.base = base
+        self._pace = pace
         self._verify = CurveCorrection(base.verify)
         self._draft_level = CurveCorrection(base.draft_level)
         self._catch_up = CurveCorrection(base.catch_up)
@@ -134,13 +173,16 @@ class OnlineCost:
 
     def observe_verify(self, rows: int, seconds: float) -> None:
         """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
-        ratio = _log_ratio(seconds, self.base.verify(rows))
-        if ratio is not None and rows > 0:
-            self._verify.observe(rows, ratio)
+        ratio = _log_ratio(seconds / self._factor, self.base.verify(rows))
+        if ratio is None or rows <= 0:
+            return
+        self._verify.observe(rows, ratio)
+        if self._pace is not None:
+            self._pace.observe(seconds, self._current.verify(rows))
 
     def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
         """Drafting took `seconds`: a catch-up over `committed` tokens and these levels."""
-        ratio = _log_ratio(seconds, self.base.draft(level_rows, committed))
+        ratio = _log_ratio(seconds / self._factor, self.base.draft(level_rows, committed))
         if ratio is None:
             return
         if committed > 0:
@@ -152,7 +194,11 @@ class OnlineCost:
     def observe_other(self, seconds: float) -> None:
         """A step spent `seconds` outside of target and drafter."""
         if math.isfinite(seconds) and seconds >= 0:
-            self._other.add(seconds)
+            self._other.add(seconds / self._factor)
+
+    @property
+    def _factor(self) -> float:
+        return 1.0 if self._pace is None else self._pace.factor
 
     def current(self) -> StepCost:
         """The cost as known now; the same object until enough new steps were observed.

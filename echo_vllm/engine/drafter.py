@@ -10,7 +10,7 @@ the committed context plus their own ancestors. A draft therefore leaves no trac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,8 @@ class EchoProposer(EagleProposer):
         bounds = cad.query_start_loc_cpu.tolist()
         first_positions = positions[cad.query_start_loc_cpu[:-1].to(torch.int64)].tolist()
         updating = set(requests.updating)
+        # Where most rows wait, views keep nothing in memory that is not wanted.
+        most_wait = 2 * sum(bounds[i + 1] - bounds[i] for i in updating) <= bounds[-1]
         inputs = []
         for i, req_id in enumerate(requests.ids):
             rows = slice(bounds[i], bounds[i + 1])
@@ -171,8 +173,9 @@ class EchoProposer(EagleProposer):
             if i in updating:
                 inputs.append(self.backlog.take(req_id, tokens))
             else:
-                # A copy, so that the features of the whole batch need not stay in memory.
-                tokens = DrafterInput(tokens.start, tokens.token_ids, tokens.features.clone())
+                if not most_wait:
+                    # A copy, so that the features of the whole batch need not stay in memory.
+                    tokens = replace(tokens, features=tokens.features.clone())
                 self.backlog.put(req_id, tokens, cad.block_table_tensor[i], block_size)
         groups: list[list[int]] = []
         size = 0

@@ -11,8 +11,6 @@ result is cached on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -37,9 +35,12 @@ from echo_vllm.engine.verification import argmax_of_rows
 logger = init_logger(f"vllm.{__name__}")
 
 BUDGET_S = 12.0
-"""Seconds after which no larger forward is begun; the last slope stands for what is missing."""
+"""Seconds after which no forward is begun; the last slope stands for sizes not reached."""
 
-ROUNDS = 5
+FIRST_ROUND = 0.6
+"""Share of the time that the first round over the sizes may take."""
+
+ROUNDS = 6
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -139,27 +140,36 @@ def _of_first_rank(decide: Callable[[], Any]) -> Any:
     return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)
 
 
-def _is_over(until: float) -> bool:
-    return perf_counter() > until
-
-
 def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) -> CostCurve:
-    """Medians of a few runs of each size, small sizes first, until the time is up."""
+    """The least time of each size, measured in rounds over all sizes.
+
+    Whatever else a machine does only adds to a time, so the least of several is the forward's own;
+    and rounds let a busy second fall on one measurement of each size, not on all those of one.
+    The first round goes from small to large sizes until it has taken most of the time; further
+    rounds repeat what it has reached while there is time.
+    """
+
+    def run(rows: int) -> float:
+        start = perf_counter()
+        forward(rows)
+        return perf_counter() - start
+
+    def fits(seconds: float) -> bool:
+        return _of_first_rank(lambda: perf_counter() + seconds < end)
+
     begin = perf_counter()
-    counts, seconds = [], []
+    end = begin + FIRST_ROUND * budget_s
+    least: dict[int, float] = {}
     for rows in sizes:
-        forward(rows)  # The first of a size may allocate or choose a kernel.
-        times: list[float] = []
-        while len(times) < ROUNDS:
-            start = perf_counter()
-            forward(rows)
-            times.append(perf_counter() - start)
-            if len(times) >= 2 and _of_first_rank(partial(_is_over, begin + budget_s)):
-                break
-        counts.append(rows)
-        seconds.append(median(times))
-        # The next size takes about twice as long, three times over.
-        until = begin + budget_s - 6 * seconds[-1]
-        if len(counts) > 2 and _of_first_rank(partial(_is_over, until)):
+        first = run(rows)
+        # The first forward of a size may allocate or choose a kernel.
+        least[rows] = run(rows) if fits(4 * first) else first
+        # The next size takes about twice as long, and twice.
+        if len(least) > 2 and not fits(4 * least[rows]):
             break
-    return CostCurve.from_points(counts, seconds)
+    end = begin + budget_s
+    for _ in range(1, ROUNDS):
+        for rows, seconds in least.items():
+            if fits(seconds):
+                least[rows] = min(seconds, run(rows))
+    return CostCurve.from_points(list(least), list(least.values()))

@@ -35,6 +35,7 @@ from echo_vllm.engine.verification import Verdict, verify
 from echo_vllm.forest import DraftForest, is_chain
 from echo_vllm.policy import DraftBatch, DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.base import MAX_WAITING
 from echo_vllm.policy.echo import EchoPolicy
 
 if TYPE_CHECKING:
@@ -401,14 +402,27 @@ class EchoRunnerMixin(_Runner):
         updating = []
         lengths = cad.query_start_loc_cpu.diff().tolist()
         ends = cad.seq_lens.tolist()
+        # While the drafter rests, short prompts wait too: a request that ends before it drafts
+        # never costs the drafter anything. Not where other requests may hit their blocks, which
+        # the drafter would never have seen.
+        may_wait = 0
+        if (
+            plan.max_depth == 0
+            and not self.cache_config.enable_prefix_caching
+            and len(backlog) < MAX_WAITING
+        ):
+            may_wait = backlog.limit // 2
         for i, req_id in enumerate(req_ids):
-            # Prompts go through the drafter at once: all of their features would be too much to
-            # keep. More tokens than a path can accept are a prompt's, or a resumed request's.
+            # Other prompts go through the drafter at once: all of their features would be too much
+            # to keep. More tokens than a path can accept are a prompt's, or a resumed request's.
+            request = self.requests[req_id]
             is_prefill = (
-                ends[i] - lengths[i] < self.requests[req_id].num_prompt_tokens
+                ends[i] - lengths[i] < request.num_prompt_tokens
                 or lengths[i] > self.drafter.policy.max_depth + 1
             )
-            if i in drafting or (is_prefill and not backlog.waits(req_id)):
+            if i in drafting or (
+                is_prefill and not backlog.waits(req_id) and request.num_tokens > may_wait
+            ):
                 updating.append(i)
         batch = DraftBatch(len(able), num_decoding, plan, torch.tensor(probes, dtype=torch.int64))
         return Requests(req_ids, updating, able), batch

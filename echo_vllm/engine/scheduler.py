@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from echo_vllm.config import EchoConfig
-from echo_vllm.cost import Hinge, OnlineCost, StepCost, budget_rows
+from echo_vllm.cost import Hinge, OnlineCost, Pace, StepCost, budget_rows
 from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
 from echo_vllm.policy import DraftPlan, make_policy
@@ -141,7 +141,8 @@ class EchoScheduler(Scheduler):
         if self._echo.gamma is not None and self._echo.k_max is not None:
             hinge = Hinge(float(self._echo.k_max), self._echo.gamma, float(cost.verify(1)))
             cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
-        self._cost, self._plain_cost = OnlineCost(cost), OnlineCost(cost)
+        pace = Pace()
+        self._cost, self._plain_cost = OnlineCost(cost, pace), OnlineCost(cost, pace)
         self._max_rows = budget_rows(cost.verify)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

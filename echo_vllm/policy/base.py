@@ -22,6 +22,9 @@ MAX_BACKLOG = 512
 """Committed tokens of one request that wait for a drafter that rests; beyond them the request
 drafts no more, which bounds the memory of their features."""
 
+MAX_WAITING = 16384
+"""Committed tokens of all requests beyond which no more prompts wait for a drafter that rests."""
+
 NO_CANDIDATE = float("-inf")
 """Path score of a column that a request has no candidate in, because it left the frontier."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +40,10 @@ it: requests that accept differently end one by one, and so do their successors'
 MARGIN = 0.01
 """How far the prediction must be beyond that on the other side before the decision changes."""
 
-PROBE_STEPS = 16
+PROBE_STEPS = 32
 """Steps between drafts of a few requests to full depth while others draft less deep."""
 
-SLOWEST_PROBE_STEPS = 256
+SLOWEST_PROBE_STEPS = 512
 """The same while nothing is drafted and nothing suggests that it should be."""
 
 PROBES = 2
@@ -51,8 +52,8 @@ PLAIN_STEPS = 64
 """Steps between single steps of plain decoding while others draft: what plain decoding costs now
 is the other half of every comparison."""
 
-REUSE = 4
-"""Steps for which the expected tokens are not worked out anew."""
+REUSE = 8
+"""Steps for which the expected tokens are not worked out anew, nor a forecast for the same load."""
 
 NEARLY = 0.97
 """Below this share of plain decoding's speed, drafting is far from paying."""
@@ -105,6 +106,7 @@ class Forecaster:
         self._next_plain = PLAIN_STEPS
         self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._curves_until = 0
+        self._last: tuple[tuple[Any, ...], Forecast] | None = None
 
     @classmethod
     def of(cls, policy: AutoPolicy, *, online: bool) -> Forecaster:
@@ -172,7 +174,7 @@ class Forecaster:
             return plan
         if len(self._drafts) < ENOUGH:
             return replace(plan, probes=2 * PROBES)
-        best = self.forecast(num_decoding, prefill_tokens, cost, plain_cost)
+        best = self._forecast(num_decoding, prefill_tokens, cost, plain_cost)
         wanted = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
         self._drafting = best.depth > 0 and best.speed > wanted * best.plain
         depth = best.depth if self._drafting else 0
@@ -189,6 +191,12 @@ class Forecaster:
             self._next_probe = self._step + self._probe_steps
         price = best.speed if self._drafting else best.plain
         return replace(plan, max_depth=depth, probes=probes, price=price)
+
+    def _forecast(self, *load: Any) -> Forecast:
+        """`forecast`, or what it said a few steps ago for the same load at the same cost."""
+        if self._last is None or self._last[0] != load or self._step >= self._curves_until:
+            self._last = (load, self.forecast(*load))
+        return self._last[1]
 
     def forecast(
         self,

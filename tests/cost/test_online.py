@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_vllm.cost import CostCurve, Hinge, OnlineCost, StepCost
+from echo_vllm.cost import CostCurve, Hinge, OnlineCost, Pace, StepCost
 from echo_vllm.cost.online import REFRESH
 
 BASE = StepCost(
@@ -131,3 +131,30 @@ def test_old_observations_are_forgotten() -> None:
         for _ in range(80):
             online.observe_verify(8, factor * BASE.verify(8))
     assert online.current().verify(8) == pytest.approx(1.5 * BASE.verify(8), rel=0.05)
+
+
+def test_a_slow_minute_makes_no_kind_of_step_look_dearer_than_another() -> None:
+    pace = Pace()
+    trees, plain = OnlineCost(BASE, pace), OnlineCost(BASE, pace)
+    for step in range(60):  # The machine is slow while there are trees, and fast afterwards.
+        trees.observe_verify(40, 3.0 * BASE.verify(40))
+        if step % 8 == 0:
+            plain.observe_verify(20, 3.0 * BASE.verify(20))
+    for _ in range(60):
+        plain.observe_verify(20, BASE.verify(20))
+    for cost, rows in ((settled(trees), 40), (settled(plain), 20)):
+        assert cost.verify(rows) == pytest.approx(BASE.verify(rows), rel=0.1)
+    assert pace.factor == pytest.approx(1.0, rel=0.1)
+
+
+def test_at_any_pace_the_surcharge_of_trees_is_learned() -> None:
+    rng = np.random.default_rng(5)
+    pace = Pace()
+    trees, plain = OnlineCost(BASE, pace), OnlineCost(BASE, pace)
+    for step in range(600):
+        slow = 1.0 + 1.5 * (step // 50 % 2)
+        rows = int(rng.integers(20, 60))
+        cost, surcharge = (trees, 1.4) if step % 2 else (plain, 1.0)
+        cost.observe_verify(rows, slow * surcharge * BASE.verify(rows))
+    ratio = settled(trees).verify(30) / settled(plain).verify(30)
+    assert ratio == pytest.approx(1.4, rel=0.1)

@@ -13,7 +13,14 @@ import pytest
 
 from echo_vllm.calibration.survival import SurvivalModel
 from echo_vllm.cost import CostCurve, StepCost
-from echo_vllm.policy.forecast import ENOUGH, GAIN, MARGIN, REUSE, Forecaster
+from echo_vllm.policy.forecast import (
+    ENOUGH,
+    GAIN,
+    MARGIN,
+    REUSE,
+    SLOWEST_PROBE_STEPS,
+    Forecaster,
+)
 
 
 def forecaster(accept: float, online: bool = False) -> Forecaster:
@@ -94,10 +101,10 @@ def test_the_decision_has_hysteresis() -> None:
 
 def test_probes_become_rare_while_nothing_is_drafted() -> None:
     found = forecaster(0.05)
-    probed = [step for step in range(2000) if found.plan(400, 0, cost(16, drafter=0.2)).probes]
+    probed = [step for step in range(3000) if found.plan(400, 0, cost(16, drafter=0.2)).probes]
     gaps = np.diff(probed)
     assert gaps[0] <= 64
-    assert gaps[-1] == 256
+    assert gaps[-1] == SLOWEST_PROBE_STEPS
     assert len(probed) < 20
 
 
