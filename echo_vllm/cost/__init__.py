@@ -9,7 +9,7 @@ it in `CostCache`, and refines it with `OnlineCost`. Nothing here measures by it
 from echo_vllm.cost.cache import CostCache, CostKey, describe_cpu
 from echo_vllm.cost.curve import CostCurve, CostError
 from echo_vllm.cost.hinge import Hinge, budget_rows, fit_hinge
-from echo_vllm.cost.online import OnlineCost, Pace
+from echo_vllm.cost.online import OnlineCost
 from echo_vllm.cost.step_cost import StepCost
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "CostKey",
     "Hinge",
     "OnlineCost",
-    "Pace",
     "StepCost",
     "budget_rows",
     "describe_cpu",

@@ -9,8 +9,10 @@ A median ignores the steps in which something else took the processor, up to hal
 
 A machine that is shared, or hot, is slower for a while whatever it works on. That says nothing
 about the proportions between forwards, on which decisions depend, and a correction that was
-learned in a slow minute would be wrong in a fast one. So a `Pace`, shared by all curves, follows
-the last few steps, and what the curves learn is what is left after it.
+learned in a slow minute would be wrong in a fast one. So a pace, shared by all curves, follows
+the last few steps, and what the curves learn is what is left after it. Steps with trees and
+without teach the same curve; what trees take beyond their rows is one more factor. Two curves,
+each taught by its own steps, would differ wherever one of them has seen nothing yet.
 """
 
 from __future__ import annotations
@@ -68,25 +70,6 @@ class RunningMedian:
         if len(self._sorted) % 2:
             return self._sorted[middle]
         return (self._sorted[middle - 1] + self._sorted[middle]) / 2
-
-
-class Pace:
-    """How much longer than predicted everything takes at the moment, as a factor.
-
-    Shared by the OnlineCosts of one engine: a slow minute that only one of them had steps in must
-    not make it look dearer than the other.
-    """
-
-    def __init__(self) -> None:
-        self._logs = RunningMedian(PACE_WINDOW)
-        self.factor = 1.0
-
-    def observe(self, seconds: float, predicted: float) -> None:
-        """A forward took `seconds`, `predicted` were expected at a pace of 1."""
-        ratio = _log_ratio(seconds, predicted)
-        if ratio is not None:
-            self._logs.add(ratio)
-            self.factor = math.exp(self._logs.median())
 
 
 class CurveCorrection:
@@ -148,6 +131,9 @@ class CurveCorrection:
 class OnlineCost:
     """A StepCost that learns from real steps. Not thread-safe.
 
+    What it predicts is what steps cost at a pace of 1, the pace of the start-up measurement;
+    `pace` says how much longer everything takes at the moment.
+
     Corrections are factors: where nothing was observed within REACH octaves they fade to 1, and
     with few observations they are closer to 1 (PRIOR). A drafting time is one number for several
     forwards, so its ratio corrects the levels and the catch-up forward alike.
@@ -156,33 +142,34 @@ class OnlineCost:
     OnlineCost and sends `current().to_dict()` to the others.
     """
 
-    def __init__(self, base: StepCost, pace: Pace | None = None) -> None:
-        """
-        Args:
-            base: what was measured.
-            pace: what to take out of every time before learning from it; `current` then is what
-                steps cost at a pace of 1. None: nothing.
-        """
+    def __init__(self, base: StepCost) -> None:
         self.base = base
-        self._pace = pace
+        self.pace = 1.0
+        self._paces = RunningMedian(PACE_WINDOW)
+        # What steps without and with trees took beyond the curve's word at the pace.
+        self._beyond = (RunningMedian(), RunningMedian())
         self._verify = CurveCorrection(base.verify)
         self._draft_level = CurveCorrection(base.draft_level)
         self._catch_up = CurveCorrection(base.catch_up)
         self._other = RunningMedian()
         self._current = base
+        self._with_trees: tuple[StepCost, StepCost] | None = None
 
-    def observe_verify(self, rows: int, seconds: float) -> None:
+    def observe_verify(self, rows: int, seconds: float, *, trees: bool = False) -> None:
         """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
-        ratio = _log_ratio(seconds / self._factor, self.base.verify(rows))
+        ratio = _log_ratio(seconds / self.pace, self.base.verify(rows))
         if ratio is None or rows <= 0:
             return
-        self._verify.observe(rows, ratio)
-        if self._pace is not None:
-            self._pace.observe(seconds, self._current.verify(rows))
+        now = math.log(self._current.verify(rows) / self.base.verify(rows))
+        surcharge = self._surcharge if trees else 0.0
+        self._verify.observe(rows, ratio - surcharge)
+        self._beyond[trees].add(ratio - now)
+        self._paces.add(math.log(self.pace) + ratio - now - surcharge)
+        self.pace = math.exp(self._paces.median())
 
     def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
         """Drafting took `seconds`: a catch-up over `committed` tokens and these levels."""
-        ratio = _log_ratio(seconds / self._factor, self.base.draft(level_rows, committed))
+        ratio = _log_ratio(seconds / self.pace, self.base.draft(level_rows, committed))
         if ratio is None:
             return
         if committed > 0:
@@ -194,14 +181,31 @@ class OnlineCost:
     def observe_other(self, seconds: float) -> None:
         """A step spent `seconds` outside of target and drafter."""
         if math.isfinite(seconds) and seconds >= 0:
-            self._other.add(seconds / self._factor)
+            self._other.add(seconds / self.pace)
 
     @property
-    def _factor(self) -> float:
-        return 1.0 if self._pace is None else self._pace.factor
+    def _surcharge(self) -> float:
+        """Log of what trees take beyond what their rows would without them: a contrast, because
+        the pace and the curve take up whatever both have in common."""
+        plain, trees = self._beyond
+        seen = min(plain.seen, trees.seen)
+        if not seen:
+            return 0.0
+        # Steps with trees have more rows too, so few of them say more about the curve than this.
+        return max(0.0, trees.median() - plain.median()) * seen / (seen + WINDOW)
+
+    def with_trees(self) -> StepCost:
+        """`current` for steps with trees; the same object as long as that is the same."""
+        now = self.current()
+        if self._with_trees is None or self._with_trees[0] is not now:
+            counts, seconds = np.array(now.verify.counts), np.array(now.verify.seconds)
+            verify = CostCurve.from_valid(counts, seconds * math.exp(self._surcharge))
+            self._with_trees = (now, replace(now, verify=verify))
+        return self._with_trees[1]
 
     def current(self) -> StepCost:
-        """The cost as known now; the same object until enough new steps were observed.
+        """The cost of steps without trees, as known now; the same object until enough new steps
+        were observed.
 
         One call works out one curve at most, so that no step pays for all of them.
         """

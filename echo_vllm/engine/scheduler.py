@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from echo_vllm.config import EchoConfig
-from echo_vllm.cost import Hinge, OnlineCost, Pace, StepCost, budget_rows
+from echo_vllm.cost import Hinge, OnlineCost, StepCost, budget_rows
 from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
 from echo_vllm.policy import DraftPlan, make_policy
@@ -42,10 +42,9 @@ class EchoScheduler(Scheduler):
         self._step_stats: StepStats | None = None
         spec = self.vllm_config.speculative_config
         self._echo: EchoConfig = spec.echo
-        # Of steps with trees and without: the same number of rows takes longer with trees.
         self._cost: OnlineCost | None = None
-        self._plain_cost: OnlineCost | None = None
         self._max_rows: float | None = None
+        self._waiting = 0
         self._forecaster: Forecaster | None = None
         profile = find_profile(spec.echo, spec.model)
         policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
@@ -84,10 +83,14 @@ class EchoScheduler(Scheduler):
         if self._elastic is not None:
             return self._elastic.plan(num_decoding, prefill_tokens, self._max_rows)
         assert self._forecaster is not None
-        if self._cost is None or self._plain_cost is None:
+        if self._cost is None:
             return self._forecaster.plan(num_decoding, prefill_tokens, None)
         return self._forecaster.plan(
-            num_decoding, prefill_tokens, self._cost.current(), self._plain_cost.current()
+            num_decoding,
+            prefill_tokens,
+            self._cost.with_trees(),
+            self._cost.current(),
+            waiting=self._waiting,
         )
 
     def _next_load(self) -> tuple[int, int]:
@@ -117,18 +120,16 @@ class EchoScheduler(Scheduler):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _learn(self, stats: StepStats) -> None:
+        self._waiting = stats.waiting
         if stats.cost is not None:
             self._set_cost(StepCost.from_dict(stats.cost))
             stats.cost = None
-        elif self._cost is not None and self._plain_cost is not None and self._echo.online:
-            (self._cost if stats.nodes else self._plain_cost).observe_verify(
-                stats.rows, stats.verify_s
-            )
+        elif self._cost is not None and self._echo.online:
+            self._cost.observe_verify(stats.rows, stats.verify_s, trees=bool(stats.nodes))
             if stats.committed:
                 self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)
             if stats.idle_s < LONGEST_GAP_S:
                 self._cost.observe_other(stats.idle_s)
-                self._plain_cost.observe_other(stats.idle_s)
         if self._forecaster is not None:
             for scores, depths in stats.samples:
                 self._forecaster.observe_draft(scores, depths)
@@ -141,8 +142,7 @@ class EchoScheduler(Scheduler):
         if self._echo.gamma is not None and self._echo.k_max is not None:
             hinge = Hinge(float(self._echo.k_max), self._echo.gamma, float(cost.verify(1)))
             cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
-        pace = Pace()
-        self._cost, self._plain_cost = OnlineCost(cost, pace), OnlineCost(cost, pace)
+        self._cost = OnlineCost(cost)
         self._max_rows = budget_rows(cost.verify)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

@@ -40,6 +40,9 @@ it: requests that accept differently end one by one, and so do their successors'
 MARGIN = 0.01
 """How far the prediction must be beyond that on the other side before the decision changes."""
 
+HORIZON = 64
+"""Steps in which catching up with what waits for the drafter must pay for itself."""
+
 PROBE_STEPS = 32
 """Steps between drafts of a few requests to full depth while others draft less deep."""
 
@@ -151,6 +154,7 @@ class Forecaster:
         prefill_tokens: int,
         cost: StepCost | None,
         plain_cost: StepCost | None = None,
+        waiting: int = 0,
     ) -> DraftPlan:
         """The plan of the next drafting.
 
@@ -160,6 +164,7 @@ class Forecaster:
             cost: predicted times of steps with trees, None before they are known.
             plain_cost: the same for steps without, if it is known apart: the same number of rows
                 takes longer where some of them are trees.
+            waiting: tokens that the drafter has to catch up with before it drafts again.
         """
         self._step += 1
         plan = DraftPlan(
@@ -176,6 +181,9 @@ class Forecaster:
             return replace(plan, probes=2 * PROBES)
         best = self._forecast(num_decoding, prefill_tokens, cost, plain_cost)
         wanted = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
+        if not self._drafting and waiting > num_decoding:
+            step = (plain_cost or cost).plain_step(num_decoding, prefill_tokens)
+            wanted += cost.catch_up(waiting) / (HORIZON * step)
         self._drafting = best.depth > 0 and best.speed > wanted * best.plain
         depth = best.depth if self._drafting else 0
         probes = 0

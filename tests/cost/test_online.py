@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_vllm.cost import CostCurve, Hinge, OnlineCost, Pace, StepCost
+from echo_vllm.cost import CostCurve, Hinge, OnlineCost, StepCost
 from echo_vllm.cost.online import REFRESH
 
 BASE = StepCost(
@@ -45,11 +45,12 @@ def settled(online: OnlineCost) -> StepCost:
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("outliers", [0.0, 0.2])
 def test_corrections_converge_to_a_scaled_machine(scale: float, outliers: float) -> None:
-    found = settled(trained(scale, outliers, seed=1))
+    online = trained(scale, outliers, seed=1)
+    found = settled(online)
     for name in ("verify", "draft_level", "catch_up"):
-        now, base = getattr(found, name)(ASKED), getattr(BASE, name)(ASKED)
+        now, base = online.pace * getattr(found, name)(ASKED), getattr(BASE, name)(ASKED)
         assert now == pytest.approx(scale * base, rel=0.1), name
-    assert found.other == pytest.approx(scale * BASE.other, rel=0.1)
+    assert online.pace * found.other == pytest.approx(scale * BASE.other, rel=0.1)
 
 
 def test_a_bend_that_start_up_did_not_see_is_learned() -> None:
@@ -59,7 +60,7 @@ def test_a_bend_that_start_up_did_not_see_is_learned() -> None:
         for rows in (2, 5, 11, 16, 24, 40, 70, 150):
             online.observe_verify(rows, truth(rows))
     asked = np.array([2, 5, 11, 24, 40, 70, 150])
-    assert online.current().verify(asked) == pytest.approx(truth(asked), rel=0.1)
+    assert online.pace * online.current().verify(asked) == pytest.approx(truth(asked), rel=0.1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,11 +93,13 @@ def test_few_observations_say_little() -> None:
 def test_a_correction_fades_with_the_distance() -> None:
     online = OnlineCost(BASE)
     for _ in range(200):
-        online.observe_verify(256, 2 * BASE.verify(256))
-    ratio = online.current().verify(ASKED) / BASE.verify(ASKED)
-    assert ratio[-2] == pytest.approx(2, rel=0.2)
-    assert 1 < ratio[0] < 1.3
-    assert (np.diff(ratio[:-1]) >= 0).all()
+        for rows, times in ((32, 2.0), (256, 1.0), (280, 1.0)):
+            online.observe_verify(rows, times * BASE.verify(rows))
+    ratio = settled(online).verify(np.array([1, 4, 16, 32, 256])) / BASE.verify(32)
+    assert ratio[3] == pytest.approx(2, rel=0.1)
+    assert 1 < ratio[0] < 1.4
+    assert (np.diff(ratio[:4]) >= 0).all()
+    assert ratio[4] == pytest.approx(BASE.verify(256) / BASE.verify(32), rel=0.1)
 
 
 def test_without_observations_the_cost_is_the_measured_one() -> None:
@@ -130,31 +133,41 @@ def test_old_observations_are_forgotten() -> None:
     for factor in (5.0, 1.5):
         for _ in range(80):
             online.observe_verify(8, factor * BASE.verify(8))
-    assert online.current().verify(8) == pytest.approx(1.5 * BASE.verify(8), rel=0.05)
+    found = online.pace * online.current().verify(8)
+    assert found == pytest.approx(1.5 * BASE.verify(8), rel=0.05)
 
 
 def test_a_slow_minute_makes_no_kind_of_step_look_dearer_than_another() -> None:
-    pace = Pace()
-    trees, plain = OnlineCost(BASE, pace), OnlineCost(BASE, pace)
+    online = OnlineCost(BASE)
     for step in range(60):  # The machine is slow while there are trees, and fast afterwards.
-        trees.observe_verify(40, 3.0 * BASE.verify(40))
+        online.observe_verify(40, 3.0 * BASE.verify(40), trees=True)
         if step % 8 == 0:
-            plain.observe_verify(20, 3.0 * BASE.verify(20))
+            online.observe_verify(20, 3.0 * BASE.verify(20))
     for _ in range(60):
-        plain.observe_verify(20, BASE.verify(20))
-    for cost, rows in ((settled(trees), 40), (settled(plain), 20)):
-        assert cost.verify(rows) == pytest.approx(BASE.verify(rows), rel=0.1)
-    assert pace.factor == pytest.approx(1.0, rel=0.1)
+        online.observe_verify(20, BASE.verify(20))
+    for cost in (settled(online), online.with_trees()):
+        for rows in (20, 40):
+            assert cost.verify(rows) == pytest.approx(BASE.verify(rows), rel=0.1)
+    assert online.pace == pytest.approx(1.0, rel=0.1)
 
 
 def test_at_any_pace_the_surcharge_of_trees_is_learned() -> None:
     rng = np.random.default_rng(5)
-    pace = Pace()
-    trees, plain = OnlineCost(BASE, pace), OnlineCost(BASE, pace)
+    online = OnlineCost(BASE)
     for step in range(600):
         slow = 1.0 + 1.5 * (step // 50 % 2)
-        rows = int(rng.integers(20, 60))
-        cost, surcharge = (trees, 1.4) if step % 2 else (plain, 1.0)
-        cost.observe_verify(rows, slow * surcharge * BASE.verify(rows))
-    ratio = settled(trees).verify(30) / settled(plain).verify(30)
+        rows, trees = int(rng.integers(20, 60)), bool(step % 4)
+        seconds = slow * (1.4 if trees else 1.0) * BASE.verify(rows)
+        online.observe_verify(rows, seconds, trees=trees)
+    ratio = online.with_trees().verify(30) / settled(online).verify(30)
     assert ratio == pytest.approx(1.4, rel=0.1)
+
+
+def test_what_plain_steps_teach_holds_for_trees() -> None:
+    online = OnlineCost(BASE)
+    for _ in range(100):
+        online.observe_verify(24, 1.5 * BASE.verify(24))
+        online.observe_verify(4, BASE.verify(4))
+    plain = settled(online)
+    assert plain.verify(24) / plain.verify(4) > 1.3 * BASE.verify(24) / BASE.verify(4)
+    assert online.with_trees().verify(ASKED) == pytest.approx(plain.verify(ASKED))
