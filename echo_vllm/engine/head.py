@@ -298,6 +298,7 @@ def _read_shapes(model: str, file: Path) -> Iterator[tuple[str, tuple[int, ...]]
             if size > _MAX_HEADER:
                 raise ValueError("its header is too long")
             header = json.loads(stream.read(size))
+        _check_length(header, file.stat().st_size - 8 - size)
         shapes = {
             name: tuple(tensor["shape"])
             for name, tensor in header.items()
@@ -310,3 +311,10 @@ def _read_shapes(model: str, file: Path) -> Iterator[tuple[str, tuple[int, ...]]
             "download the head again, with Git LFS where it comes from a Git repository",
         )
     yield from shapes.items()
+
+
+def _check_length(header: Mapping[str, Any], length: int) -> None:
+    """Whether `length` bytes after the header hold all tensors, as a broken download does not."""
+    end = max((t.get("data_offsets", [0, 0])[1] for t in header.values()), default=0)
+    if end > length:
+        raise ValueError(f"it ends after {length} of {end} bytes of tensors")
