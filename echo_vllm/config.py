@@ -347,8 +347,8 @@ class EchoConfig(BaseModel):
             )
         if self.floor is not None and self.k_max is not None and floor > self.k_max:
             raise EchoConfigError(
-                f"{SECTION}.floor must be at most {SECTION}.k_max ({self.k_max}), which is all that "
-                f"the batch may have, got {floor}; lower it, or raise k_max."
+                f"{SECTION}.floor must be at most {SECTION}.k_max ({self.k_max}), which is all "
+                f"that the batch may have, got {floor}; lower it, or raise k_max."
             )
         return self._with(max_depth=depth, width=width, floor=floor)
 

@@ -73,6 +73,16 @@ def read_head(
     config = _flatten(model, _read_config(model, revision))
     _check_architecture(model, config, architectures)
     hidden_size = _positive(model, config, "hidden_size")
+    heads = config.get("num_attention_heads")
+    if heads is not None and not config.get("head_dim"):
+        heads = _positive(model, config, "num_attention_heads")
+        if hidden_size % heads:
+            _reject(
+                model,
+                f"has num_attention_heads {heads} in its config.json, which does not divide its "
+                f"hidden_size {hidden_size}",
+                "repair the file or choose another head",
+            )
     vocab_size = _positive(model, config, "vocab_size")
     target_hidden_size = config.get("target_hidden_size") or hidden_size
     draft_vocab_size = config.get("draft_vocab_size") or vocab_size

@@ -179,6 +179,11 @@ LAYERS = (
             f"target's has 1000; {ANOTHER}",
         ),
         (
+            {"num_attention_heads": 7},
+            "has num_attention_heads 7 in its config.json, which does not divide its hidden_size "
+            f"64; {REPAIR}",
+        ),
+        (
             {"draft_vocab_size": 1001},
             "has draft_vocab_size 1001 in its config.json, which must be between 1 and its "
             f"vocab_size 1000; {REPAIR}",
