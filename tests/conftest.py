@@ -80,7 +80,7 @@ LONGEST = (
 
 
 def _turn(item: pytest.Item) -> int:
-    file = item.path.relative_to(ROOT / "tests").as_posix()
+    file = item.nodeid.partition("::")[0].removeprefix("tests/")
     return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 

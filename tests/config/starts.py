@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import IN_PROCESS_ENGINE, ROOT
+
 ENGINE_STARTS = "vllm.stat_logger_plugins"
 """In the log of a start that nothing refused."""
 
@@ -45,14 +47,14 @@ class Starts:
         self.folder = folder
 
     def __enter__(self) -> Starts:
-        root = str(Path(__file__).resolve().parents[2])
+        inherited = {k: v for k, v in os.environ.items() if k not in IN_PROCESS_ENGINE}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"},
+            env=inherited | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"},
         )
         return self
 
