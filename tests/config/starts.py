@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import IN_PROCESS_ENGINE, ROOT
-
 ENGINE_STARTS = "vllm.stat_logger_plugins"
 """In the log of a start that nothing refused."""
 
@@ -47,14 +45,16 @@ class Starts:
         self.folder = folder
 
     def __enter__(self) -> Starts:
-        inherited = {k: v for k, v in os.environ.items() if k not in IN_PROCESS_ENGINE}
+        # As for a user, whatever the tests have set for engines of their own.
+        usual = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=inherited | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env=os.environ | usual | {"PYTHONPATH": root},
         )
         return self
 
