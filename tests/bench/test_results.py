@@ -161,9 +161,6 @@ def test_a_real_benchmark_of_two_servers(
         "0.5",
         "--keep-alive",
         "1",
-        # A server on every core would fight with the tests beside this one.
-        "--threads",
-        "1",
         "--output",
         str(tmp_path / "out" / "bench"),
     ]
