@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.command_line import add_common_options, integers, measure, names
 from echo_vllm.bench.configurations import DEMO_HEAD, QUICK, SAME_CHAIN, built_in, choose
-from echo_vllm.bench.fleet import exit_on_sigterm
+from echo_vllm.bench.fleet import run_program
 from echo_vllm.bench.report import table
 from echo_vllm.bench.results import versions
 
@@ -89,9 +89,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; all engines are stopped", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

@@ -21,7 +21,7 @@ from dataclasses import asdict
 
 from benchmarks.command_line import add_common_options, integers, measure, names
 from echo_vllm.bench.configurations import PLAIN, choose
-from echo_vllm.bench.fleet import exit_on_sigterm
+from echo_vllm.bench.fleet import run_program
 from echo_vllm.bench.report import Sample, acceptance_length, markdown
 from echo_vllm.bench.results import versions
 from echo_vllm.bench.timers import STAGES
@@ -112,9 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; all engines are stopped", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

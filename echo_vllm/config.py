@@ -31,6 +31,7 @@ MAX_NODES = 256
 
 MAX_DEPTH = 32
 MAX_TOP_K = 16
+_DEPTH_NAMES = frozenset(str(depth) for depth in range(1, MAX_DEPTH + 1))
 
 Policy = Literal["chain", "static", "topn", "echo", "auto"]
 Share = Literal["batch", "equal"]
@@ -216,7 +217,7 @@ class EchoConfig(BaseModel):
             raise ValueError("an object")
         pairs = []
         for depth, tau in gates.items():
-            if not (isinstance(depth, str) and depth.isdecimal() and 1 <= int(depth) <= MAX_DEPTH):
+            if depth not in _DEPTH_NAMES:
                 raise ValueError("an object")
             if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau < 1:
                 raise ValueError("an object")
@@ -343,6 +344,11 @@ class EchoConfig(BaseModel):
             raise EchoConfigError(
                 f"{SECTION}.floor must be at most speculative_config.num_speculative_tokens "
                 f"({num_nodes}), got {floor}; lower it."
+            )
+        if self.floor is not None and self.k_max is not None and floor > self.k_max:
+            raise EchoConfigError(
+                f"{SECTION}.floor must be at most {SECTION}.k_max ({self.k_max}), which is all "
+                f"that the batch may have, got {floor}; lower it, or raise k_max."
             )
         return self._with(max_depth=depth, width=width, floor=floor)
 

@@ -31,6 +31,13 @@ die() {
 
 main() {
   [[ -x $PREFIX/bin/vllm ]] || die "$PREFIX/bin/vllm is missing: run make setup first"
+  [[ $PORT =~ ^[0-9]{1,5}$ ]] && ((10#$PORT >= 1 && 10#$PORT <= 65535)) ||
+    die "PORT must be a number from 1 to 65535, got '$PORT'"
+  [[ $OPENMP == gnu || $OPENMP == intel ]] || die "OPENMP must be gnu or intel, got '$OPENMP'"
+  if is_listening; then
+    die "something listens on port $PORT already: stop it, or choose another with PORT=8001"
+  fi
+  keep_port || die "another server of this checkout is starting on port $PORT: stop it, or choose another with PORT=8001"
   if [[ -z $DTYPE ]]; then
     DTYPE=bfloat16
     if is_cpu_build; then
@@ -39,11 +46,6 @@ main() {
     if [[ $DTYPE == float32 ]]; then
       echo "[serve] float32: this CPU has no bfloat16 instructions (DTYPE=bfloat16 insists)"
     fi
-  fi
-  [[ $PORT =~ ^[0-9]+$ ]] || die "PORT must be a number, got '$PORT'"
-  [[ $OPENMP == gnu || $OPENMP == intel ]] || die "OPENMP must be gnu or intel, got '$OPENMP'"
-  if is_listening; then
-    die "something listens on port $PORT already: stop it, or choose another with PORT=8001"
   fi
   local arguments=(
     --host "$HOST" --port "$PORT" --served-model-name "$NAME" --dtype "$DTYPE"
@@ -88,13 +90,29 @@ preload_intel_openmp() {
   fi
 }
 
+# The address at which a server that listens on HOST is reached from here.
+address() {
+  case $HOST in
+    0.0.0.0 | :: | "") echo 127.0.0.1 ;;
+    *) echo "$HOST" ;;
+  esac
+}
+
 is_listening() {
-  (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null
+  (exec 3<>"/dev/tcp/$(address)/$PORT") 2>/dev/null
+}
+
+# Hold a lock for as long as the server lives: it listens only at the end of its start, and until
+# then vLLM would let a second server have the same port.
+keep_port() {
+  command -v flock >/dev/null && mkdir -p .build 2>/dev/null || return 0
+  { exec 7>".build/port-$PORT.lock"; } 2>/dev/null || return 0
+  flock -n 7
 }
 
 is_healthy() {
   # In bash alone: nothing to install, and next to no CPU time taken from a server that starts.
-  exec 3<>"/dev/tcp/127.0.0.1/$PORT" || return 1
+  exec 3<>"/dev/tcp/$(address)/$PORT" || return 1
   printf 'GET /health HTTP/1.0\r\n\r\n' >&3
   local status
   IFS= read -r -t 5 status <&3 || return 1
@@ -104,11 +122,13 @@ is_healthy() {
 # Wait for process $1, the server, to answer; then say how to talk to it.
 say_when_ready() {
   unset LD_PRELOAD
+  exec 7>&-
   until (is_healthy) 2>/dev/null; do
     sleep 0.5
     kill -0 "$1" 2>/dev/null || return 0
   done
-  local url="http://127.0.0.1:$PORT"
+  local url
+  url="http://$(address):$PORT"
   cat <<EOF
 
 [serve] ready after $SECONDS s: $url/v1 (OpenAI API, model $NAME; ctrl-C stops it). Try:

@@ -41,8 +41,9 @@ class Finding:
 
 def check_python() -> Finding:
     version = platform.python_version()
-    if sys.version_info < (3, 11):  # noqa: UP036 - the package may be run from a bare checkout
-        return Finding("Python", version, "use Python 3.11 or newer")
+    # The package may be run from a bare checkout, where nothing has asked for a version.
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Finding("Python", version, "use Python 3.11, 3.12 or 3.13")
     return Finding("Python", version)
 
 

@@ -73,6 +73,16 @@ def read_head(
     config = _flatten(model, _read_config(model, revision))
     _check_architecture(model, config, architectures)
     hidden_size = _positive(model, config, "hidden_size")
+    heads = config.get("num_attention_heads")
+    if heads is not None and not config.get("head_dim"):
+        heads = _positive(model, config, "num_attention_heads")
+        if hidden_size % heads:
+            _reject(
+                model,
+                f"has num_attention_heads {heads} in its config.json, which does not divide its "
+                f"hidden_size {hidden_size}",
+                "repair the file or choose another head",
+            )
     vocab_size = _positive(model, config, "vocab_size")
     target_hidden_size = config.get("target_hidden_size") or hidden_size
     draft_vocab_size = config.get("draft_vocab_size") or vocab_size
@@ -298,6 +308,7 @@ def _read_shapes(model: str, file: Path) -> Iterator[tuple[str, tuple[int, ...]]
             if size > _MAX_HEADER:
                 raise ValueError("its header is too long")
             header = json.loads(stream.read(size))
+        _check_length(header, file.stat().st_size - 8 - size)
         shapes = {
             name: tuple(tensor["shape"])
             for name, tensor in header.items()
@@ -310,3 +321,10 @@ def _read_shapes(model: str, file: Path) -> Iterator[tuple[str, tuple[int, ...]]
             "download the head again, with Git LFS where it comes from a Git repository",
         )
     yield from shapes.items()
+
+
+def _check_length(header: Mapping[str, Any], length: int) -> None:
+    """Whether `length` bytes after the header hold all tensors, as a broken download does not."""
+    end = max((t.get("data_offsets", [0, 0])[1] for t in header.values()), default=0)
+    if end > length:
+        raise ValueError(f"it ends after {length} of {end} bytes of tensors")

@@ -98,6 +98,9 @@ class PatchState:
             except FileNotFoundError:
                 problems[path] = "is missing"
                 continue
+            except OSError as error:
+                problems[path] = f"cannot be read ({error.strerror})"
+                continue
             if actual == pristine:
                 # A file that the applied series does not touch cannot tell whether it is applied.
                 seen.add("pristine" if record or manifest is None else "untouched")

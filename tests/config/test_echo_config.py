@@ -109,6 +109,12 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             f"{FIELD}.width must be at least {FIELD}.top_k (4), got 2; raise it, or lower top_k.",
         ),
         (
+            {"policy": "echo", "floor": 9, "k_max": 8},
+            16,
+            f"{FIELD}.floor must be at most {FIELD}.k_max (8), which is all that the batch may "
+            "have, got 9; lower it, or raise k_max.",
+        ),
+        (
             {"policy": "echo", "floor": 17},
             16,
             f"{FIELD}.floor must be at most speculative_config.num_speculative_tokens (16), got "

@@ -495,7 +495,9 @@ def test_the_argument_takes_a_path_or_inline_json(
     [
         (None, "is neither inline JSON ({...}) nor a readable file: No such file or directory"),
         ("{", "is not valid JSON: Expecting property name"),
-        ("[1]", "must hold one JSON object {...}"),
+        ("[1]", "must hold one JSON object {...} with fields"),
+        ("{}", "must hold one JSON object {...} with fields"),
+        ("[" * 100_000, "is not valid JSON: maximum recursion depth exceeded"),
         (b"\xff\xfe", "is not valid JSON: 'utf-8' codec can't decode"),
     ],
 )

@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from echo_vllm.config import EchoConfigError
 from echo_vllm.engine.head import Head, Target, check_weights, read_head
@@ -176,6 +179,11 @@ LAYERS = (
             f"target's has 1000; {ANOTHER}",
         ),
         (
+            {"num_attention_heads": 7},
+            "has num_attention_heads 7 in its config.json, which does not divide its hidden_size "
+            f"64; {REPAIR}",
+        ),
+        (
             {"draft_vocab_size": 1001},
             "has draft_vocab_size 1001 in its config.json, which must be between 1 and its "
             f"vocab_size 1000; {REPAIR}",
@@ -273,6 +281,18 @@ def test_a_file_that_is_not_safetensors_is_refused(head: Path, content: bytes) -
     (head / "model.safetensors").write_bytes(content)
     with pytest.raises(EchoConfigError, match=r"model\.safetensors that is not in safetensors"):
         check(head)
+
+
+def test_a_file_that_was_cut_off_is_refused(head: Path) -> None:
+    file = head / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in TENSORS.items()}, file)
+    check(head)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(EchoConfigError) as error:
+        check(head)
+    length = 4 * sum(math.prod(shape) for shape in TENSORS.values())
+    assert f"(it ends after {length - 1} of {length} bytes of tensors)" in str(error.value)
 
 
 def test_what_is_not_a_head_folder_is_refused(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:

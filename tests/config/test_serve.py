@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from echo_vllm.config import EchoConfig
 from tests.config.models import write_head, write_target
+from tests.config.starts import Starts
 
 # Until it gives up, the server is one busy process, so its CPU time is the time that a user waits
 # on a machine of his own; the wall clock is for hanging only, because other tests may be running.
@@ -93,61 +95,112 @@ def speculative(models: Path, **changes: Any) -> str:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("changes", "arguments", "sentence"),
-    [
-        pytest.param(
-            {"echo": {"top_k": 0}},
-            [],
-            "error: speculative_config.echo.top_k must be between 1 and 16, got 0; set it in that "
-            "range, or remove it for the default of 4.",
-            id="range",
-        ),
-        pytest.param(
-            {"echo": {"depth": 3}},
-            [],
-            "error: speculative_config.echo.depth is not a known field, got 3; did you mean "
-            f"max_depth?; the fields are {', '.join(EchoConfig.model_fields)}.",
-            id="unknown-field",
-        ),
-        pytest.param(
-            {"model": "no/such-head"},
-            [],
-            'error: speculative_config.model "no/such-head" is neither a folder nor a Hugging Face '
-            "repository that can be read (it is not in the local cache, and there is no connection "
-            "or HF_HUB_OFFLINE is set); set it to the folder or the Hugging Face id of an EAGLE-3 "
-            "head.",
-            id="missing-head",
-        ),
-        pytest.param(
-            {"model": "other-head"},
-            [],
-            'error: speculative_config.model "other-head" was made for a target with hidden size '
-            "128 (hidden_size in its config.json), but the target's is 64; choose a head that was "
-            "trained for this target.",
-            id="ill-fitting-head",
-        ),
-        pytest.param(
-            {},
-            ["--async-scheduling"],
-            f"error: {METHOD} --async-scheduling; remove it.",
-            id="engine-option",
-        ),
-    ],
-)
-def test_a_wrong_configuration_ends_at_once_with_one_sentence(
-    models: Path, changes: dict[str, Any], arguments: list[str], sentence: str
-) -> None:
-    inline = speculative(models, **changes)
-    status, last_line = serve(models, "--speculative-config", inline, *arguments)
-    assert (status, last_line) == (1, sentence)
+def test_a_wrong_configuration_ends_at_once_with_one_sentence(models: Path) -> None:
+    """The last thing that is checked, in a process of its own as a user starts it."""
+    inline = speculative(models, model="other-head")
+    status, last_line = serve(models, "--speculative-config", inline)
+    assert (status, last_line) == (
+        1,
+        'error: speculative_config.model "other-head" was made for a target with hidden size 128 '
+        "(hidden_size in its config.json), but the target's is 64; choose a head that was trained "
+        "for this target.",
+    )
+
+
+@pytest.fixture(scope="module")
+def starts(models: Path) -> Iterator[Starts]:
+    with Starts(models) as starts:
+        yield starts
+
+
+WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "range": (
+        {"echo": {"top_k": 0}},
+        [],
+        "speculative_config.echo.top_k must be between 1 and 16, got 0; set it in that range, or "
+        "remove it for the default of 4.",
+    ),
+    "unknown-field": (
+        {"echo": {"depth": 3}},
+        [],
+        "speculative_config.echo.depth is not a known field, got 3; did you mean max_depth?; the "
+        f"fields are {', '.join(EchoConfig.model_fields)}.",
+    ),
+    "unknown-field-of-vllm": (
+        {"num_speculative_token": 4},
+        [],
+        "speculative_config.num_speculative_token is not a known field, got 4; did you mean "
+        "num_speculative_tokens?; remove it.",
+    ),
+    "bool-for-int": (
+        {"num_speculative_tokens": True},
+        [],
+        "speculative_config.num_speculative_tokens is required with method echo and must be an "
+        "integer between 1 and 256, got true; set it to the nodes that one request's tree may "
+        "have.",
+    ),
+    "missing-head": (
+        {"model": "no/such-head"},
+        [],
+        'speculative_config.model "no/such-head" is neither a folder nor a Hugging Face repository '
+        "that can be read (it is not in the local cache, and there is no connection or "
+        "HF_HUB_OFFLINE is set); set it to the folder or the Hugging Face id of an EAGLE-3 head.",
+    ),
+    "engine-option": ({}, ["--async-scheduling"], f"{METHOD} --async-scheduling; remove it."),
+    "pipeline": (
+        {},
+        ["--pipeline-parallel-size", "2"],
+        f"{METHOD} --pipeline-parallel-size 2; remove it and use --tensor-parallel-size.",
+    ),
+    "lora": ({}, ["--enable-lora"], f"{METHOD} --enable-lora; remove it."),
+    "kv-connector": (
+        {},
+        [
+            "--kv-transfer-config",
+            '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',
+        ],
+        f"{METHOD} --kv-transfer-config; remove it.",
+    ),
+    "quantised-cache": (
+        {},
+        ["--kv-cache-dtype", "fp8"],
+        f"{METHOD} --kv-cache-dtype fp8 and --dtype bfloat16; remove --kv-cache-dtype, the cache "
+        "then has the type of the model.",
+    ),
+}
 
 
 @pytest.mark.full
-def test_a_missing_file_ends_at_once_with_one_sentence(models: Path) -> None:
-    status, last_line = serve(models, "--speculative-config", "nowhere.json")
-    assert status == 2
-    assert last_line.endswith(
-        "error: argument --speculative-config/-sc: 'nowhere.json' is neither inline JSON ({...}) "
-        "nor a readable file: No such file or directory"
-    )
+@pytest.mark.parametrize("kind", WRONG)
+def test_every_wrong_configuration_is_one_sentence(models: Path, starts: Starts, kind: str) -> None:
+    changes, arguments, sentence = WRONG[kind]
+    inline = speculative(models, **changes)
+    ended = starts.run("serve", "target", "--speculative-config", inline, *arguments)
+    assert ended.status == 1, ended.output
+    assert "Traceback" not in ended.output, ended.output
+    assert ended.last_line.startswith(f"error: {sentence}")
+    assert ended.last_line.endswith(".")
+
+
+@pytest.mark.full
+def test_a_file_that_cannot_be_used_ends_at_once_with_one_sentence(
+    models: Path, starts: Starts
+) -> None:
+    (models / "empty.json").touch()
+    for name, what in (
+        ("nowhere.json", "is neither inline JSON ({...}) nor a readable file: No such file or"),
+        ("head", "is neither inline JSON ({...}) nor a readable file: Is a directory"),
+        ("empty.json", "is not valid JSON: Expecting value"),
+    ):
+        ended = starts.run("serve", "target", "--speculative-config", name)
+        assert ended.status == 2, ended.output
+        line = f"error: argument --speculative-config/-sc: {name!r} {what}"
+        assert line in ended.last_line
+
+
+@pytest.mark.full
+def test_a_right_configuration_goes_on_to_the_engine(models: Path, starts: Starts) -> None:
+    """So the refusals above are those of what was changed."""
+    ended = starts.run("serve", "target", "--speculative-config", speculative(models))
+    assert ended.status is None, ended.output
+    assert "error" not in ended.last_line

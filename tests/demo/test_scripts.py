@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -27,10 +28,11 @@ def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_serve_refuses_a_port_that_is_no_number() -> None:
-    result = run("serve.sh", PORT="http")
+@pytest.mark.parametrize("port", ["http", "", "0", "-1", "65536", "8000x", "0x50"])
+def test_serve_refuses_a_port_that_is_none(port: str) -> None:
+    result = run("serve.sh", PORT=port or " ")
     assert result.returncode != 0
-    assert "PORT must be a number, got 'http'" in result.stderr
+    assert f"PORT must be a number from 1 to 65535, got '{port or ' '}'" in result.stderr
 
 
 def test_serve_refuses_an_unknown_openmp() -> None:
@@ -46,6 +48,21 @@ def test_serve_refuses_a_port_in_use_and_names_another() -> None:
         result = run("serve.sh", PORT=str(listener.getsockname()[1]))
     assert result.returncode != 0
     assert "choose another with PORT=" in result.stderr
+
+
+def test_serve_refuses_a_port_on_which_another_server_is_starting() -> None:
+    """It does not listen yet, and vLLM lets two servers have one port."""
+    (ROOT / ".build").mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    lock = ROOT / ".build" / f"port-{port}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = run("serve.sh", PORT=str(port))
+    lock.unlink()
+    assert result.returncode != 0
+    assert f"another server of this checkout is starting on port {port}" in result.stderr
 
 
 def test_serve_asks_for_the_setup_when_there_is_none(tmp_path: Path) -> None:

@@ -57,13 +57,20 @@ def record_drafts(llm: Any) -> dict[tuple[str, int], list[int]]:
     return found
 
 
-@pytest.mark.full
-def test_drafts_after_a_pause_are_those_without_one(tiny: TinyModel) -> None:
-    """The drafter's cache is made whole before it drafts again, and no token changes."""
-    prompts = tiny_prompts(24)
-    spec = echo(tiny.head, 12, **AUTO)
+@pytest.fixture(scope="module")
+def plain_tokens(tiny: TinyModel) -> list[list[int]]:
+    """What the tiny target says to 32 prompts without speculation."""
     with tiny_engine(tiny, None) as llm:
-        wanted = generate(llm, prompts, greedy())
+        return generate(llm, tiny_prompts(32), greedy())
+
+
+@pytest.mark.full
+def test_drafts_after_a_pause_are_those_without_one(
+    tiny: TinyModel, plain_tokens: list[list[int]]
+) -> None:
+    """The drafter's cache is made whole before it drafts again, and no token changes."""
+    prompts, wanted = tiny_prompts(24), plain_tokens[:24]
+    spec = echo(tiny.head, 12, **AUTO)
     with tiny_engine(tiny, spec, enable_prefix_caching=False) as llm:
         dictate(llm, itertools.repeat((None, 0)))
         always = record_drafts(llm)
@@ -91,15 +98,15 @@ def test_drafts_after_a_pause_are_those_without_one(tiny: TinyModel) -> None:
     ],
     ids=["preemption", "chunked-prefill-of-24", "prefix-cache"],
 )
-def test_pausing_is_exact_under_server_conditions(tiny: TinyModel, options: dict[str, Any]) -> None:
+def test_pausing_is_exact_under_server_conditions(
+    tiny: TinyModel, plain_tokens: list[list[int]], options: dict[str, Any]
+) -> None:
     prompts = tiny_prompts(32)
-    with tiny_engine(tiny, None) as llm:
-        wanted = generate(llm, prompts, greedy())
     with tiny_engine(tiny, echo(tiny.head, 12, **AUTO), **options) as llm:
         dictate(llm, itertools.cycle(PATTERN))
         check_forests(llm, 12)
         for _ in range(2):  # The second time prompts and answers come from the prefix cache.
-            assert generate(llm, prompts, greedy()) == wanted
+            assert generate(llm, prompts, greedy()) == plain_tokens
         assert counters(llm)["spec_decode_num_drafts"] > 100
 
 
@@ -146,15 +153,14 @@ def test_the_batch_never_verifies_more_than_k_max(tiny: TinyModel, k_max: int) -
 
 @pytest.mark.full
 def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModel, plain_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More requests than the budget has rows: the drafter rests until they are gone."""
     monkeypatch.setattr("echo_vllm.engine.scheduler.budget_rows", lambda curve: 6.0)
     prompts = tiny_prompts(8)
     lengths = [96 if i < 3 else 24 for i in range(8)]
     params = [greedy(length) for length in lengths]
-    with tiny_engine(tiny, None) as llm:
-        wanted = generate(llm, prompts, params)
+    wanted = [t[:length] for t, length in zip(plain_tokens, lengths, strict=False)]
     spec = echo(tiny.head, 8, policy="echo", max_depth=3, gates={})
     with tiny_engine(tiny, spec) as llm:
         runs = []

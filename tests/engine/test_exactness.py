@@ -131,19 +131,20 @@ def test_topn_is_token_identical_under_server_conditions(
 
 
 @pytest.mark.full
-def test_a_prefix_hit_behind_an_accepted_path_is_right(tiny: TinyModel) -> None:
-    """Blocks filled by accepted paths are found again and hold the right keys and values."""
+def test_a_prefix_hit_behind_an_accepted_path_is_right(
+    tiny: TinyModel, plain_tokens: list[list[int]]
+) -> None:
+    """Blocks filled by accepted paths are found again and hold the right keys and values: what
+    follows an answer that is part of the prompt is what followed it."""
     first = tiny_prompts(8)
-    with tiny_engine(tiny, None) as llm:
-        answers = generate(llm, first, greedy(100))
-        longer = [
-            {"prompt_token_ids": p["prompt_token_ids"] + a}
-            for p, a in zip(first, answers, strict=True)
-        ]
-        wanted = generate(llm, longer, greedy(40))
+    answers = [tokens[:100] for tokens in plain_tokens[:8]]
+    wanted = [tokens[100:] for tokens in plain_tokens[:8]]
+    longer = [
+        {"prompt_token_ids": p["prompt_token_ids"] + a} for p, a in zip(first, answers, strict=True)
+    ]
     with tiny_engine(tiny, echo(tiny.head, 16), block_size=32) as llm:
         assert generate(llm, first, greedy(100)) == answers
-        outputs = llm.generate(longer, greedy(40), use_tqdm=False)
+        outputs = llm.generate(longer, greedy(28), use_tqdm=False)
         assert [list(o.outputs[0].token_ids) for o in outputs] == wanted
         # At least two blocks of each answer came from the cache; the prompts alone do not reach.
         assert all(

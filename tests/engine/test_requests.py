@@ -107,6 +107,8 @@ def plain(tiny: TinyModel) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def trees(tiny: TinyModel) -> Iterator[Any]:
+    """For the tests before the first that starts an engine of its own: the end of that one takes
+    the process's parallel groups away."""
     spec = echo(tiny.head, 12, max_depth=4, top_k=4)
     with engine(tiny.target, spec, skip_tokenizer_init=True, max_model_len=256) as llm:
         yield llm
@@ -128,6 +130,26 @@ def test_answers_do_not_depend_on_trees(names: list[str], plain: Any, trees: Any
     assert free_blocks(trees) == blocks
 
 
+def test_aborted_requests_leave_no_block_and_no_tree(trees: Any) -> None:
+    trees.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
+    blocks = free_blocks(trees)
+    core = trees.llm_engine
+    ids = [f"abort-{i}" for i in range(16)]
+    for request_id, prompt in zip(ids, tiny_prompts(16), strict=True):
+        core.add_request(request_id, prompt, greedy(150))
+    for step in range(40):
+        core.step()
+        if step % 3 == 0 and ids:
+            core.abort_request([ids.pop(len(ids) // 2)])
+    core.abort_request(ids)
+    while core.has_unfinished_requests():
+        core.step()
+    # Finished requests are forgotten with the next batch.
+    trees.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
+    assert free_blocks(trees) == blocks
+    assert len(runner(trees).draft_trees) <= 1
+
+
 def test_seeded_requests_survive_chunked_prefill(tiny: TinyModel, plain: Any) -> None:
     """Partial prefills draw nothing, so a seeded request's tokens do not depend on chunks."""
     spec = echo(tiny.head, 12, max_depth=4, top_k=4)
@@ -135,28 +157,6 @@ def test_seeded_requests_survive_chunked_prefill(tiny: TinyModel, plain: Any) ->
     with engine(tiny.target, spec, skip_tokenizer_init=True, **options) as llm:
         outputs = llm.generate(*requests_of(["seeded"]), use_tqdm=False)
     assert answers(outputs) == answers(plain["seeded"])
-
-
-def test_aborted_requests_leave_no_block_and_no_tree(tiny: TinyModel) -> None:
-    spec = echo(tiny.head, 12, max_depth=4, top_k=4)
-    with engine(tiny.target, spec, skip_tokenizer_init=True, max_model_len=256) as llm:
-        llm.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
-        blocks = free_blocks(llm)
-        core = llm.llm_engine
-        ids = [f"abort-{i}" for i in range(16)]
-        for request_id, prompt in zip(ids, tiny_prompts(16), strict=True):
-            core.add_request(request_id, prompt, greedy(150))
-        for step in range(40):
-            core.step()
-            if step % 3 == 0 and ids:
-                core.abort_request([ids.pop(len(ids) // 2)])
-        core.abort_request(ids)
-        while core.has_unfinished_requests():
-            core.step()
-        # Finished requests are forgotten with the next batch.
-        llm.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
-        assert free_blocks(llm) == blocks
-        assert len(runner(llm).draft_trees) <= 1
 
 
 def test_bad_words_and_structured_output_and_stop_strings(demo_target: Any, demo_head: Any) -> None:

@@ -184,16 +184,17 @@ def cuda_files() -> dict[str, bytes]:
         if pip is None:
             pytest.skip("needs pip to download the CUDA wheel, and no pip was found")
         cache.mkdir(parents=True, exist_ok=True)
-        download = subprocess.run(
-            [
-                *(*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:"),
-                *("--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"),
-                *("--dest", str(cache), "vllm==0.32.0"),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [
+            *(*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:"),
+            *("--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"),
+            *("--dest", str(cache), "vllm==0.32.0"),
+        ]
+        try:
+            download = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=600
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip("the CUDA wheel could not be downloaded in ten minutes")
         if download.returncode:
             pytest.skip(f"the CUDA wheel cannot be downloaded here: {download.stderr.strip()}")
         [wheel] = cache.glob("vllm-0.32.0*.whl")

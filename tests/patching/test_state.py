@@ -90,6 +90,15 @@ def test_a_missing_file_is_refused(pretended: Pretended) -> None:
         pretended.state().apply()
 
 
+def test_a_file_that_cannot_be_read_is_refused(pretended: Pretended) -> None:
+    file = pretended.root / "vllm/one.py"
+    file.unlink()
+    file.mkdir()
+    for change in (pretended.state().apply, pretended.state().revert):
+        with pytest.raises(PatchError, match=r"vllm/one\.py cannot be read \(Is a directory\); "):
+            change()
+
+
 def test_a_failure_half_way_rolls_everything_back(
     pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
