@@ -31,7 +31,7 @@ def dictate(llm: Any, plans: Iterator[tuple[int | None, int]]) -> None:
     """Let `plans` decide in place of the forecast."""
     turn = itertools.count()
 
-    def plan(num_decoding: int, prefill_tokens: int, *costs: Any) -> DraftPlan:
+    def plan(num_decoding: int, prefill_tokens: int, *costs: Any, **more: Any) -> DraftPlan:
         depth, probes = next(plans)
         return DraftPlan(depth, probes, next(turn), prefill_tokens)
 
@@ -57,6 +57,20 @@ def record_drafts(llm: Any) -> dict[tuple[str, int], list[int]]:
     return found
 
 
+def record_waiting(llm: Any) -> list[tuple[int, int]]:
+    """Filled while the engine runs: the positions (start, stop) of the tokens that have to wait."""
+    found: list[tuple[int, int]] = []
+    backlog = runner(llm).drafter.backlog
+    put = backlog.put
+
+    def recording(req_id: str, tokens: Any, *args: Any) -> None:
+        found.append((tokens.start, tokens.stop))
+        put(req_id, tokens, *args)
+
+    backlog.put = recording
+    return found
+
+
 @pytest.fixture(scope="module")
 def plain_tokens(tiny: TinyModel) -> list[list[int]]:
     """What the tiny target says to 32 prompts without speculation."""
@@ -68,7 +82,8 @@ def plain_tokens(tiny: TinyModel) -> list[list[int]]:
 def test_drafts_after_a_pause_are_those_without_one(
     tiny: TinyModel, plain_tokens: list[list[int]]
 ) -> None:
-    """The drafter's cache is made whole before it drafts again, and no token changes."""
+    """The drafter's cache is made whole before it drafts again, whole prompts included, and no
+    token changes."""
     prompts, wanted = tiny_prompts(24), plain_tokens[:24]
     spec = echo(tiny.head, 12, **AUTO)
     with tiny_engine(tiny, spec, enable_prefix_caching=False) as llm:
@@ -76,11 +91,16 @@ def test_drafts_after_a_pause_are_those_without_one(
         always = record_drafts(llm)
         assert generate(llm, prompts, greedy()) == wanted
     with tiny_engine(tiny, spec, enable_prefix_caching=False) as llm:
-        # Trees of less than full depth would differ for that reason alone.
-        dictate(llm, itertools.cycle([plan for plan in PATTERN if plan != (2, 1)]))
+        # Trees of less than full depth would differ for that reason alone. The drafter rests when
+        # the first prompts come.
+        pattern = [plan for plan in PATTERN[4:] + PATTERN[:4] if plan != (2, 1)]
+        dictate(llm, itertools.cycle(pattern))
         check_forests(llm, 12)
         paused = record_drafts(llm)
+        waiting = record_waiting(llm)
         assert generate(llm, prompts, greedy()) == wanted
+    lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts[:16]]
+    assert waiting[:16] == [(0, length) for length in lengths]
     common = always.keys() & paused.keys()
     assert len(common) > 100
     assert len(paused) < 0.6 * len(always)
