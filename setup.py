@@ -52,6 +52,7 @@ SOURCES = [
     "csrc/cpu/accept_path.cpp",
     "csrc/cpu/commit_kv.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/merge_attention.cpp",
     "csrc/cpu/select_budget.cpp",
     "csrc/cpu/super_tree.cpp",
     "csrc/cpu/tree_attention.cpp",
