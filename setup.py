@@ -72,6 +72,7 @@ AVX512_FLAGS = [
 CUDA_SOURCES = [
     "csrc/cuda/accept_path.cu",
     "csrc/cuda/commit_kv.cu",
+    "csrc/cuda/merge_attention.cu",
     "csrc/cuda/select_budget.cu",
     "csrc/cuda/super_tree.cu",
     "csrc/cuda/tree_attention.cu",
@@ -79,6 +80,9 @@ CUDA_SOURCES = [
     "csrc/cuda/tree_attention_96.cu",
     "csrc/cuda/tree_attention_128.cu",
     "csrc/cuda/tree_attention_256.cu",
+    "csrc/cuda/tree_attention_64_fp8.cu",
+    "csrc/cuda/tree_attention_128_fp8.cu",
+    "csrc/cuda/tree_attention_256_fp8.cu",
 ]
 
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]

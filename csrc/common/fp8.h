@@ -35,6 +35,13 @@ ECHO_HOST_DEVICE uint32_t spread_e4m3_pair(uint32_t codes, int mantissa_bits) {
   return (codes & 0x007f007fu) << (mantissa_bits - 3) | (codes & 0x00800080u) << 8;
 }
 
+// The four codes of a word, lowest byte first, as two pairs.
+ECHO_HOST_DEVICE uint32_t low_e4m3_pair(uint32_t codes) {
+  return (codes & 0xffu) | (codes & 0xff00u) << 8;
+}
+
+ECHO_HOST_DEVICE uint32_t high_e4m3_pair(uint32_t codes) { return low_e4m3_pair(codes >> 16); }
+
 // All bits but the sign in the halves whose code is NaN, to be added to the repaired pair.
 ECHO_HOST_DEVICE uint32_t e4m3_pair_nan_bits(uint32_t codes) {
   const uint32_t is_nan = ((codes & 0x007f007fu) + 0x00010001u) >> 7 & 0x00010001u;
