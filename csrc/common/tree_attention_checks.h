@@ -184,6 +184,8 @@ inline TreeAttentionArgs check_tree_attention(
   check(args.fp8_cache || (k_scale == 1.0 && v_scale == 1.0), op,
         ": k_scale and v_scale must be 1 unless the cache is Float8_e4m3fn, got ", k_scale, " and ",
         v_scale);
+  check(k_scale > 0.0 && v_scale > 0.0, op, ": k_scale and v_scale must be positive, got ", k_scale,
+        " and ", v_scale);
   const int64_t block_size = key_cache.size(layout == KvLayout::kNhd ? 1 : 2);
   const CacheView keys =
       check_cache("key_cache", key_cache, layout, block_size, args.num_kv_heads, head_size);
@@ -241,6 +243,7 @@ inline MergeAttentionArgs check_merge_attention(const Tensor& prefix_out, const 
   check_dim(op, "out", out, 3);
   check_last_dim_contiguous(op, "out", out);
   const int64_t num_tokens = out.size(0), num_heads = out.size(1);
+  check(out.size(2) % 16 == 0, op, ": the head size must be a multiple of 16, got ", out.size(2));
   const auto part = [&](const char* name, const Tensor& tensor, const char* lse_name,
                         const Tensor& lse_of_part) {
     check_dim(op, name, tensor, 3);

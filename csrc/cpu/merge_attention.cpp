@@ -62,8 +62,6 @@ void merge_attention(const Tensor& prefix_out, const Tensor& prefix_lse, const T
                      const Tensor& out, const std::optional<Tensor>& lse) {
   const MergeAttentionArgs args = check_merge_attention(
       prefix_out, prefix_lse, suffix_out, suffix_lse, query_start, row_start, out, lse);
-  check(args.head_size % 16 == 0, kMergeAttentionOp,
-        ": the head size must be a multiple of 16, got ", args.head_size);
   for (int r = 0; r < args.num_requests; ++r) {
     const int64_t rows = int64_t{args.row_start[r + 1]} - args.row_start[r];
     const int64_t query = args.query_start[r];
