@@ -157,6 +157,50 @@ def cuda_compiler() -> str | None:
     return nvcc
 
 
+def compiler_command() -> list[str]:
+    """The host's compiler with the flags of every source."""
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    return [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        *COMMON_FLAGS,
+        f"-isystem{torch_root / 'include'}",
+        f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
+
+
+def cuda_operators_command(nvcc: str) -> list[str]:
+    """What compiles csrc/cuda/ops.cpp, which nvcc does not see."""
+    return [*compiler_command(), f"-isystem{cuda_home(nvcc) / 'include'}"]
+
+
+def link_command(objects: list[Path], library: Path, nvcc: str | None) -> list[str]:
+    """What makes the library of these objects; `nvcc` is None without CUDA kernels."""
+    import torch
+
+    libraries = ["-ltorch", "-ltorch_cpu"]
+    if nvcc:
+        libraries += [
+            f"-L{cuda_home(nvcc) / 'lib64'}",
+            "-lcudart_static",
+            "-ldl",
+            "-lpthread",
+            "-lrt",
+        ]
+    return [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        "-shared",
+        *map(str, objects),
+        "-o",
+        str(library),
+        f"-L{Path(torch.__file__).parent / 'lib'}",
+        "-Wl,--no-as-needed",
+        *libraries,
+    ]
+
+
 class BuildExtension(build_ext):
     """Compiles with g++ directly: setuptools cannot give each source its own flags."""
 
@@ -166,30 +210,14 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        torch_root = Path(torch.__file__).parent
-        compiler = shlex.split(os.environ.get("CXX", "g++"))
-        flags = [
-            *COMMON_FLAGS,
-            f"-isystem{torch_root / 'include'}",
-            f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
-            *shlex.split(os.environ.get("CXXFLAGS", "")),
-        ]
         nvcc = cuda_compiler()
         archs = os.environ.get("ECHO_CUDA_ARCHS", CUDA_ARCHS)
-        sources = {source: [*compiler, *flags, *own] for source, own in compile_units().items()}
-        libraries = ["-ltorch", "-ltorch_cpu"]
+        host = compiler_command()
+        sources = {source: [*host, *own] for source, own in compile_units().items()}
         if nvcc:
-            home = cuda_home(nvcc)
-            sources["csrc/cuda/ops.cpp"] = [*compiler, *flags, f"-isystem{home / 'include'}"]
+            sources["csrc/cuda/ops.cpp"] = cuda_operators_command(nvcc)
             nvcc_command = [nvcc, *CUDA_FLAGS, *cuda_arch_flags(archs)]
             sources |= dict.fromkeys(CUDA_SOURCES, nvcc_command)
-            libraries += [
-                f"-L{home / 'lib64'}",
-                "-lcudart_static",
-                "-ldl",
-                "-lpthread",
-                "-lrt",
-            ]
         headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), ROOT / "setup.py"]
         newest_header = max(path.stat().st_mtime for path in headers)
         objects: list[Path] = []
@@ -211,18 +239,7 @@ class BuildExtension(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         # Linked beside and renamed: a process that has the old library mapped keeps it intact.
         fresh = library.with_suffix(".new")
-        self._run(
-            [
-                *compiler,
-                "-shared",
-                *map(str, objects),
-                "-o",
-                str(fresh),
-                f"-L{torch_root / 'lib'}",
-                "-Wl,--no-as-needed",
-                *libraries,
-            ]
-        )
+        self._run(link_command(objects, fresh, nvcc))
         fresh.replace(library)
 
     @staticmethod
