@@ -211,13 +211,13 @@ def causal_flash(inputs: AttentionInputs) -> Run:
     total = case.context + case.rows
     if backend == "vllm.vllm_flash_attn":
         lengths = torch.full_like(arguments["context_lens"], total)
-        call = dict(
+        out = torch.empty_like(arguments["query"])
+        return lambda: function(
             q=arguments["query"], k=arguments["key_cache"], v=arguments["value_cache"],
             max_seqlen_q=case.rows, cu_seqlens_q=inputs.bounds, max_seqlen_k=total,
             seqused_k=lengths, softmax_scale=arguments["scale"], causal=True,
-            block_table=arguments["block_table"], out=torch.empty_like(arguments["query"]),
+            block_table=arguments["block_table"], out=out,
         )  # fmt: skip
-        return lambda: function(**call)
     key, value = inputs.keys_and_values
     if backend == "flash_attn":
         packed = [x.transpose(1, 2).flatten(0, 1) for x in (key, value)]
@@ -278,9 +278,7 @@ def flex(inputs: AttentionInputs) -> Run:
 
     def run() -> Tensor:
         return inputs.flat(
-            attention(
-                inputs.query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True
-            )
+            attention(inputs.query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True)
         )
 
     try:

@@ -238,9 +238,7 @@ def time_commit(
             commit = partial(ops.commit_kv, caches, src, dst, BLOCK_SIZE, "nhd")
             row = model.num_kv_heads * 2 * model.head_size * 2
             floor = 1e6 * 2 * len(src) * row * model.layers / rates.bytes_per_second
-            yield Result(
-                "commit_kv", model.name, requests, 0, 4, timer.microseconds(commit), floor
-            )
+            yield Result("commit_kv", model.name, requests, 0, 4, timer.microseconds(commit), floor)
 
 
 def claims(results: Sequence[Result], rates: Rates) -> list[dict[str, Any]]:

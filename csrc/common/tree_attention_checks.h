@@ -171,9 +171,9 @@ inline TreeAttentionArgs check_tree_attention(
     double k_scale, double v_scale) {
   const char* op = kTreeAttentionOp;
   const KvLayout layout = parse_layout(layout_name);
-  TreeAttentionArgs args = check_suffix_attention(op, query, query_start, row_start, suffix_key,
-                                                  suffix_value, suffix_start, suffix_len, mask,
-                                                  scale, softcap, out, lse);
+  TreeAttentionArgs args =
+      check_suffix_attention(op, query, query_start, row_start, suffix_key, suffix_value,
+                             suffix_start, suffix_len, mask, scale, softcap, out, lse);
   const ScalarType dtype = query.scalar_type();
   const int64_t head_size = args.head_size, num_requests = suffix_len.size(0);
 

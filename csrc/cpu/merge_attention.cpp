@@ -2,11 +2,12 @@
 // SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 //
 // merge_attention on the CPU: a row and head at a time, on torch's threads.
+#include "../common/merge_attention.h"
+
 #include <cmath>
 #include <cstring>
 
 #include "../common/checks.h"
-#include "../common/merge_attention.h"
 #include "../common/tree_attention_checks.h"
 #include "../ops.h"
 #include "simd.h"

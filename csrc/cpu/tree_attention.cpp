@@ -44,7 +44,8 @@ class Buffer {
     if (floats > capacity_) {
       capacity_ = (floats + 15) / 16 * 16;
       memory_.reset(static_cast<float*>(std::aligned_alloc(64, capacity_ * sizeof(float))));
-      check(memory_ != nullptr, kTreeAttentionOp, ": out of memory for ", capacity_, " floats of scratch");
+      check(memory_ != nullptr, kTreeAttentionOp, ": out of memory for ", capacity_,
+            " floats of scratch");
     }
     return memory_.get();
   }
@@ -82,8 +83,8 @@ void check_request(const char* op, const TreeAttentionArgs& args, int request, i
   check(query >= 0 && query + rows <= num_tokens, op, ": request ", request, " owns query rows ",
         query, " .. ", query + rows, ", but query has ", num_tokens);
   const int64_t suffix = args.suffix_start[request], length = args.suffix_len[request];
-  check(suffix >= 0 && length >= 0 && suffix + length <= num_suffix_rows, op, ": request ",
-        request, " owns suffix rows ", suffix, " .. ", suffix + length, ", but suffix_key has ",
+  check(suffix >= 0 && length >= 0 && suffix + length <= num_suffix_rows, op, ": request ", request,
+        " owns suffix rows ", suffix, " .. ", suffix + length, ", but suffix_key has ",
         num_suffix_rows);
   check(words_for_bits(static_cast<int>(length)) <= args.mask_words, op, ": suffix_len[", request,
         "] = ", length, " needs ", words_for_bits(static_cast<int>(length)),
@@ -210,11 +211,10 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
                     double scale, double softcap, int64_t sliding_window,
                     const std::string& layout_name, const Tensor& out,
                     const std::optional<Tensor>& lse, double k_scale, double v_scale) {
-  const TreeAttentionArgs args =
-      check_tree_attention(query, key_cache, value_cache, block_table, context_lens, query_start,
-                           row_start, suffix_key, suffix_value, suffix_start, suffix_len, mask,
-                           positions, scale, softcap, sliding_window, layout_name, out, lse, k_scale,
-                           v_scale);
+  const TreeAttentionArgs args = check_tree_attention(
+      query, key_cache, value_cache, block_table, context_lens, query_start, row_start, suffix_key,
+      suffix_value, suffix_start, suffix_len, mask, positions, scale, softcap, sliding_window,
+      layout_name, out, lse, k_scale, v_scale);
   const int64_t num_requests = context_lens.size(0);
   for (int64_t r = 0; r < num_requests; ++r) {
     check_request(kTreeAttentionOp, args, static_cast<int>(r), query.size(0), suffix_key.size(0),

@@ -227,7 +227,8 @@ __device__ __forceinline__ uint4 widen_e4m3(const void* codes) {
   uint32_t words[2];
   memcpy(words, codes, sizeof(words));
   return {widen_e4m3_pair<T>(low_e4m3_pair(words[0])), widen_e4m3_pair<T>(high_e4m3_pair(words[0])),
-          widen_e4m3_pair<T>(low_e4m3_pair(words[1])), widen_e4m3_pair<T>(high_e4m3_pair(words[1]))};
+          widen_e4m3_pair<T>(low_e4m3_pair(words[1])),
+          widen_e4m3_pair<T>(high_e4m3_pair(words[1]))};
 }
 
 template <class T>

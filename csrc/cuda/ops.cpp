@@ -227,9 +227,9 @@ void attend(const char* op, const TreeAttentionArgs& args, int64_t num_requests,
 
   constexpr int kFewLines = 16;
   const int64_t lines = plan.num_rows * (args.num_heads / args.num_kv_heads);
-  plan.kernel = choose_attention_kernel(
-      args, lines <= int64_t{kFewLines} * plan.num_requests,
-      device_attribute(query, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  plan.kernel =
+      choose_attention_kernel(args, lines <= int64_t{kFewLines} * plan.num_requests,
+                              device_attribute(query, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   const int64_t tiles =
       std::max<int64_t>(plan.num_requests, lines / attention_tile_lines(plan.kernel));
   // Two blocks a multiprocessor, three rounds: enough to even out requests of unequal length.

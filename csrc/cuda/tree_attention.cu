@@ -242,9 +242,8 @@ cudaError_t launch_mma(const TreeAttentionArgs& args, const AttentionPlan& plan,
 template <class T>
 cudaError_t launch_all(const TreeAttentionArgs& args, const AttentionPlan& plan,
                        cudaStream_t stream) {
-  const cudaError_t error =
-      plan.kernel != AttentionKernel::kPlain ? launch_mma(args, plan, stream)
-      : args.fp8_cache                       ? launch_plain<T, Float8>(args, plan, stream)
+  const cudaError_t error = plan.kernel != AttentionKernel::kPlain ? launch_mma(args, plan, stream)
+                            : args.fp8_cache ? launch_plain<T, Float8>(args, plan, stream)
                                              : launch_plain<T, T>(args, plan, stream);
   if (error != cudaSuccess || plan.max_splits == 1) return error;
   return launch_merge<T>(args, plan, stream);

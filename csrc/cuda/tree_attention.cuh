@@ -9,8 +9,8 @@
 // each keeps the state of its own online softmax, and the block merges them at the end.
 //
 // A cache of 8-bit floats arrives as it is, in half the bytes, and each tile is widened to 16 bits,
-// which is exact, before it is multiplied. Its scales apply to scores and results: K's to the scores
-// of context keys, V's to the result, with the suffix's weights divided by it.
+// which is exact, before it is multiplied. Its scales apply to scores and results: K's to the
+// scores of context keys, V's to the result, with the suffix's weights divided by it.
 //
 // Memory that no line may see is not read: a tile's keys before the window, behind the last key,
 // and suffix rows that no line of the tile sees are filled with zeros.
@@ -233,8 +233,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // The context's keys of a tile as they are, into one of the two stages of 8-bit numbers.
   const auto load_narrow_tile = [&](int tile) {
     constexpr int kNarrowChunks = kHeadSize / 16;
-    unsigned char* keys = shared + Traits::kStageBytes +
-                          (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
+    unsigned char* keys =
+        shared + Traits::kStageBytes + (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
     unsigned char* values = keys + Traits::kNarrowTileBytes;
 #pragma unroll(kHeadSize > 128 ? 1 : 4)
     for (int i = thread; i < kKeys * kNarrowChunks; i += kThreads) {
@@ -256,8 +256,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   };
   // Fills the stage of 16-bit numbers from it, and from the suffix, which is of 16 bits anyway.
   const auto widen_tile = [&](int tile) {
-    const unsigned char* narrow_keys = shared + Traits::kStageBytes +
-                                       (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
+    const unsigned char* narrow_keys =
+        shared + Traits::kStageBytes + (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
     const unsigned char* narrow_values = narrow_keys + Traits::kNarrowTileBytes;
 #pragma unroll(kHeadSize > 128 ? 1 : 2)
     for (int i = thread; i < kKeys * kChunks; i += kThreads) {
@@ -530,8 +530,8 @@ cudaError_t launch_mma_of_head_size(const TreeAttentionArgs& args, const Attenti
 }
 
 // One instantiation a file, so that they compile side by side.
-#define ECHO_MMA_OF_HEAD_SIZE(kHeadSize, kFp8)                         \
-  template cudaError_t launch_mma_of_head_size<kHeadSize, kFp8>(       \
+#define ECHO_MMA_OF_HEAD_SIZE(kHeadSize, kFp8)                   \
+  template cudaError_t launch_mma_of_head_size<kHeadSize, kFp8>( \
       const TreeAttentionArgs&, const AttentionPlan&, cudaStream_t)
 
 extern ECHO_MMA_OF_HEAD_SIZE(64, false);

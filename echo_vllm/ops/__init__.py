@@ -4,9 +4,9 @@
 
 Called by `echo_vllm.acceptance`, `echo_vllm.policy` and `echo_vllm.engine`; knows tensors only, no
 vLLM. Each function runs the best implementation for the device of its tensors (`dispatch.py` has
-the table): the C++ extension, Triton, FlashAttention, xFormers or the plain-torch `reference.py`. `ECHO_VLLM_OPS`
-in the environment names the one to use. `ECHO_VLLM_CPU_ISA` forces the instruction set of the CPU
-kernels (`supported_cpu_isas()`).
+the table): the C++ extension, Triton, FlashAttention, xFormers or the plain-torch `reference.py`.
+`ECHO_VLLM_OPS` in the environment names the one to use. `ECHO_VLLM_CPU_ISA` forces the instruction
+set of the CPU kernels (`supported_cpu_isas()`).
 
 Terms: a request's rows are [root, node 0, node 1, ...]; the root is the last sampled token. A
 parent is the index of a node of the same request, -1 is the root. Bit j of a mask row is bit
@@ -78,10 +78,10 @@ def tree_attention(
 
     Args:
         query: [T, H, D] float32, bfloat16 or float16; D a multiple of 16, last dim contiguous.
-        key_cache, value_cache: paged K and V of query's dtype, or of float8_e4m3fn. For `vec`, `vec16` and `amx` the
-            two halves `[num_blocks, KVH, block_size, D]` of vLLM's CPU cache (its
-            `[num_blocks, KVH, block_size, 2 * D]` viewed as `[..., 2 * block_size, D]`, chunked in
-            dim 2); for `nhd` `[num_blocks, block_size, KVH, D]`.
+        key_cache, value_cache: paged K and V of query's dtype, or of float8_e4m3fn (not `amx`). For
+            `vec`, `vec16` and `amx` the two halves `[num_blocks, KVH, block_size, D]` of vLLM's CPU
+            cache (its `[num_blocks, KVH, block_size, 2 * D]` viewed as `[..., 2 * block_size, D]`,
+            chunked in dim 2); for `nhd` `[num_blocks, block_size, KVH, D]`.
         block_table: int32 [>= R, max_blocks].
         context_lens, suffix_start, suffix_len: int32 [R].
         query_start: int32 [>= R]; row_start: int32 [R + 1].

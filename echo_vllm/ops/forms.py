@@ -135,6 +135,18 @@ def table_of_this_gpu() -> Table | None:
     return table
 
 
+def describe() -> str:
+    """Where the choice by shape comes from, for `echo-vllm doctor`."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return f"tree_attention in this order for every shape ({VARIABLE} is unset)"
+    try:
+        table = read_table(Path(path))
+    except ValueError as error:
+        return str(error)
+    return f"tree_attention by {len(table.measurements)} measurements of {table.device} in {path}"
+
+
 @functools.lru_cache(maxsize=4096)
 def preferred(group: int, head_size: int, requests: int, rows: int) -> str:
     """What to run on this GPU for `rows` rows of `requests` requests in all; '' without a table."""

@@ -3,9 +3,9 @@
 """Tree attention from xFormers' partial attention: a fallback on GPUs, and an oracle.
 
 The context and the suffix are two partial attentions with log-sum-exps (LSE), merged by
-`reference.merge_partials`. Lengths are read on the host and the context is gathered, one request after the
-other, so this is neither fast nor usable in a CUDA graph. It stands in for xFormers' `merge_attentions`,
-which says nothing of rows that see no key of a part.
+`reference.merge_partials`. Lengths are read on the host and the context is gathered, one request
+after the other, so this is neither fast nor usable in a CUDA graph. That function stands in for
+xFormers' `merge_attentions`, which says nothing of rows that see no key of a part.
 """
 
 from __future__ import annotations

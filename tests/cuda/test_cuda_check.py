@@ -71,9 +71,9 @@ def test_a_wheel_holds_the_library_and_names_its_platform(tmp_path: Path) -> Non
     )
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.iterdir()
-    assert re.fullmatch(
-        r"echo_vllm-[\w.]+-cp311-abi3-manylinux_2_\d+_\w+\.whl", wheel.name
-    ), wheel.name
+    assert re.fullmatch(r"echo_vllm-[\w.]+-cp311-abi3-manylinux_2_\d+_\w+\.whl", wheel.name), (
+        wheel.name
+    )
     assert wheel.name in result.stdout
     assert re.search(r"[\d.]+ MiB", result.stdout), "the size is not stated"
     assert wheel.stat().st_size < 4 << 20, "the wheel has grown"

@@ -88,9 +88,11 @@ def test_tensor_core_kernel(
     )
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [(5, 0, 9, 1), (2, 1, 1, 0), (70, 2, 0, 1)])
+@pytest.mark.parametrize(
+    ("head_size", "dtype"),
+    [(64, torch.bfloat16), (80, torch.float16), (128, torch.float16), (256, torch.bfloat16)],
+)
+@pytest.mark.parametrize("rows", [(5, 0, 9, 1), (2, 1, 1, 0), (35, 2, 0, 1)])
 def test_a_cache_of_8_bits(
     kernels: Any, head_size: int, dtype: torch.dtype, rows: tuple[int, ...]
 ) -> None:
@@ -137,12 +139,19 @@ def test_a_gpu_with_less_shared_memory_gets_another_kernel(
     """sm_86 and sm_89 have 99 KiB a block; with fewer all but the plain kernel are left out."""
     monkeypatch.setenv("ECHO_EMULATED_SHARED_BYTES", str(shared_kib * 1024))
     for head_size in (128, 256):
-        for rows in ((2, 1, 1, 0), (20, 2, 0, 1)):
+        for rows in ((2, 1), (20, 2)):
             shape = variant(
-                head_size=head_size, rows=rows, suffix_lens=rows, num_kv_heads=1,
-                fp8_cache=fp8_cache,
+                head_size=head_size, rows=rows, suffix_lens=rows, contexts=(70, 7), group=2,
+                num_kv_heads=1, fp8_cache=fp8_cache,
             )  # fmt: skip
             checks.check_tree_attention(kernels, "cpu", shape)
+
+
+@pytest.mark.parametrize("head_size", [64, 80])
+@pytest.mark.parametrize("contexts", [(130, 7, 0, 77), (1300, 0, 0, 20)])
+def test_the_lse_changes_nothing(kernels: Any, head_size: int, contexts: tuple[int, ...]) -> None:
+    shape = variant(head_size=head_size, contexts=contexts, num_kv_heads=1)
+    checks.check_that_the_lse_changes_nothing(kernels, "cpu", shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

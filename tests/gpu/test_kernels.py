@@ -72,6 +72,11 @@ def test_tree_attention_sanitized(kernels: Any, dtype: torch.dtype, rows: tuple[
         )
 
 
+def test_the_lse_changes_nothing(kernels: Any) -> None:
+    for contexts in ((130, 7, 0, 77), (4000, 0, 0, 20)):
+        checks.check_that_the_lse_changes_nothing(kernels, "cuda", variant(contexts=contexts))
+
+
 @pytest.mark.parametrize("rows", [(5, 0, 9, 1), (2, 1, 1, 0)])
 def test_an_8_bit_cache_sanitized(kernels: Any, rows: tuple[int, ...]) -> None:
     for head_size in (64, 80, 128, 256):
@@ -120,9 +125,7 @@ def test_flash_attention_and_our_suffix_are_tree_attention(
     # FlashAttention multiplies whatever a page holds by zero.
     for name in ("query", "key_cache", "value_cache"):
         case.arguments[name].nan_to_num_(nan=0.0)
-    checks.check_attention(
-        case, "cuda", prefix_attention.tree_attention, reference.tree_attention
-    )
+    checks.check_attention(case, "cuda", prefix_attention.tree_attention, reference.tree_attention)
 
 
 def test_a_cache_behind_the_reach_of_32_bits(kernels: Any) -> None:
@@ -281,7 +284,8 @@ def test_a_graph_follows_changing_trees(kernels: Any) -> None:
             checks.assert_same(one, other)
 
 
-def test_a_graph_follows_changing_contexts(kernels: Any) -> None:
+@pytest.mark.parametrize("form", ["fused", "merged"])
+def test_a_graph_follows_changing_contexts(kernels: Any, form: str) -> None:
     """One capture of tree attention; replays have other contexts, rows and masks."""
     cases = [
         build(variant(rows=(9, 4, 2), contexts=contexts, suffix_lens=(9, 4, 2), seed=1))
@@ -291,7 +295,16 @@ def test_a_graph_follows_changing_contexts(kernels: Any) -> None:
     out = torch.empty_like(held.arguments["query"])
 
     def run() -> None:
-        kernels.tree_attention(**held.arguments, out=out)
+        if form == "fused":
+            kernels.tree_attention(**held.arguments, out=out)
+            return
+        prefix_attention.merged_tree_attention(
+            prefix=checks.prefix_by(kernels.tree_attention),
+            suffix=kernels.suffix_attention,
+            merge=kernels.merge_attention,
+            **held.arguments,
+            out=out,
+        )
 
     graph, _ = captured(run)
     largest = cases[0].arguments

@@ -229,9 +229,7 @@ def build(shape: Shape) -> TreeAttentionCase:
     positions = torch.full((num_tokens,), -(1 << 40))
     if shape.fp8_cache:  # written as it is, and rounded to 8 bits at the end
         cache = cache.float()
-        key_cache, value_cache = (
-            cache.unbind(1) if shape.layout == "nhd" else split_cache(cache)
-        )
+        key_cache, value_cache = cache.unbind(1) if shape.layout == "nhd" else split_cache(cache)
     for request, context in enumerate(shape.contexts):
         blocks = [free_blocks.pop() for _ in range(blocks_of[request])]
         block_table[request, : len(blocks)] = int32(blocks)
@@ -252,9 +250,7 @@ def build(shape: Shape) -> TreeAttentionCase:
     scales = {}
     if shape.fp8_cache:
         cache = cache.to(torch.float8_e4m3fn)
-        key_cache, value_cache = (
-            cache.unbind(1) if shape.layout == "nhd" else split_cache(cache)
-        )
+        key_cache, value_cache = cache.unbind(1) if shape.layout == "nhd" else split_cache(cache)
         scales = {"k_scale": draw.choice([0.7, 1.9]), "v_scale": draw.choice([0.3, 1.6])}
 
     arguments = {

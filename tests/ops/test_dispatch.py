@@ -148,7 +148,7 @@ def test_what_lacks_a_feature_is_passed_over_with_a_reason(
     assert dispatch.choose("tree_attention", "cuda", (), "flash").name == "flash"
     assert dispatch.choose("tree_attention", "cuda", ("window",), "flash").name == "triton"
     monkeypatch.setenv("ECHO_VLLM_OPS", "flash")
-    with pytest.raises(RuntimeError, match="=flash: tree_attention .* window: FlashAttention"):
+    with pytest.raises(RuntimeError, match=r"=flash: tree_attention .* window: FlashAttention"):
         dispatch.choose("tree_attention", "cuda", ("window",))
 
 

@@ -59,15 +59,27 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
 )
 def test_another_file_is_refused_with_a_remedy(tmp_path: Path, content: str) -> None:
     path = tmp_path / "table.json"
-    with pytest.raises(ValueError, match="no table of attention times .*benchmarks.gpu --table"):
+    with pytest.raises(ValueError, match=r"no table of attention times .*benchmarks.gpu --table"):
         read_table(path)
     path.write_text(content)
-    with pytest.raises(ValueError, match="no table of attention times .*benchmarks.gpu --table"):
+    with pytest.raises(ValueError, match=r"no table of attention times .*benchmarks.gpu --table"):
         read_table(path)
     write_table(path, "a GPU", [measured(8, 33, 512, extension=0.0)])
     with pytest.raises(ValueError, match="requests, rows and times must be positive"):
         read_table(path)
     assert json.loads(path.read_text())["device"] == "a GPU"
+
+
+def test_the_doctor_says_where_the_choice_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(forms.VARIABLE, raising=False)
+    assert forms.describe().endswith("for every shape (ECHO_VLLM_ATTENTION_TABLE is unset)")
+    path = tmp_path / "table.json"
+    monkeypatch.setenv(forms.VARIABLE, str(path))
+    assert "is no table of attention times" in forms.describe()
+    write_table(path, TABLE.device, TABLE.measurements)
+    assert forms.describe() == f"tree_attention by 4 measurements of a GPU in {path}"
 
 
 @pytest.fixture

@@ -99,9 +99,7 @@ def flash_in_torch(
 def test_flash_attention_is_called_as_it_wants(
     monkeypatch: pytest.MonkeyPatch, package: str, softcap: float
 ) -> None:
-    monkeypatch.setattr(
-        prefix_attention, "load_flash_attention", lambda: (package, flash_in_torch)
-    )
+    monkeypatch.setattr(prefix_attention, "load_flash_attention", lambda: (package, flash_in_torch))
     for rows in ((5, 0, 9, 1), (1, 40, 0, 3)):
         case = build(variant(softcap=softcap, rows=rows, suffix_lens=rows))
         checks.check_attention(
@@ -142,7 +140,7 @@ def test_vllms_flash_attention_comes_first_and_none_is_one_sentence(
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", None)  # type: ignore[arg-type]
     assert load() == ("flash_attn", other.flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="FlashAttention is not installed: vllm.vllm_flash_at"):
+    with pytest.raises(RuntimeError, match=r"FlashAttention is not installed: vllm.vllm_flash_at"):
         load()
 
 

@@ -54,10 +54,8 @@ def build_emulated_kernels() -> Path:
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
         list(pool.map(compile_one, objects))
     fresh = folder / f"kernels.{os.getpid()}.so"
-    subprocess.run(
-        [*compiler, "-shared", *map(str, objects.values()), "-o", str(fresh), f"-L{torch_root / 'lib'}",
-         "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],
-        check=True,
-    )  # fmt: skip
+    linking = [*compiler, "-shared", *map(str, objects.values()), "-o", str(fresh)]
+    linking += [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    subprocess.run(linking, check=True)
     fresh.replace(library)
     return library

@@ -227,8 +227,8 @@ template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (block.x % kWarpSize != 0 || block.x > 1024 || shared_bytes > emulator::shared_bytes_of_device() ||
-      grid.y > 65535 || grid.z > 65535) {
+  if (block.x % kWarpSize != 0 || block.x > 1024 ||
+      shared_bytes > emulator::shared_bytes_of_device() || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidValue;
   }
   emulator::Block& b = emulator::block();
