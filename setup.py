@@ -21,6 +21,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -90,6 +91,8 @@ CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-
 # Ampere, Hopper, Blackwell, and PTX for what comes later.
 CUDA_ARCHS = "80,90a,100,100+ptx"
 
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
 # Only these files may use more than the baseline instruction set.
 X86_SOURCES = {
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
@@ -109,6 +112,22 @@ def compile_units() -> dict[str, list[str]]:
     if platform.machine() in ("x86_64", "AMD64"):
         units |= X86_SOURCES
     return units
+
+
+def sources_of(source: Path) -> list[Path]:
+    """A source and all files of ours that it includes, however deep."""
+    found: dict[Path, None] = {}
+    pending = [source.resolve()]
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        found[path] = None
+        for name in INCLUDE.findall(path.read_text()):
+            included = (path.parent / name).resolve()
+            if included.exists():
+                pending.append(included)
+    return sorted(found)
 
 
 def find_nvcc() -> str | None:
@@ -218,15 +237,14 @@ class BuildExtension(build_ext):
             sources["csrc/cuda/ops.cpp"] = cuda_operators_command(nvcc)
             nvcc_command = [nvcc, *CUDA_FLAGS, *cuda_arch_flags(archs)]
             sources |= dict.fromkeys(CUDA_SOURCES, nvcc_command)
-        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), ROOT / "setup.py"]
-        newest_header = max(path.stat().st_mtime for path in headers)
         objects: list[Path] = []
         commands: list[list[str]] = []
         for source, command in sources.items():
             made_for = archs.replace(",", "_") if source in CUDA_SOURCES else torch.__version__
             target = Path(self.build_temp) / f"{source}.{made_for}.o"
             objects.append(target)
-            newest = max(newest_header, (ROOT / source).stat().st_mtime)
+            inputs = [*sources_of(ROOT / source), ROOT / "setup.py"]
+            newest = max(path.stat().st_mtime for path in inputs)
             if not self.force and target.exists() and target.stat().st_mtime > newest:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)

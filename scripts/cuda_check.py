@@ -38,7 +38,6 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 
 # Head sizes that few models have: a few spilled registers there are not worth a smaller tile.
-INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 RARE = re.compile(r"tree_attention_mma_kernel<<\w+, (96|256),")
 
 
@@ -94,27 +93,12 @@ def readable(names: list[str]) -> dict[str, str]:
     return short
 
 
-def sources_of(source: Path) -> list[Path]:
-    """A source and all files of ours that it includes, however deep."""
-    found: dict[Path, None] = {}
-    pending = [source.resolve()]
-    while pending:
-        path = pending.pop()
-        if path in found:
-            continue
-        found[path] = None
-        for name in INCLUDE.findall(path.read_text()):
-            included = (path.parent / name).resolve()
-            if included.exists():
-                pending.append(included)
-    return sorted(found)
-
-
 @dataclass(frozen=True)
 class Unit:
     """One source to compile; `stem` of the files that are kept depends on all that goes in."""
 
     source: Path
+    inputs: list[Path]  # the source and what it includes
     command: list[str]  # without the output
     folder: Path
     compiler: str  # the version
@@ -122,7 +106,7 @@ class Unit:
     @property
     def stem(self) -> str:
         digest = hashlib.sha256("\0".join([self.compiler, *self.command]).encode())
-        for path in sources_of(self.source):
+        for path in self.inputs:
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode())
             digest.update(path.read_bytes())
         return f"{self.source.stem}.{digest.hexdigest()[:16]}"
@@ -189,7 +173,13 @@ def main() -> int:
     flags = [*settings["CUDA_FLAGS"], *WARNINGS, *settings["cuda_arch_flags"](archs)]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     units = [
-        Unit(ROOT / source, [nvcc, *flags, "-c", str(ROOT / source)], options.out, version)
+        Unit(
+            ROOT / source,
+            settings["sources_of"](ROOT / source),
+            [nvcc, *flags, "-c", str(ROOT / source)],
+            options.out,
+            version,
+        )
         for source in settings["CUDA_SOURCES"]
     ]
     begin = time.perf_counter()

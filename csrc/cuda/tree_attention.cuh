@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int32_t* blocks = args.block_table + request * args.block_table_stride;
 
   // The context's keys of a tile as they are, into one of the two stages of 8-bit numbers.
-  const auto load_narrow_tile = [&](int tile) {
+  [[maybe_unused]] const auto load_narrow_tile = [&](int tile) {
     constexpr int kNarrowChunks = kHeadSize / 16;
     unsigned char* keys =
         shared + Traits::kStageBytes + (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   };
   // Fills the stage of 16-bit numbers from it, and from the suffix, which is of 16 bits anyway.
-  const auto widen_tile = [&](int tile) {
+  [[maybe_unused]] const auto widen_tile = [&](int tile) {
     const unsigned char* narrow_keys =
         shared + Traits::kStageBytes + (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
     const unsigned char* narrow_values = narrow_keys + Traits::kNarrowTileBytes;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       *reinterpret_cast<uint4*>(to + Traits::kTileBytes) = value;
     }
   };
-  const auto load_wide_tile = [&](int tile) {
+  [[maybe_unused]] const auto load_wide_tile = [&](int tile) {
     unsigned char* keys = shared + (tile - begin_tile) % 2 * Traits::kStageBytes;
     unsigned char* values = keys + Traits::kTileBytes;
     // Few copies at a time: their addresses compete with the accumulators for registers.
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const float to_log2 = (capped ? args.softcap : args.scale) * kLog2E;
   const float before_cap = capped ? args.scale / args.softcap : 0.0f;
 
-  const float suffix_weight = 1.0f / args.value_scale;
+  [[maybe_unused]] const float suffix_weight = 1.0f / args.value_scale;
 
   float acc[kHeadSize / 8][4] = {};
   float row_max[2] = {kMinusInfinity, kMinusInfinity}, row_sum[2] = {0.0f, 0.0f};

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools
 
 from scripts import cuda_check
 
@@ -86,6 +87,10 @@ def test_a_wheel_holds_the_library_and_names_its_platform(tmp_path: Path) -> Non
 @pytest.fixture
 def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A source with headers, and a compiler that writes down that it ran."""
+    # What build_settings replaces is put back.
+    monkeypatch.setattr(setuptools, "setup", setuptools.setup)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    settings = cuda_check.build_settings()
     monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "deep.h").write_text("int deep;")
@@ -93,7 +98,10 @@ def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "kernel.cu").write_text('#include "near.h"\n')
     script = 'echo ran >> runs; echo "$@" | grep -q -- --fail && exit 1; touch "${@: -1}"; echo log'
     command = ["bash", "-c", script, "nvcc"]
-    return cuda_check.Unit(tmp_path / "kernel.cu", command, tmp_path / "out", "13.0")
+    source = tmp_path / "kernel.cu"
+    inputs = settings["sources_of"](source)
+    assert [path.name for path in inputs] == ["deep.h", "kernel.cu", "near.h"]
+    return cuda_check.Unit(source, inputs, command, tmp_path / "out", "13.0")
 
 
 def runs(unit: Any) -> int:
