@@ -103,7 +103,8 @@ def _flash_is_missing(op: str, device: str) -> str:
         prefix_attention.load_flash_attention()
     except RuntimeError as error:
         return str(error)
-    return ""
+    # Nothing else merges without a look at the host.
+    return _extension_is_missing("merge_attention", device)
 
 
 def _is_installed(package: str) -> bool:
