@@ -121,14 +121,15 @@ class Unit:
         if kept.exists() and self.object.exists():
             return 0, kept.read_text(), True
         for stale in self.folder.glob(f"{self.source.stem}.*"):
-            stale.unlink()
-        command = [*self.command, "-o", str(self.object)]
+            stale.unlink(missing_ok=True)
+        # Under another name until it is whole: two checks may run at a time.
+        fresh = self.folder / f"{self.source.stem}-{os.getpid()}.o"
+        command = [*self.command, "-o", str(fresh)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         log = result.stdout + result.stderr
         if result.returncode == 0:
+            fresh.replace(self.object)
             kept.write_text(log)
-        else:
-            self.object.unlink(missing_ok=True)
         return result.returncode, log, False
 
 
