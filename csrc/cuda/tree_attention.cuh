@@ -369,7 +369,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const unsigned char* values = keys + Traits::kTileBytes;
 
     float scores[kWarpKeys / 8][4] = {};
-#pragma unroll
+    // Of a wide head not all loads at once: they would wait in registers that the accumulators
+    // need.
+#pragma unroll(kHeadSize > 128 ? 4 : kHeadSize / 16)
     for (int step = 0; step < kHeadSize / 16; ++step) {
       uint32_t loaded[4];
       if constexpr (!Traits::kQueryInRegisters) load_query(loaded, step);
