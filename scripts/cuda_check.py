@@ -137,16 +137,15 @@ def link(settings: dict[str, Any], nvcc: str, units: list[Unit], folder: Path) -
     """The extension with all kernels, from what was compiled here and by setup.py."""
     import torch
 
-    of_cpu = [
-        path
-        for path in ROOT.glob(f"build/temp*/csrc/**/*.{torch.__version__}.o")
-        if "cuda" not in path.parts
-    ]
-    if len(of_cpu) != len(settings["compile_units"]()):
-        raise SystemExit(
-            f"cuda-check --link: {len(of_cpu)} objects of CPU kernels lie in build/, not one for "
-            "each source: remove build/ and run `python setup.py build_ext --inplace`"
-        )
+    of_cpu = []
+    for name in settings["compile_units"]():
+        found = sorted(ROOT.glob(f"build/temp*/{name}.{torch.__version__}.o"))
+        if not found:
+            raise SystemExit(
+                f"cuda-check --link: build/ has no object of {name}: run "
+                "`python setup.py build_ext --inplace`"
+            )
+        of_cpu.append(found[-1])
     operators = folder / "ops.o"
     source = ROOT / "csrc" / "cuda" / "ops.cpp"
     command = [*settings["cuda_operators_command"](nvcc), "-c", str(source), "-o", str(operators)]
