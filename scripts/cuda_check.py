@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
+import importlib
 import os
 import re
 import runpy
@@ -55,9 +56,8 @@ class Usage:
 def build_settings() -> dict[str, Any]:
     """The globals of setup.py: one list of sources and flags serves both."""
     sys.path.insert(0, str(ROOT))
-    import setuptools
-
-    setuptools.setup = lambda **_: None  # type: ignore[assignment]
+    setuptools: Any = importlib.import_module("setuptools")
+    setuptools.setup = lambda **_: None
     return runpy.run_path(str(ROOT / "setup.py"))
 
 

@@ -10,6 +10,7 @@ What did not change since an earlier run is not compiled again (.build/cuda-chec
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import setuptools
 
 from scripts import cuda_check
 
@@ -88,6 +88,7 @@ def test_a_wheel_holds_the_library_and_names_its_platform(tmp_path: Path) -> Non
 def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A source with headers, and a compiler that writes down that it ran."""
     # What build_settings replaces is put back.
+    setuptools: Any = importlib.import_module("setuptools")
     monkeypatch.setattr(setuptools, "setup", setuptools.setup)
     monkeypatch.setattr(sys, "path", [*sys.path])
     settings = cuda_check.build_settings()

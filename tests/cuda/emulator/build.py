@@ -44,7 +44,6 @@ def build_emulated_kernels() -> Path:
         f"-isystem{torch_root / 'include'}",
         f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
     ]
-    objects = []
     objects = {path: folder / (path.name + ".o") for path in sources if path.suffix != ".cuh"}
 
     def compile_one(source: Path) -> None:
