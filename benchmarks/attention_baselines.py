@@ -120,7 +120,7 @@ class AttentionInputs:
         cache[block, offset.repeat(requests)] = torch.cat([key, value], -1)
         if fp8_cache:
             cache = cache.to(torch.float8_e4m3fn)
-        key_cache, value_cache = cache.split(d, dim=-1)
+        key_cache, value_cache = cache.chunk(2, dim=-1)
         parents, _, cu_nodes = trees(requests, rows, device)
         mask, depths = ops.build_super_tree(parents, cu_nodes, -(-rows // 64))
         self.bounds = torch.arange(requests + 1, dtype=torch.int32, device=device) * rows
@@ -260,7 +260,8 @@ def flex(inputs: AttentionInputs) -> Run:
     """FlexAttention over gathered K and V: the context, and the bits of the mask behind it."""
     module: Any = importlib.import_module("torch.nn.attention.flex_attention")
     key, value = inputs.keys_and_values
-    words, context, rows = inputs.arguments["mask"], inputs.case.context, inputs.case.rows
+    words: Tensor = inputs.arguments["mask"]
+    context, rows = inputs.case.context, inputs.case.rows
 
     def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         suffix = (column - context).clamp(min=0)
