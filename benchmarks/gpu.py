@@ -101,12 +101,13 @@ class Timer:
             start = time.perf_counter()
             run()
             return 1e6 * (time.perf_counter() - start)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
         end.synchronize()
-        return 1000 * begin.elapsed_time(end)
+        return 1000 * float(begin.elapsed_time(end))
 
 
 def measure_rates(timer: Timer, size: int = 8192) -> Rates:

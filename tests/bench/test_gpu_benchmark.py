@@ -121,7 +121,7 @@ def test_xformers_gets_one_tree_and_the_gathered_cache(
         "xformers.ops.fmha.attn_bias": SimpleNamespace(BlockDiagonalPaddedKeysMask=mask),
     }
     for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, name, stub)
     actual = attention_baselines.xformers_tree(inputs)()
     torch.testing.assert_close(actual, expected_rows(inputs), atol=1e-5, rtol=1e-4)
 

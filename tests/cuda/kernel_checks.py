@@ -256,7 +256,11 @@ def check_merge_attention(kernels: Any, device: str, dtype: torch.dtype, seed: i
         out[blind.T] = float("nan")
         parts += [out, lse]
     results = []
-    for operator, where in ((reference.merge_attention, "cpu"), (kernels.merge_attention, device)):
+    merges: list[tuple[Any, str]] = [
+        (reference.merge_attention, "cpu"),
+        (kernels.merge_attention, device),
+    ]
+    for operator, where in merges:
         out = torch.full((tokens, heads, size), float("nan"), dtype=dtype, device=where)
         lse = torch.full((heads, tokens), float("nan"), device=where)
         arguments = [x.to(where) for x in (*parts, query_start, row_start)]

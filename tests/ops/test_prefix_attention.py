@@ -91,7 +91,7 @@ def flash_in_torch(
         out[rows] = result.to(q.dtype)
         lse[:, rows] = scores.logsumexp(-1) if length else float("inf")
     extra = (None,) if return_attn_probs else ()
-    return (out, lse, *extra)  # type: ignore[return-value]
+    return (out, lse, *extra)
 
 
 @pytest.mark.parametrize("package", prefix_attention.PACKAGES)
@@ -134,12 +134,12 @@ def test_vllms_flash_attention_comes_first_and_none_is_one_sentence(
 ) -> None:
     load = prefix_attention.load_flash_attention.__wrapped__
     ours, other = (SimpleNamespace(flash_attn_varlen_func=partial(print, i)) for i in range(2))
-    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", ours)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "flash_attn", other)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", ours)
+    monkeypatch.setitem(sys.modules, "flash_attn", other)
     assert load() == ("vllm.vllm_flash_attn", ours.flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", None)
     assert load() == ("flash_attn", other.flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(RuntimeError, match=r"FlashAttention is not installed: vllm.vllm_flash_at"):
         load()
 
