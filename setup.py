@@ -21,6 +21,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ SOURCES = [
     "csrc/cpu/accept_path.cpp",
     "csrc/cpu/commit_kv.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/merge_attention.cpp",
     "csrc/cpu/select_budget.cpp",
     "csrc/cpu/super_tree.cpp",
     "csrc/cpu/tree_attention.cpp",
@@ -71,6 +73,7 @@ AVX512_FLAGS = [
 CUDA_SOURCES = [
     "csrc/cuda/accept_path.cu",
     "csrc/cuda/commit_kv.cu",
+    "csrc/cuda/merge_attention.cu",
     "csrc/cuda/select_budget.cu",
     "csrc/cuda/super_tree.cu",
     "csrc/cuda/tree_attention.cu",
@@ -78,12 +81,17 @@ CUDA_SOURCES = [
     "csrc/cuda/tree_attention_96.cu",
     "csrc/cuda/tree_attention_128.cu",
     "csrc/cuda/tree_attention_256.cu",
+    "csrc/cuda/tree_attention_64_fp8.cu",
+    "csrc/cuda/tree_attention_128_fp8.cu",
+    "csrc/cuda/tree_attention_256_fp8.cu",
 ]
 
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 
 # Ampere, Hopper, Blackwell, and PTX for what comes later.
 CUDA_ARCHS = "80,90a,100,100+ptx"
+
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 # Only these files may use more than the baseline instruction set.
 X86_SOURCES = {
@@ -104,6 +112,22 @@ def compile_units() -> dict[str, list[str]]:
     if platform.machine() in ("x86_64", "AMD64"):
         units |= X86_SOURCES
     return units
+
+
+def sources_of(source: Path) -> list[Path]:
+    """A source and all files of ours that it includes, however deep."""
+    found: dict[Path, None] = {}
+    pending = [source.resolve()]
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        found[path] = None
+        for name in INCLUDE.findall(path.read_text()):
+            included = (path.parent / name).resolve()
+            if included.exists():
+                pending.append(included)
+    return sorted(found)
 
 
 def find_nvcc() -> str | None:
@@ -152,6 +176,50 @@ def cuda_compiler() -> str | None:
     return nvcc
 
 
+def compiler_command() -> list[str]:
+    """The host's compiler with the flags of every source."""
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    return [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        *COMMON_FLAGS,
+        f"-isystem{torch_root / 'include'}",
+        f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
+
+
+def cuda_operators_command(nvcc: str) -> list[str]:
+    """What compiles csrc/cuda/ops.cpp, which nvcc does not see."""
+    return [*compiler_command(), f"-isystem{cuda_home(nvcc) / 'include'}"]
+
+
+def link_command(objects: list[Path], library: Path, nvcc: str | None) -> list[str]:
+    """What makes the library of these objects; `nvcc` is None without CUDA kernels."""
+    import torch
+
+    libraries = ["-ltorch", "-ltorch_cpu"]
+    if nvcc:
+        libraries += [
+            f"-L{cuda_home(nvcc) / 'lib64'}",
+            "-lcudart_static",
+            "-ldl",
+            "-lpthread",
+            "-lrt",
+        ]
+    return [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        "-shared",
+        *map(str, objects),
+        "-o",
+        str(library),
+        f"-L{Path(torch.__file__).parent / 'lib'}",
+        "-Wl,--no-as-needed",
+        *libraries,
+    ]
+
+
 class BuildExtension(build_ext):
     """Compiles with g++ directly: setuptools cannot give each source its own flags."""
 
@@ -161,39 +229,22 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        torch_root = Path(torch.__file__).parent
-        compiler = shlex.split(os.environ.get("CXX", "g++"))
-        flags = [
-            *COMMON_FLAGS,
-            f"-isystem{torch_root / 'include'}",
-            f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
-            *shlex.split(os.environ.get("CXXFLAGS", "")),
-        ]
         nvcc = cuda_compiler()
         archs = os.environ.get("ECHO_CUDA_ARCHS", CUDA_ARCHS)
-        sources = {source: [*compiler, *flags, *own] for source, own in compile_units().items()}
-        libraries = ["-ltorch", "-ltorch_cpu"]
+        host = compiler_command()
+        sources = {source: [*host, *own] for source, own in compile_units().items()}
         if nvcc:
-            home = cuda_home(nvcc)
-            sources["csrc/cuda/ops.cpp"] = [*compiler, *flags, f"-isystem{home / 'include'}"]
+            sources["csrc/cuda/ops.cpp"] = cuda_operators_command(nvcc)
             nvcc_command = [nvcc, *CUDA_FLAGS, *cuda_arch_flags(archs)]
             sources |= dict.fromkeys(CUDA_SOURCES, nvcc_command)
-            libraries += [
-                f"-L{home / 'lib64'}",
-                "-lcudart_static",
-                "-ldl",
-                "-lpthread",
-                "-lrt",
-            ]
-        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), ROOT / "setup.py"]
-        newest_header = max(path.stat().st_mtime for path in headers)
         objects: list[Path] = []
         commands: list[list[str]] = []
         for source, command in sources.items():
             made_for = archs.replace(",", "_") if source in CUDA_SOURCES else torch.__version__
             target = Path(self.build_temp) / f"{source}.{made_for}.o"
             objects.append(target)
-            newest = max(newest_header, (ROOT / source).stat().st_mtime)
+            inputs = [*sources_of(ROOT / source), ROOT / "setup.py"]
+            newest = max(path.stat().st_mtime for path in inputs)
             if not self.force and target.exists() and target.stat().st_mtime > newest:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -206,18 +257,7 @@ class BuildExtension(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         # Linked beside and renamed: a process that has the old library mapped keeps it intact.
         fresh = library.with_suffix(".new")
-        self._run(
-            [
-                *compiler,
-                "-shared",
-                *map(str, objects),
-                "-o",
-                str(fresh),
-                f"-L{torch_root / 'lib'}",
-                "-Wl,--no-as-needed",
-                *libraries,
-            ]
-        )
+        self._run(link_command(objects, fresh, nvcc))
         fresh.replace(library)
 
     @staticmethod

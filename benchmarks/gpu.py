@@ -2,13 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Times the CUDA kernels at the shapes of real models, beside their physical floors.
 
-    python -m benchmarks.gpu [--out FILE.json] [--quick]
+    python -m benchmarks.gpu [--out FILE.json] [--table FILE.json] [--seconds 110] [--quick]
 
 A time is the median of CUDA events around one call, with the L2 cache flushed before each. The
 floor of a call is the larger of its bytes over the measured copy bandwidth and its multiply-adds
-over the measured rate of a matrix product; both are measured first. `dense` is torch's
-scaled_dot_product_attention over K and V that are already gathered, with a full mask; `flex` is
-FlexAttention over the same, where this torch compiles it.
+over the measured rate of a matrix product; both are measured first. What tree attention is compared
+with is in `attention_baselines.py`; each is checked against the fused kernel before it is timed.
+
+The most telling shapes come first, and no new one starts when the time is up. JSON is written after
+every shape: a run that is cut off leaves what it had. `--table` writes the times of our own
+implementations for `ECHO_VLLM_ATTENTION_TABLE` (`echo_vllm/ops/forms.py`).
 """
 
 from __future__ import annotations
@@ -16,40 +19,43 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.attention_baselines import (
+    BASELINES,
+    GATHERED,
+    MODELS,
+    SLOW_TO_PREPARE,
+    AttentionInputs,
+    Case,
+    Model,
+    Unavailable,
+    by_implementation,
+    causal_backend,
+    trees,
+)
 from echo_vllm import ops
-from echo_vllm.ops.reference import mask_bits
+from echo_vllm.ops import forms
 
 BLOCK_SIZE = 16
 DTYPE = torch.bfloat16
 
+BATCHES = (1, 4, 16, 64, 256)
+CONTEXTS = (512, 4096, 16384, 32768)
+ROWS = (1, 8, 16, 33, 64)
 
-@dataclass(frozen=True)
-class Model:
-    """The attention of one tensor-parallel rank."""
+# The largest difference that two orders of adding up bfloat16 products may make here.
+MOST_DIFFERENCE = 3e-2
 
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    layers: int
-
-
-MODELS = [
-    Model("Llama-3.1-8B", 32, 8, 128, 32),
-    Model("Llama-3.3-70B/TP4", 16, 2, 128, 80),
-    Model("Qwen3-30B-A3B", 32, 4, 128, 48),
-    # 4 kv heads on 8 ranks: each rank holds a copy of one.
-    Model("Qwen3-235B-A22B/TP8", 8, 1, 128, 94),
-]
+# Parameters of Llama-3.1-8B: a step reads them all once, in 16 bits.
+PARAMETERS_8B = 8.03e9
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Result:
+    """One shape of one operator; times in microseconds."""
+
     op: str
     model: str
     requests: int
@@ -67,15 +75,16 @@ class Result:
     rows: int
     microseconds: float
     floor_microseconds: float
-    others: dict[str, float]
+    others: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)  # baseline -> why
 
 
 class Timer:
-    """Medians of CUDA events, the L2 cache flushed before every call."""
+    """Medians, the L2 cache flushed before every call. On a CPU, for the tests, by its clock."""
 
-    def __init__(self, device: torch.device, runs: int) -> None:
-        self.runs = runs
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    def __init__(self, device: torch.device, runs: int, flush_bytes: int = 256 << 20) -> None:
+        self.device, self.runs = device, runs
+        self.flush = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
     def microseconds(self, run: Callable[[], Any], cold: bool = True) -> float:
         for _ in range(3):
@@ -84,176 +93,115 @@ class Timer:
         for _ in range(self.runs):
             if cold:
                 self.flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(1000 * begin.elapsed_time(end))
+            times.append(self._once(run))
         return statistics.median(times)
 
+    def _once(self, run: Callable[[], Any]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            run()
+            return 1e6 * (time.perf_counter() - start)
+        event: Any = torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1000 * float(begin.elapsed_time(end))
 
-def measure_rates(timer: Timer, device: torch.device) -> Rates:
-    source = torch.empty(1 << 30, dtype=torch.int8, device=device)
+
+def measure_rates(timer: Timer, size: int = 8192) -> Rates:
+    """Copies of 16 bytes an element of a `size` x `size` matrix, and its square in bfloat16."""
+    source = torch.empty(16 * size**2, dtype=torch.int8, device=timer.device)
     target = torch.empty_like(source)
     copy = timer.microseconds(lambda: target.copy_(source), cold=False)
-    size = 8192
-    a, b = (torch.randn(size, size, dtype=DTYPE, device=device) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=DTYPE, device=timer.device) for _ in range(2))
     product = timer.microseconds(lambda: a @ b, cold=False)
     return Rates(2 * source.numel() / copy * 1e6, 2 * size**3 / product * 1e6)
 
 
-def trees(requests: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """parents, token_ids, cu_nodes of binary trees with `rows` rows each."""
-    nodes = rows - 1
-    one = (torch.arange(nodes, dtype=torch.int32) + 1) // 2 - 1
-    tokens = torch.arange(nodes, dtype=torch.int32)
-    bounds = torch.arange(requests + 1, dtype=torch.int32) * nodes
-    return one.repeat(requests).to(device), tokens.repeat(requests).to(device), bounds.to(device)
+def attention_cases(models: Sequence[Model]) -> list[Case]:
+    """The grid, the most telling shapes first.
+
+    First what `docs/kernels.md` promises something of, 16 and 64 requests with 4096 tokens, for
+    every model; then a single request and a full batch; then the rest, outwards from there.
+    """
+    telling = [(16, 4096, 33), (64, 4096, 16), (1, 4096, 64), (256, 512, 8), (16, 16384, 33)]
+    grid = [(r, c, n) for r in BATCHES for c in CONTEXTS for n in ROWS]
+    rest = sorted(
+        set(grid) - set(telling),
+        key=lambda s: (sum(abs(a - b) for a, b in zip(places(s), places((16, 4096, 33)),
+                                                       strict=True)), s),
+    )  # fmt: skip
+    return [Case(model, *shape) for shape in (*telling, *rest) for model in models]
+
+
+def places(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Where a shape lies in the grid."""
+    return BATCHES.index(shape[0]), CONTEXTS.index(shape[1]), ROWS.index(shape[2])
 
 
 @dataclass
-class AttentionInputs:
-    arguments: dict[str, Any]
-    dense: tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, mask
+class Budget:
+    """Time and memory that the run may take."""
 
-    def run(self) -> Tensor:
-        ops.tree_attention(**self.arguments)
-        out: Tensor = self.arguments["out"]
-        return out
+    until: float  # time.monotonic()
+    cache_bytes: int
 
-    def run_dense(self) -> Tensor:
-        q, k, v, mask = self.dense
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True
-        )
-
-    def error(self) -> float:
-        """The largest difference between the two."""
-        q = self.dense[0]
-        dense = self.run_dense().transpose(1, 2).reshape(-1, q.shape[1], q.shape[3])
-        return float((self.run().float() - dense.float()).abs().max())
+    def is_spent(self) -> bool:
+        return time.monotonic() >= self.until
 
 
-def attention_inputs(
-    model: Model, requests: int, context: int, rows: int, device: torch.device
-) -> AttentionInputs:
-    heads, kv_heads, d = model.num_heads, model.num_kv_heads, model.head_size
-    blocks_each = -(-context // BLOCK_SIZE)
-    shape = (requests * blocks_each, BLOCK_SIZE, kv_heads, 2 * d)
-    cache = torch.randn(shape, dtype=DTYPE, device=device)
-    key_cache, value_cache = cache.split(d, dim=-1)
-    blocks = torch.randperm(requests * blocks_each, device=device).view(requests, blocks_each)
-    query, key, value = (
-        torch.randn(requests * rows, n, d, dtype=DTYPE, device=device)
-        for n in (heads, kv_heads, kv_heads)
-    )
-    parents, _, cu_nodes = trees(requests, rows, device)
-    mask, depths = ops.build_super_tree(parents, cu_nodes, -(-rows // 64))
-    bounds = torch.arange(requests + 1, dtype=torch.int32, device=device) * rows
+def time_attention(
+    timer: Timer, rates: Rates, cases: Sequence[Case], budget: Budget, fp8_cache: bool = False
+) -> Iterator[Result]:
+    """Tree attention by the fused kernel and by everything else, until the budget is spent.
 
-    def gathered(paged: Tensor, own: Tensor) -> Tensor:
-        past = paged[blocks].flatten(1, 2)[:, :context]
-        return torch.cat([past, own.view(requests, rows, kv_heads, d)], 1).transpose(1, 2)
-
-    seen = mask_bits(mask, rows).view(requests, rows, rows)
-    past = torch.ones(requests, rows, context, dtype=torch.bool, device=device)
-    return AttentionInputs(
-        arguments={
-            "query": query,
-            "key_cache": key_cache,
-            "value_cache": value_cache,
-            "block_table": blocks.int(),
-            "context_lens": torch.full((requests,), context, dtype=torch.int32, device=device),
-            "query_start": bounds,
-            "row_start": bounds,
-            "suffix_key": key,
-            "suffix_value": value,
-            "suffix_start": bounds[:-1],
-            "suffix_len": torch.full((requests,), rows, dtype=torch.int32, device=device),
-            "mask": mask,
-            "positions": context + depths.long(),
-            "scale": d**-0.5,
-            "softcap": 0.0,
-            "sliding_window": -1,
-            "layout": "nhd",
-            "out": torch.empty_like(query),
-        },
-        dense=(
-            query.view(requests, rows, heads, d).transpose(1, 2),
-            gathered(key_cache, key),
-            gathered(value_cache, value),
-            torch.cat([past, seen], 2)[:, None],
-        ),
-    )
+    Raises AssertionError if a baseline and the kernel differ.
+    """
+    prepared: set[tuple[str, str]] = set()  # (slow baseline, model): once each
+    for case in cases:
+        if budget.is_spent():
+            print(f"time is up: {case.model.name} {case.requests} x {case.context} and on left out")
+            return
+        if case.cache_bytes() > budget.cache_bytes:
+            continue
+        inputs = AttentionInputs(case, timer.device, DTYPE, BLOCK_SIZE, fp8_cache)
+        run = by_implementation("extension")(inputs)
+        expected = run().float().clone()
+        others: dict[str, float] = {}
+        unavailable: dict[str, str] = {}
+        for name, prepare in BASELINES.items():
+            if fp8_cache and name in GATHERED:
+                continue
+            if name in SLOW_TO_PREPARE:
+                if (name, case.model.name) in prepared or budget.is_spent():
+                    continue
+                prepared.add((name, case.model.name))
+            if name in GATHERED and 3 * case.cache_bytes() > budget.cache_bytes:
+                continue
+            try:
+                other = prepare(inputs)
+                difference = float((other().float() - expected).abs().max())
+            except (Unavailable, RuntimeError) as error:
+                unavailable[name] = str(error).splitlines()[0][:160]
+                continue
+            if name != "causal" and not difference < MOST_DIFFERENCE:
+                raise AssertionError(f"{case}: {name} and the kernel differ by {difference:.1e}")
+            others[name] = timer.microseconds(other)
+        element = 1 if fp8_cache else 2
+        floor = max(case.moved_bytes(element) / rates.bytes_per_second, case.flops() / rates.flops)
+        yield Result(
+            "tree_attention fp8" if fp8_cache else "tree_attention",
+            case.model.name, case.requests, case.context, case.rows, timer.microseconds(run),
+            1e6 * floor, others, unavailable,
+        )  # fmt: skip
 
 
-def flex_attention(inputs: AttentionInputs) -> Callable[[], Any] | None:
-    """FlexAttention over the gathered K and V, or None where it cannot be compiled."""
-    try:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        q, k, v, mask = inputs.dense
-        seen = mask[:, 0]
-        block_mask = create_block_mask(
-            lambda b, h, i, j: seen[b, i, j], len(q), None, q.shape[2], k.shape[2], str(q.device)
-        )
-        compiled = torch.compile(flex_attention)
-
-        def run() -> Any:
-            return compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
-
-        run()
-    except Exception as error:
-        print(f"  FlexAttention left out: {str(error).splitlines()[0][:90]}")
-        return None
-    return run
-
-
-def time_attention(timer: Timer, rates: Rates, device: torch.device, quick: bool) -> list[Result]:
-    results = []
-    for model in MODELS:
-        for requests, context, rows in cases(quick):
-            inputs = attention_inputs(model, requests, context, rows, device)
-            error = inputs.error()
-            if not error < 3e-2:
-                raise AssertionError(f"{model.name}: differs from dense attention by {error:.1e}")
-            keys = requests * (context + rows)
-            moved = (
-                2
-                * 2
-                * model.head_size
-                * (keys * model.num_kv_heads + requests * rows * model.num_heads)
-            )
-            flops = 4 * rows * keys * model.num_heads * model.head_size
-            floor = 1e6 * max(moved / rates.bytes_per_second, flops / rates.flops)
-            others = {"dense": timer.microseconds(inputs.run_dense)}
-            flex = flex_attention(inputs) if (requests, rows) == (8, 33) else None
-            if flex is not None:
-                others["flex"] = timer.microseconds(flex)
-            time = timer.microseconds(inputs.run)
-            name = "tree_attention"
-            results.append(Result(name, model.name, requests, context, rows, time, floor, others))
-            report(results[-1])
-    return results
-
-
-def cases(quick: bool) -> list[tuple[int, int, int]]:
-    """(requests, context, rows)"""
-    if quick:
-        return [(8, 2048, 33)]
-    return [
-        (requests, context, rows)
-        for requests in (1, 8, 64)
-        for context in (512, 4096, 16384)
-        for rows in (1, 8, 33, 65)
-        if requests * context <= 1 << 18
-    ]
-
-
-def time_forest(timer: Timer, rates: Rates, device: torch.device) -> list[Result]:
-    results = []
-    for requests, rows in ((1, 65), (64, 33), (512, 9)):
+def time_forest(timer: Timer, rates: Rates, shapes: Sequence[tuple[int, int]]) -> Iterator[Result]:
+    """`shapes`: (requests, rows)."""
+    device = timer.device
+    for requests, rows in shapes:
         parents, tokens, bounds = trees(requests, rows, device)
         sampled = torch.arange(rows, device=device).repeat(requests)  # down the first branch
         words = -(-rows // 64)
@@ -262,86 +210,198 @@ def time_forest(timer: Timer, rates: Rates, device: torch.device) -> list[Result
         build = partial(ops.build_super_tree, parents, bounds, words)
         accept = partial(ops.accept_path, sampled, tokens, parents, bounds, 16)
         for name, run in (("build_super_tree", build), ("accept_path", accept)):
-            time = timer.microseconds(run)
-            results.append(Result(name, "-", requests, 0, rows, time, floor, {}))
-            report(results[-1])
-    for requests in (8, 64, 512):
+            yield Result(name, "-", requests, 0, rows, timer.microseconds(run), floor)
         scores = -torch.rand(requests, 64, device=device)
         tiers = torch.zeros(requests, 64, dtype=torch.int32, device=device)
-        parents = torch.full((requests, 64), -1, device=device)
+        roots = torch.full((requests, 64), -1, device=device)
         budget = requests * 8
-        select = partial(ops.select_budget, scores, tiers, parents, budget, 32)
+        select = partial(ops.select_budget, scores, tiers, roots, budget, 32)
         floor = 1e6 * scores.numel() * 8 / rates.bytes_per_second
         others = {"topk": timer.microseconds(partial(scores.flatten().topk, budget))}
-        time = timer.microseconds(select)
-        results.append(Result("select_budget", "-", requests, 0, 64, time, floor, others))
-        report(results[-1])
-    return results
+        time_of_select = timer.microseconds(select)
+        yield Result("select_budget", "-", requests, 0, 64, time_of_select, floor, others)
 
 
-def time_commit(timer: Timer, rates: Rates, device: torch.device) -> list[Result]:
-    results = []
-    for model in MODELS:
-        shape = (1024, BLOCK_SIZE, model.num_kv_heads, 2 * model.head_size)
+def time_commit(
+    timer: Timer, rates: Rates, models: Sequence[Model], batches: Sequence[int]
+) -> Iterator[Result]:
+    for model in models:
+        shape = (2 * max(batches), BLOCK_SIZE, model.num_kv_heads, 2 * model.head_size)
         caches = [
-            torch.zeros(shape, dtype=DTYPE, device=device).transpose(1, 2)
+            torch.zeros(shape, dtype=DTYPE, device=timer.device).transpose(1, 2)
             for _ in range(model.layers)
         ]
-        for requests in (1, 64, 512):
+        for requests in batches:
             # Each request keeps four nodes out of its sixteen slots.
-            first = torch.arange(requests, device=device)[:, None] * 16
-            src = (first + torch.tensor([1, 5, 9, 12], device=device)).flatten()
-            dst = (first + torch.arange(1, 5, device=device)).flatten()
+            first = torch.arange(requests, device=timer.device)[:, None] * 16
+            src = (first + torch.tensor([1, 5, 9, 12], device=timer.device)).flatten()
+            dst = (first + torch.arange(1, 5, device=timer.device)).flatten()
             commit = partial(ops.commit_kv, caches, src, dst, BLOCK_SIZE, "nhd")
             row = model.num_kv_heads * 2 * model.head_size * 2
             floor = 1e6 * 2 * len(src) * row * model.layers / rates.bytes_per_second
-            time = timer.microseconds(commit)
-            results.append(Result("commit_kv", model.name, requests, 0, 4, time, floor, {}))
-            report(results[-1])
-    return results
+            yield Result("commit_kv", model.name, requests, 0, 4, timer.microseconds(commit), floor)
 
 
-def report(result: Result) -> None:
-    others = ", ".join(f"{name} {time:.1f}" for name, time in result.others.items())
-    print(
-        f"{result.op:17} {result.model:20} {result.requests:4} {result.context:6} {result.rows:4} "
-        f"{result.microseconds:9.1f} {result.floor_microseconds:9.1f}  {others}",
-        flush=True,
-    )
+def claims(results: Sequence[Result], rates: Rates) -> list[dict[str, Any]]:
+    """What the kernels are meant to reach, and what these results say of it.
+
+    A claim: `what`, `target`, `worst` and `median` of its numbers, `count`, and `met` (by the
+    worst). Claims of which nothing was measured are left out.
+    """
+    telling = [
+        r for r in results if r.op == "tree_attention" and r.context >= 4096 and r.requests >= 16
+    ]
+    price = [r.microseconds / r.others["causal"] for r in telling if "causal" in r.others]
+    # What the memory allows: shapes that the arithmetic bounds have another floor.
+    share = [r.floor_microseconds / r.microseconds for r in telling]
+    step = 1e6 * 2 * PARAMETERS_8B / rates.bytes_per_second
+    of_step = []
+    for requests in sorted({r.requests for r in results if r.op == "commit_kv"}):
+        times = {
+            r.op: r.microseconds
+            for r in results
+            if r.requests == requests and r.model in ("-", MODELS[0].name)
+            and r.op in ("build_super_tree", "accept_path", "select_budget", "commit_kv")
+        }  # fmt: skip
+        if len(times) == 4:
+            of_step.append(sum(times.values()) / step)
+    wanted: list[tuple[str, float, list[float], bool]] = [
+        ("tree_attention over causal FlashAttention, context >= 4096, requests >= 16", 1.15, price,
+         True),
+        ("floor over tree_attention, context >= 4096, requests >= 16", 0.70, share, False),
+        ("select + build + accept + commit over the weights of 8B at copy speed", 0.03, of_step,
+         True),
+    ]  # fmt: skip
+    found = []
+    for what, target, numbers, low_is_good in wanted:
+        if not numbers:
+            continue
+        worst = max(numbers) if low_is_good else min(numbers)
+        found.append(
+            {
+                "what": what,
+                "target": target,
+                "worst": worst,
+                "median": statistics.median(numbers),
+                "count": len(numbers),
+                "met": worst <= target if low_is_good else worst >= target,
+            }
+        )
+    return found
+
+
+def measurements(results: Sequence[Result], models: Sequence[Model]) -> list[forms.Measurement]:
+    """The times of our own implementations, for the table of `echo_vllm.ops.forms`."""
+    by_name = {model.name: model for model in models}
+    return [
+        forms.Measurement(
+            group=by_name[r.model].num_heads // by_name[r.model].num_kv_heads,
+            head_size=by_name[r.model].head_size,
+            requests=r.requests,
+            rows=r.rows,
+            context=r.context,
+            microseconds={
+                "extension": r.microseconds,
+                **{name: r.others[name] for name in ("flash", "triton") if name in r.others},
+            },
+        )
+        for r in results
+        if r.op == "tree_attention"
+    ]
+
+
+@dataclass
+class Report:
+    """Prints results as they come, and writes all of them after each."""
+
+    device: str
+    rates: Rates
+    models: Sequence[Model]
+    out: Path | None = None
+    table: Path | None = None
+    results: list[Result] = field(default_factory=list)
+
+    def add(self, result: Result) -> None:
+        if not self.results:
+            print(f"{'op':18} {'model':20} {'reqs':>4} {'ctx':>6} {'rows':>4} {'time':>9} "
+                  f"{'floor':>9}  others")  # fmt: skip
+        self.results.append(result)
+        others = ", ".join(f"{name} {time:.1f}" for name, time in result.others.items())
+        print(
+            f"{result.op:18} {result.model:20} {result.requests:4} {result.context:6} "
+            f"{result.rows:4} {result.microseconds:9.1f} {result.floor_microseconds:9.1f}  "
+            f"{others}",
+            flush=True,
+        )
+        self.write()
+
+    def write(self) -> None:
+        if self.out is not None:
+            record = {
+                "device": self.device,
+                "torch": torch.__version__,
+                "causal": causal_backend()[0],
+                "rates": asdict(self.rates),
+                "claims": claims(self.results, self.rates),
+                "results": [asdict(result) for result in self.results],
+            }
+            fresh = self.out.with_suffix(".new")
+            fresh.write_text(json.dumps(record, indent=1) + "\n")
+            fresh.replace(self.out)  # never half a file
+        found = measurements(self.results, self.models)
+        if self.table is not None and found:
+            forms.write_table(self.table, self.device, found)
+
+    def conclude(self) -> None:
+        for name, reason in {
+            name: reason for r in self.results for name, reason in r.unavailable.items()
+        }.items():
+            print(f"left out somewhere: {name}: {reason}")
+        for claim in claims(self.results, self.rates):
+            print(
+                f"{'met' if claim['met'] else 'MISSED'}: {claim['what']}: worst "
+                f"{claim['worst']:.3f}, median {claim['median']:.3f} of {claim['count']}, target "
+                f"{claim['target']}"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON with all results")
+    parser.add_argument("--table", type=Path, help="JSON for ECHO_VLLM_ATTENTION_TABLE")
     parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--seconds", type=float, default=110, help="start no shape after these")
     parser.add_argument("--quick", action="store_true", help="one shape a model")
     options = parser.parse_args()
+    until = time.monotonic() + options.seconds
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: torch sees no CUDA GPU")
-    device = torch.device("cuda")
-    timer = Timer(device, options.runs)
-    rates = measure_rates(timer, device)
-    properties = torch.cuda.get_device_properties(device)
+    timer = Timer(torch.device("cuda"), options.runs)
+    rates = measure_rates(timer)
+    properties = torch.cuda.get_device_properties(timer.device)
+    budget = Budget(until, properties.total_memory // 8)
     print(
         f"{properties.name}: copies {rates.bytes_per_second / 1e12:.2f} TB/s, "
-        f"multiplies {rates.flops / 1e12:.0f} Tflop/s; times in microseconds"
+        f"multiplies {rates.flops / 1e12:.0f} Tflop/s; times in microseconds; causal: "
+        f"{causal_backend()[0]}"
     )
-    print("op                model                 reqs    ctx rows      time     floor  others")
-    results: list[Result] = []
-    for measure in (
-        lambda: time_forest(timer, rates, device),
-        lambda: time_commit(timer, rates, device),
-        lambda: time_attention(timer, rates, device, options.quick),
-    ):
-        results += measure()
-        if options.out is not None:  # after each part: what was measured is kept
-            record = {
-                "device": properties.name,
-                "torch": torch.__version__,
-                "rates": asdict(rates),
-                "results": [asdict(result) for result in results],
-            }
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
+    report = Report(properties.name, rates, MODELS, options.out, options.table)
+    cases = attention_cases(MODELS)
+    first, rest = cases[: len(MODELS)], cases[len(MODELS) :]
+    stages = [
+        time_attention(timer, rates, first, budget),
+        time_forest(timer, rates, [(64, 33), (1, 65), (512, 9)]),
+        time_commit(timer, rates, MODELS, (64, 1, 512)),
+    ]
+    if not options.quick:
+        stages += [
+            time_attention(timer, rates, first, budget, fp8_cache=True),
+            time_attention(timer, rates, rest, budget),
+        ]
+    for stage in stages:
+        for result in stage:
+            report.add(result)
+    report.conclude()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY(echo_vllm, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CPU, m) {
   m.impl("tree_attention", TORCH_BOX(&echo_vllm::cpu::tree_attention));
+  m.impl("suffix_attention", TORCH_BOX(&echo_vllm::cpu::suffix_attention));
+  m.impl("merge_attention", TORCH_BOX(&echo_vllm::cpu::merge_attention));
   m.impl("commit_kv", TORCH_BOX(&echo_vllm::cpu::commit_kv));
   m.impl("build_super_tree", TORCH_BOX(&echo_vllm::cpu::build_super_tree));
   m.impl("accept_path", TORCH_BOX(&echo_vllm::cpu::accept_path));

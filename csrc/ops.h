@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -22,7 +23,17 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
                     const Tensor& suffix_value, const Tensor& suffix_start,
                     const Tensor& suffix_len, const Tensor& mask, const Tensor& positions,
                     double scale, double softcap, int64_t sliding_window, const std::string& layout,
-                    const Tensor& out);
+                    const Tensor& out, const std::optional<Tensor>& lse, double k_scale,
+                    double v_scale);
+
+void suffix_attention(const Tensor& query, const Tensor& query_start, const Tensor& row_start,
+                      const Tensor& suffix_key, const Tensor& suffix_value,
+                      const Tensor& suffix_start, const Tensor& suffix_len, const Tensor& mask,
+                      double scale, double softcap, const Tensor& out, const Tensor& lse);
+
+void merge_attention(const Tensor& prefix_out, const Tensor& prefix_lse, const Tensor& suffix_out,
+                     const Tensor& suffix_lse, const Tensor& query_start, const Tensor& row_start,
+                     const Tensor& out, const std::optional<Tensor>& lse);
 
 void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
                const Tensor& dst_slots, int64_t block_size, const std::string& layout);

@@ -15,7 +15,15 @@ void define_schemas(Library& m) {
       "Tensor context_lens, Tensor query_start, Tensor row_start, Tensor suffix_key, "
       "Tensor suffix_value, Tensor suffix_start, Tensor suffix_len, Tensor mask, "
       "Tensor positions, float scale, float softcap, int sliding_window, str layout, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, Tensor(b!)? lse=None, float k_scale=1.0, float v_scale=1.0) -> ()");
+  m.def(
+      "suffix_attention(Tensor query, Tensor query_start, Tensor row_start, Tensor suffix_key, "
+      "Tensor suffix_value, Tensor suffix_start, Tensor suffix_len, Tensor mask, float scale, "
+      "float softcap, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "merge_attention(Tensor prefix_out, Tensor prefix_lse, Tensor suffix_out, "
+      "Tensor suffix_lse, Tensor query_start, Tensor row_start, Tensor(a!) out, "
+      "Tensor(b!)? lse=None) -> ()");
   m.def(
       "commit_kv(Tensor(a!)[] kv_caches, Tensor src_slots, Tensor dst_slots, int block_size, "
       "str layout) -> ()");

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 #
-# Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, compute-sanitizer
-# over the same tests, benchmarks. Runs without network and without a set-up checkout.
+# Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, benchmarks,
+# compute-sanitizer over the same tests, Triton's. Runs without network and a set-up checkout.
 #
 # Environment: PYTHON (an interpreter with a CUDA build of torch and pytest), OUT (a folder for
 # results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all).
@@ -74,9 +74,12 @@ fi
 
 stage build 240 "$PYTHON" setup.py build_ext --inplace || exit 1
 stage tests 150 "${PYTEST[@]}" --junitxml="$OUT/tests.xml"
-stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json"
+stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json" \
+  --table "$OUT/attention-table.json" --seconds 100
 sanitize memcheck --kernel-regex kns=echo_vllm
 sanitize racecheck --kernel-regex kns=echo_vllm
+stage triton 60 "$PYTHON" -m pytest -c /dev/null --rootdir . --import-mode importlib -q \
+  -p no:cacheprovider tests/triton/test_triton.py -k on_a_gpu
 sanitize initcheck # it must see torch's kernels too, which write what ours read
 
 if ((${#failed[@]})); then

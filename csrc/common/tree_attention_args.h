@@ -23,6 +23,8 @@ struct TreeAttentionArgs {
   int64_t query_stride_row, query_stride_head;
   void* out;  // [T, H, D]
   int64_t out_stride_row, out_stride_head;
+  float* lse;  // [H, T], or null
+  int64_t lse_stride_head;
 
   const void* key_cache;
   const void* value_cache;
@@ -35,7 +37,7 @@ struct TreeAttentionArgs {
   int64_t suffix_key_stride_row, suffix_key_stride_head;
   int64_t suffix_value_stride_row, suffix_value_stride_head;
 
-  const int32_t* context_lens;  // [R]
+  const int32_t* context_lens;  // [R]; null: no request has a context, and there is no cache
   const int32_t* query_start;   // [R]
   const int32_t* row_start;     // [R + 1]
   const int32_t* suffix_start;  // [R]
@@ -47,8 +49,14 @@ struct TreeAttentionArgs {
   int num_heads, num_kv_heads, head_size, block_size;
   int sliding_window;  // <= 0: none
   float scale, softcap;
+  float key_scale, value_scale;  // of the cache's numbers; the suffix has none
   KvLayout layout;
   Dtype dtype;
+  bool fp8_cache;  // e4m3 in the cache; all else is `dtype`
 };
+
+ECHO_HOST_DEVICE int context_of(const TreeAttentionArgs& args, int request) {
+  return args.context_lens == nullptr ? 0 : args.context_lens[request];
+}
 
 }  // namespace echo_vllm

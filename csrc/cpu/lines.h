@@ -81,7 +81,7 @@ class Lines {
         first_row_(args.query_start[request]),
         first_head_(kv_head * (args.num_heads / args.num_kv_heads)),
         first_mask_row_(args.row_start[request]),
-        context_(args.context_lens[request]),
+        context_(context_of(args, request)),
         group_(args.num_heads / args.num_kv_heads),
         rows_(args.row_start[request + 1] - args.row_start[request]),
         count_(rows_ * group_) {}
@@ -208,6 +208,7 @@ class Lines {
           store(weighted(line) + d, load(weighted(line) + d) + load(source + d) * factor);
         }
       }
+      max_[line] = maximum;
       sum_[line] = sum;
     }
   }
@@ -226,9 +227,21 @@ class Lines {
         }
       }
     }
+    if (args_.lse != nullptr) write_lse();
   }
 
  private:
+  // Natural logarithms; the maximum is in units of log2.
+  void write_lse() {
+    constexpr float kLn2 = 0.693147180559945309f;
+    for (int row = 0, line = 0; row < rows_; ++row) {
+      for (int head = 0; head < group_; ++head, ++line) {
+        args_.lse[(first_head_ + head) * args_.lse_stride_head + first_row_ + row] =
+            sum_[line] > 0.0f ? max_[line] * kLn2 + __builtin_logf(sum_[line]) : kMinusInfinity;
+      }
+    }
+  }
+
   // The first of `count` context tokens from `begin` on that the row's window leaves visible.
   int window_begin(int row, int begin, int count) const {
     if (args_.sliding_window <= 0) return 0;
@@ -326,7 +339,7 @@ struct KeyRun {
 template <class F>
 ECHO_INLINE void for_each_run(const TreeAttentionArgs& args, int request, int begin, int end,
                               const F& f) {
-  const int context = args.context_lens[request];
+  const int context = context_of(args, request);
   const int32_t* blocks = args.block_table + request * args.block_table_stride;
   int key = begin;
   while (key < min_int(end, context)) {

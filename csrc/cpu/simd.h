@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/fp8.h"
 #include "../common/macros.h"
 
 #define ECHO_INLINE static inline __attribute__((always_inline))
@@ -40,6 +41,9 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
+};
+struct Float8 {  // e4m3, see common/fp8.h
+  uint8_t code;
 };
 
 // Initializer lists, not loops over lanes: GCC turns only the former into one broadcast.
@@ -106,7 +110,15 @@ ECHO_INLINE Vec load(const BFloat16* p) {
 
 ECHO_INLINE Vec load(const Float16* p) { return half_to_float(load_halves(&p->bits)); }
 
+ECHO_INLINE Vec load(const Float8* p) {
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = e4m3_to_float(p[i].code);
+  return load(values);
+}
+
 ECHO_INLINE float to_float(float x) { return x; }
+
+ECHO_INLINE float to_float(Float8 x) { return e4m3_to_float(x.code); }
 
 ECHO_INLINE float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

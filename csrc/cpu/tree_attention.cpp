@@ -20,8 +20,6 @@
 namespace echo_vllm::cpu {
 namespace {
 
-constexpr const char* kOp = kTreeAttentionOp;
-
 // Fewer multiply-adds than this are not worth waking the other threads (a few microseconds).
 constexpr int64_t kMinParallelWork = 1 << 19;
 // More tasks than threads even out their different lengths.
@@ -46,7 +44,8 @@ class Buffer {
     if (floats > capacity_) {
       capacity_ = (floats + 15) / 16 * 16;
       memory_.reset(static_cast<float*>(std::aligned_alloc(64, capacity_ * sizeof(float))));
-      check(memory_ != nullptr, kOp, ": out of memory for ", capacity_, " floats of scratch");
+      check(memory_ != nullptr, kTreeAttentionOp, ": out of memory for ", capacity_,
+            " floats of scratch");
     }
     return memory_.get();
   }
@@ -69,36 +68,36 @@ int first_key_of(const TreeAttentionArgs& args, int request) {
     first =
         std::min(first, args.positions[args.query_start[request] + row] - args.sliding_window + 1);
   }
-  first = std::clamp<int64_t>(first, 0, args.context_lens[request]);
+  first = std::clamp<int64_t>(first, 0, context_of(args, request));
   return static_cast<int>(first / kTaskKeys * kTaskKeys);
 }
 
-void check_request(const TreeAttentionArgs& args, int request, int64_t num_tokens,
+void check_request(const char* op, const TreeAttentionArgs& args, int request, int64_t num_tokens,
                    int64_t num_suffix_rows, int64_t num_mask_rows, int64_t max_blocks,
                    int64_t num_blocks) {
   const int64_t rows = static_cast<int64_t>(args.row_start[request + 1]) - args.row_start[request];
   check(args.row_start[request] >= 0 && rows >= 0 && args.row_start[request + 1] <= num_mask_rows,
-        kOp, ": row_start[", request, "..", request + 1, "] = ", args.row_start[request], ", ",
+        op, ": row_start[", request, "..", request + 1, "] = ", args.row_start[request], ", ",
         args.row_start[request + 1], " is not a range of the ", num_mask_rows, " rows of mask");
   const int64_t query = args.query_start[request];
-  check(query >= 0 && query + rows <= num_tokens, kOp, ": request ", request, " owns query rows ",
+  check(query >= 0 && query + rows <= num_tokens, op, ": request ", request, " owns query rows ",
         query, " .. ", query + rows, ", but query has ", num_tokens);
   const int64_t suffix = args.suffix_start[request], length = args.suffix_len[request];
-  check(suffix >= 0 && length >= 0 && suffix + length <= num_suffix_rows, kOp, ": request ",
-        request, " owns suffix rows ", suffix, " .. ", suffix + length, ", but suffix_key has ",
+  check(suffix >= 0 && length >= 0 && suffix + length <= num_suffix_rows, op, ": request ", request,
+        " owns suffix rows ", suffix, " .. ", suffix + length, ", but suffix_key has ",
         num_suffix_rows);
-  check(words_for_bits(static_cast<int>(length)) <= args.mask_words, kOp, ": suffix_len[", request,
+  check(words_for_bits(static_cast<int>(length)) <= args.mask_words, op, ": suffix_len[", request,
         "] = ", length, " needs ", words_for_bits(static_cast<int>(length)),
         " mask words, but mask has ", args.mask_words);
-  const int64_t context = args.context_lens[request];
-  check(context >= 0 && context <= max_blocks * args.block_size, kOp, ": context_lens[", request,
+  const int64_t context = context_of(args, request);
+  check(context >= 0 && context <= max_blocks * args.block_size, op, ": context_lens[", request,
         "] = ", context, " does not fit block_table, which holds ", max_blocks, " blocks of ",
         args.block_size);
   if (rows == 0) return;
   const int32_t* blocks = args.block_table + request * args.block_table_stride;
   for (int64_t i = first_key_of(args, request) / args.block_size; i * args.block_size < context;
        ++i) {
-    check(blocks[i] >= 0 && blocks[i] < num_blocks, kOp, ": block_table[", request, ", ", i,
+    check(blocks[i] >= 0 && blocks[i] < num_blocks, op, ": block_table[", request, ", ", i,
           "] = ", blocks[i], ", but the cache has ", num_blocks, " blocks");
   }
 }
@@ -132,7 +131,7 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
     if (lines_of(r) == 0) continue;
     plan.max_lines = std::max(plan.max_lines, lines_of(r));
     first_key[r] = first_key_of(args, r);
-    const int64_t keys = args.context_lens[r] + args.suffix_len[r] - first_key[r];
+    const int64_t keys = context_of(args, r) + args.suffix_len[r] - first_key[r];
     work[r] = 2 * lines_of(r) * keys * args.head_size;
     total_work += work[r] * args.num_kv_heads;
   }
@@ -144,7 +143,7 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
   int64_t partial_floats = 0;
   for (int r = 0; r < num_requests; ++r) {
     if (lines_of(r) == 0) continue;
-    const int num_keys = args.context_lens[r] + args.suffix_len[r];
+    const int num_keys = context_of(args, r) + args.suffix_len[r];
     const int64_t units = (num_keys - first_key[r] + kTaskKeys - 1) / kTaskKeys;
     const int64_t splits = std::clamp<int64_t>((work[r] + work_per_task - 1) / work_per_task, 1,
                                                std::max<int64_t>(1, units / kMinSplitUnits));
@@ -196,6 +195,12 @@ void execute(const TreeAttentionArgs& args, const Plan& plan, const TreeAttentio
   });
 }
 
+void attend(const TreeAttentionArgs& args, int64_t num_requests) {
+  static thread_local Buffer partial_buffer;
+  const Plan plan = make_plan(args, static_cast<int>(num_requests), partial_buffer);
+  execute(args, plan, kernel_for(selected_isa()));
+}
+
 }  // namespace
 
 void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
@@ -204,19 +209,33 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
                     const Tensor& suffix_value, const Tensor& suffix_start,
                     const Tensor& suffix_len, const Tensor& mask, const Tensor& positions,
                     double scale, double softcap, int64_t sliding_window,
-                    const std::string& layout_name, const Tensor& out) {
-  const TreeAttentionArgs args =
-      check_tree_attention(query, key_cache, value_cache, block_table, context_lens, query_start,
-                           row_start, suffix_key, suffix_value, suffix_start, suffix_len, mask,
-                           positions, scale, softcap, sliding_window, layout_name, out);
+                    const std::string& layout_name, const Tensor& out,
+                    const std::optional<Tensor>& lse, double k_scale, double v_scale) {
+  const TreeAttentionArgs args = check_tree_attention(
+      query, key_cache, value_cache, block_table, context_lens, query_start, row_start, suffix_key,
+      suffix_value, suffix_start, suffix_len, mask, positions, scale, softcap, sliding_window,
+      layout_name, out, lse, k_scale, v_scale);
   const int64_t num_requests = context_lens.size(0);
   for (int64_t r = 0; r < num_requests; ++r) {
-    check_request(args, static_cast<int>(r), query.size(0), suffix_key.size(0), mask.size(0),
-                  block_table.size(1), key_cache.size(0));
+    check_request(kTreeAttentionOp, args, static_cast<int>(r), query.size(0), suffix_key.size(0),
+                  mask.size(0), block_table.size(1), key_cache.size(0));
   }
-  static thread_local Buffer partial_buffer;
-  const Plan plan = make_plan(args, static_cast<int>(num_requests), partial_buffer);
-  execute(args, plan, kernel_for(selected_isa()));
+  attend(args, num_requests);
+}
+
+void suffix_attention(const Tensor& query, const Tensor& query_start, const Tensor& row_start,
+                      const Tensor& suffix_key, const Tensor& suffix_value,
+                      const Tensor& suffix_start, const Tensor& suffix_len, const Tensor& mask,
+                      double scale, double softcap, const Tensor& out, const Tensor& lse) {
+  const TreeAttentionArgs args = check_suffix_attention(
+      kSuffixAttentionOp, query, query_start, row_start, suffix_key, suffix_value, suffix_start,
+      suffix_len, mask, scale, softcap, out, lse);
+  const int64_t num_requests = suffix_len.size(0);
+  for (int64_t r = 0; r < num_requests; ++r) {
+    check_request(kSuffixAttentionOp, args, static_cast<int>(r), query.size(0), suffix_key.size(0),
+                  mask.size(0), 0, 0);
+  }
+  attend(args, num_requests);
 }
 
 std::string supported_isas_text() {

@@ -130,7 +130,7 @@ class AmxWorker {
       const int step_end = min_int(begin + first + kAmxKeys, end);
       const uint64_t step_seen =
           seen.words[first / kBitsPerWord] >> first % kBitsPerWord & bit_range(0, kAmxKeys);
-      if (step_seen == bit_range(0, kAmxKeys) && step_end <= args_.context_lens[request_]) {
+      if (step_seen == bit_range(0, kAmxKeys) && step_end <= context_of(args_, request_)) {
         sources_[step] = in_place(begin + first);
       } else {
         sources_[step] = copied(begin + first, step_end, step, step_seen);

@@ -21,14 +21,17 @@ constexpr int kLineChunk = 48;
 // From this many lines on it pays to convert a tile of 16-bit K and V to fp32 once.
 constexpr int kLinesToConvert = 16;
 
-template <class T>
+// T: the numbers of Q, of the suffix and of the output. C: those of the cache, T or Float8.
+template <class T, class C = T>
 class Worker {
+  static constexpr bool kIsScaled = sizeof(C) == 1;
+
  public:
   Worker(const TreeAttentionArgs& args, int request, int kv_head, float* scratch)
       : args_(args), request_(request), kv_head_(kv_head), lines_(args, request, kv_head) {
     Carver carver(scratch);
     carve(carver, lines_.count());
-    converts_ = args.layout == KvLayout::kAmx ||
+    converts_ = args.layout == KvLayout::kAmx || kIsScaled ||
                 (sizeof(T) < sizeof(float) && lines_.count() >= kLinesToConvert);
   }
 
@@ -70,29 +73,34 @@ class Worker {
  private:
   // Where a run's K and V are. Row-major: [count, D]; else K is [D, ...] and `stride` lies between
   // its dims.
+  template <class U>
   struct Source {
-    const T* key;
-    const T* value;
+    const U* key;
+    const U* value;
     int64_t key_stride, value_stride;
     bool key_is_row_major;
+    float key_scale = 1.0f, value_scale = 1.0f;
   };
 
-  Source source_of(const KeyRun& run) const {
-    Source s;
-    if (run.is_suffix) {
-      s.key = static_cast<const T*>(args_.suffix_key) + run.index * args_.suffix_key_stride_row +
-              kv_head_ * args_.suffix_key_stride_head;
-      s.value = static_cast<const T*>(args_.suffix_value) +
-                run.index * args_.suffix_value_stride_row +
-                kv_head_ * args_.suffix_value_stride_head;
-      s.key_stride = args_.suffix_key_stride_row;
-      s.value_stride = args_.suffix_value_stride_row;
-      s.key_is_row_major = true;
-      return s;
-    }
-    s.key = static_cast<const T*>(args_.key_cache) + run.index * args_.key_strides.block +
+  Source<T> suffix_source(const KeyRun& run) const {
+    Source<T> s;
+    s.key = static_cast<const T*>(args_.suffix_key) + run.index * args_.suffix_key_stride_row +
+            kv_head_ * args_.suffix_key_stride_head;
+    s.value = static_cast<const T*>(args_.suffix_value) +
+              run.index * args_.suffix_value_stride_row + kv_head_ * args_.suffix_value_stride_head;
+    s.key_stride = args_.suffix_key_stride_row;
+    s.value_stride = args_.suffix_value_stride_row;
+    s.key_is_row_major = true;
+    return s;
+  }
+
+  Source<C> context_source(const KeyRun& run) const {
+    Source<C> s;
+    s.key_scale = args_.key_scale;
+    s.value_scale = args_.value_scale;
+    s.key = static_cast<const C*>(args_.key_cache) + run.index * args_.key_strides.block +
             kv_head_ * args_.key_strides.head;
-    s.value = static_cast<const T*>(args_.value_cache) + run.index * args_.value_strides.block +
+    s.value = static_cast<const C*>(args_.value_cache) + run.index * args_.value_strides.block +
               kv_head_ * args_.value_strides.head;
     if (args_.layout == KvLayout::kNhd) {
       s.key += run.offset * args_.key_strides.token;
@@ -124,22 +132,13 @@ class Worker {
   void attend_converted(int begin, int end, const KeyBits& seen) {
     const int count = end - begin;
     for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
-      if (args_.layout == KvLayout::kAmx && !run.is_suffix) {
+      if (run.is_suffix) {
+        convert_run(suffix_source(run), run, seen);
+      } else if (args_.layout == KvLayout::kAmx) {
         unpack_amx(run, seen);
-        return;
-      }
-      const Source s = source_of(run);
-      if (s.key_is_row_major) {
-        transpose_keys(s, run, keys_);
       } else {
-        for (int d = 0; d < args_.head_size; ++d) {
-          // Whole vectors: a block holds a multiple of 16 tokens and tiles start at one.
-          for (int t = 0; t < run.count; t += kLanes) {
-            store(keys_ + d * kTileStride + run.column + t, load(s.key + d * s.key_stride + t));
-          }
-        }
+        convert_run(context_source(run), run, seen);
       }
-      copy_values(s, run, seen, values_);
     });
     if (count % kLanes != 0) clear_padding(keys_, count);
     for (int line = 0; line < lines_.count(); line += kLineChunk) {
@@ -153,17 +152,40 @@ class Worker {
     }
   }
 
+  template <class U>
+  void convert_run(const Source<U>& s, const KeyRun& run, const KeyBits& seen) {
+    if (s.key_is_row_major) {
+      transpose_keys(s, run, keys_);
+    } else {
+      for (int d = 0; d < args_.head_size; ++d) {
+        // Whole vectors: a block holds a multiple of 16 tokens and tiles start at one.
+        for (int t = 0; t < run.count; t += kLanes) {
+          store(keys_ + d * kTileStride + run.column + t,
+                scaled(load(s.key + d * s.key_stride + t), s.key_scale));
+        }
+      }
+    }
+    copy_values(s, run, seen, values_);
+  }
+
+  static Vec scaled(Vec numbers, float scale) { return kIsScaled ? numbers * scale : numbers; }
+
   // K and V are read where they are; row-major K is transposed first, in its own type.
   void attend_in_place(int begin, int end, const KeyBits& seen) {
     const int count = end - begin;
-    Source sources[kTileKeys];
+    Source<T> sources[kTileKeys];
     KeyRun runs[kTileKeys];
     int num_runs = 0;
     bool transposes = false;
     T* keys = reinterpret_cast<T*>(keys_);
     T* values = reinterpret_cast<T*>(values_);
     for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
-      Source s = source_of(run);
+      Source<T> s;
+      if constexpr (kIsScaled) {
+        s = suffix_source(run);  // and never called: a scaled cache is converted
+      } else {
+        s = run.is_suffix ? suffix_source(run) : context_source(run);
+      }
       if (s.key_is_row_major) {
         transpose_keys(s, run, keys);
         s.key = keys + run.column;
@@ -201,23 +223,29 @@ class Worker {
     return query_ + static_cast<int64_t>(line) * args_.head_size;
   }
 
-  template <class U>
-  void transpose_keys(const Source& s, const KeyRun& run, U* keys) {
+  template <class From, class U>
+  void transpose_keys(const Source<From>& s, const KeyRun& run, U* keys) {
     for (int t = 0; t < run.count; ++t) {
-      const T* from = s.key + t * s.key_stride;
+      const From* from = s.key + t * s.key_stride;
       U* to = keys + run.column + t;
-      for (int d = 0; d < args_.head_size; ++d) convert(from[d], &to[d * kTileStride]);
+      if constexpr (kIsScaled && sizeof(U) == sizeof(float)) {
+        for (int d = 0; d < args_.head_size; ++d) {
+          to[d * kTileStride] = to_float(from[d]) * s.key_scale;
+        }
+      } else {
+        for (int d = 0; d < args_.head_size; ++d) convert(from[d], &to[d * kTileStride]);
+      }
     }
   }
 
-  template <class U>
-  void copy_values(const Source& s, const KeyRun& run, const KeyBits& seen, U* values) {
+  template <class From, class U>
+  void copy_values(const Source<From>& s, const KeyRun& run, const KeyBits& seen, U* values) {
     for (int t = 0; t < run.count; ++t) {
-      const T* from = s.value + t * s.value_stride;
+      const From* from = s.value + t * s.value_stride;
       U* to = values + static_cast<int64_t>(run.column + t) * args_.head_size;
       const bool is_seen = seen.test(run.column + t);
       for (int d = 0; d < args_.head_size; d += kLanes) {
-        store(to + d, is_seen ? load(from + d) : Vec{});
+        store(to + d, is_seen ? scaled(load(from + d), s.value_scale) : Vec{});
       }
     }
   }
@@ -282,7 +310,11 @@ class Worker {
 
 template <class T>
 void run_typed(const TreeAttentionArgs& args, const TreeAttentionTask& task, float* scratch) {
-  Worker<T>(args, task.request, task.kv_head, scratch).run(task);
+  if (args.fp8_cache) {
+    Worker<T, Float8>(args, task.request, task.kv_head, scratch).run(task);
+  } else {
+    Worker<T>(args, task.request, task.kv_head, scratch).run(task);
+  }
 }
 
 template <class T>

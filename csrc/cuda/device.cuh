@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../common/fp8.h"
+
 #if defined(ECHO_EMULATE_CUDA)
 #include "cuda_emulator.h"
 #else
@@ -153,6 +155,26 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   return both;
 }
 
+// Both halves times a power of two.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t pair, float factor);
+template <>
+__device__ __forceinline__ uint32_t multiply_pair<BFloat16>(uint32_t pair, float factor) {
+  __nv_bfloat162 both;
+  memcpy(&both, &pair, sizeof(both));
+  both = __hmul2(both, __float2bfloat162_rn(factor));
+  memcpy(&pair, &both, sizeof(pair));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pair<Float16>(uint32_t pair, float factor) {
+  __half2 both;
+  memcpy(&both, &pair, sizeof(both));
+  both = __hmul2(both, __float2half2_rn(factor));
+  memcpy(&pair, &both, sizeof(pair));
+  return pair;
+}
+
 // c[16 x 8] += a[16 x 16] * b[16 x 8], mma.m16n8k16 with fp32 accumulators.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -180,6 +202,34 @@ __device__ __forceinline__ void multiply_add<Float16>(float (&c)[4], const uint3
 #endif
 
 namespace echo_vllm::cuda {
+
+struct Float8 {  // e4m3
+  uint8_t code;
+};
+
+__device__ __forceinline__ float to_float(Float8 x) { return e4m3_to_float(x.code); }
+
+// Two e4m3 codes, each in the low byte of a half, as two numbers of 16 bits; exact.
+template <class T>
+__device__ __forceinline__ uint32_t widen_e4m3_pair(uint32_t codes);
+template <>
+__device__ __forceinline__ uint32_t widen_e4m3_pair<BFloat16>(uint32_t codes) {
+  return multiply_pair<BFloat16>(spread_e4m3_pair(codes, 7), 0x1p120f) | e4m3_pair_nan_bits(codes);
+}
+template <>
+__device__ __forceinline__ uint32_t widen_e4m3_pair<Float16>(uint32_t codes) {
+  return multiply_pair<Float16>(spread_e4m3_pair(codes, 10), 0x1p8f) | e4m3_pair_nan_bits(codes);
+}
+
+// Eight e4m3 codes as eight numbers of 16 bits.
+template <class T>
+__device__ __forceinline__ uint4 widen_e4m3(const void* codes) {
+  uint32_t words[2];
+  memcpy(words, codes, sizeof(words));
+  return {widen_e4m3_pair<T>(low_e4m3_pair(words[0])), widen_e4m3_pair<T>(high_e4m3_pair(words[0])),
+          widen_e4m3_pair<T>(low_e4m3_pair(words[1])),
+          widen_e4m3_pair<T>(high_e4m3_pair(words[1]))};
+}
 
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../common/merge_attention.h"
 #include "../common/tree_attention_args.h"
 
 #if defined(ECHO_EMULATE_CUDA)
@@ -90,23 +91,31 @@ struct CommitArgs {
 
 cudaError_t launch_commit_kv(const CommitArgs& args, cudaStream_t stream);
 
+// Which kernel takes a call. The tensor-core kernel has two forms: 64 lines a tile, or 16 lines
+// whose keys the warps share.
+enum class AttentionKernel : int { kPlain, kManyLines, kFewLines };
+
 struct AttentionPlan {
   int num_requests;
   int64_t num_rows;    // the most rows that row_start can cover
   int max_splits;      // 1: no partial results
   float* partial_out;  // [max_splits, num_rows, H, D]
   float* partial_ml;   // [max_splits, num_rows, H, 2]: maximum and sum
-  bool few_lines;      // 16 lines a tile and keys shared by the warps, instead of 64 lines
+  AttentionKernel kernel;
 };
 
-// Whether the tensor-core kernel takes this: head size, dtype and alignment.
-bool has_mma_kernel(const TreeAttentionArgs& args);
+// The best kernel that takes these head size, dtypes and alignment, and whose shared memory a block
+// of this device may have. `few_lines`: the requests have few lines each.
+AttentionKernel choose_attention_kernel(const TreeAttentionArgs& args, bool few_lines,
+                                        int64_t max_shared_bytes);
 
-// Lines and keys of one tile in the kernel that takes this.
-int attention_tile_lines(const TreeAttentionArgs& args, bool few_lines);
-int attention_tile_keys(const TreeAttentionArgs& args, bool few_lines);
+// Lines and keys of one tile.
+int attention_tile_lines(AttentionKernel kernel);
+int attention_tile_keys(const TreeAttentionArgs& args, AttentionKernel kernel);
 
 cudaError_t launch_tree_attention(const TreeAttentionArgs& args, const AttentionPlan& plan,
                                   cudaStream_t stream);
+
+cudaError_t launch_merge_attention(const MergeAttentionArgs& args, cudaStream_t stream);
 
 }  // namespace echo_vllm::cuda

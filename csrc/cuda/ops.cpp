@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -50,15 +51,17 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 void check_launch(const char* op, cudaError_t error) {
+  check(error != cudaErrorNoKernelImageForDevice, op,
+        ": the extension holds no kernel for this GPU: build it with ECHO_CUDA_ARCHS set to the "
+        "GPU's architecture, 80 or later");
   check(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 
-int num_multiprocessors(const Tensor& tensor) {
-  int count = 0;
-  check_launch(
-      "cudaDeviceGetAttribute",
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
-  return count;
+int64_t device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_launch("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()));
+  return value;
 }
 
 template <class T>
@@ -207,44 +210,34 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
   }
 }
 
-void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                    const Tensor& block_table, const Tensor& context_lens,
-                    const Tensor& query_start, const Tensor& row_start, const Tensor& suffix_key,
-                    const Tensor& suffix_value, const Tensor& suffix_start,
-                    const Tensor& suffix_len, const Tensor& mask, const Tensor& positions,
-                    double scale, double softcap, int64_t sliding_window, const std::string& layout,
-                    const Tensor& out) {
-  const char* op = kTreeAttentionOp;
-  const DeviceGuard guard(query.get_device_index());
-  check(layout == "nhd", op,
-        ": on CUDA layout must be nhd (its strides may be those of hnd), got '", layout, "'");
-  const TreeAttentionArgs args =
-      check_tree_attention(query, key_cache, value_cache, block_table, context_lens, query_start,
-                           row_start, suffix_key, suffix_value, suffix_start, suffix_len, mask,
-                           positions, scale, softcap, sliding_window, layout, out);
+namespace {
+
+// `max_keys`: the most that a request may have, from shapes.
+void attend(const char* op, const TreeAttentionArgs& args, int64_t num_requests, int64_t num_rows,
+            int64_t max_keys, const Tensor& query) {
   constexpr int kMaxHeadSize = 256, kMaxMaskWords = 512;
   check(args.head_size <= kMaxHeadSize, op, ": on CUDA the head size may be ", kMaxHeadSize,
         " at most, got ", args.head_size);
   check(args.mask_words <= kMaxMaskWords, op, ": on CUDA a mask row may have ", kMaxMaskWords,
         " words at most, got ", args.mask_words);
   AttentionPlan plan{};
-  plan.num_requests = static_cast<int>(context_lens.size(0));
-  plan.num_rows = std::min(query.size(0), mask.size(0));
+  plan.num_requests = static_cast<int>(num_requests);
+  plan.num_rows = num_rows;
   if (plan.num_requests == 0 || plan.num_rows == 0) return;
 
   constexpr int kFewLines = 16;
-  const int group = args.num_heads / args.num_kv_heads;
-  const int64_t lines = plan.num_rows * group;
-  plan.few_lines = lines <= int64_t{kFewLines} * plan.num_requests;
+  const int64_t lines = plan.num_rows * (args.num_heads / args.num_kv_heads);
+  plan.kernel =
+      choose_attention_kernel(args, lines <= int64_t{kFewLines} * plan.num_requests,
+                              device_attribute(query, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   const int64_t tiles =
-      std::max<int64_t>(plan.num_requests, lines / attention_tile_lines(args, plan.few_lines));
-  const int64_t max_keys =
-      block_table.size(1) * args.block_size + std::min(suffix_key.size(0), args.mask_words * 64);
+      std::max<int64_t>(plan.num_requests, lines / attention_tile_lines(plan.kernel));
   // Two blocks a multiprocessor, three rounds: enough to even out requests of unequal length.
   constexpr int kBlocksPerMultiprocessor = 6;
-  plan.max_splits = choose_max_splits(
-      tiles * args.num_kv_heads, int64_t{kBlocksPerMultiprocessor} * num_multiprocessors(query),
-      max_keys / attention_tile_keys(args, plan.few_lines) + 1);
+  const int64_t slots =
+      kBlocksPerMultiprocessor * device_attribute(query, cudaDevAttrMultiProcessorCount);
+  plan.max_splits = choose_max_splits(tiles * args.num_kv_heads, slots,
+                                      max_keys / attention_tile_keys(args, plan.kernel) + 1);
   Tensor partial;
   if (plan.max_splits > 1) {
     const int64_t states = plan.max_splits * plan.num_rows * args.num_heads;
@@ -253,6 +246,50 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
     plan.partial_ml = plan.partial_out + states * args.head_size;
   }
   check_launch(op, launch_tree_attention(args, plan, current_stream(query)));
+}
+
+}  // namespace
+
+void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                    const Tensor& block_table, const Tensor& context_lens,
+                    const Tensor& query_start, const Tensor& row_start, const Tensor& suffix_key,
+                    const Tensor& suffix_value, const Tensor& suffix_start,
+                    const Tensor& suffix_len, const Tensor& mask, const Tensor& positions,
+                    double scale, double softcap, int64_t sliding_window, const std::string& layout,
+                    const Tensor& out, const std::optional<Tensor>& lse, double k_scale,
+                    double v_scale) {
+  const char* op = kTreeAttentionOp;
+  const DeviceGuard guard(query.get_device_index());
+  check(layout == "nhd", op,
+        ": on CUDA layout must be nhd (its strides may be those of hnd), got '", layout, "'");
+  const TreeAttentionArgs args = check_tree_attention(
+      query, key_cache, value_cache, block_table, context_lens, query_start, row_start, suffix_key,
+      suffix_value, suffix_start, suffix_len, mask, positions, scale, softcap, sliding_window,
+      layout, out, lse, k_scale, v_scale);
+  const int64_t max_keys =
+      block_table.size(1) * args.block_size + std::min(suffix_key.size(0), args.mask_words * 64);
+  attend(op, args, context_lens.size(0), std::min(query.size(0), mask.size(0)), max_keys, query);
+}
+
+void suffix_attention(const Tensor& query, const Tensor& query_start, const Tensor& row_start,
+                      const Tensor& suffix_key, const Tensor& suffix_value,
+                      const Tensor& suffix_start, const Tensor& suffix_len, const Tensor& mask,
+                      double scale, double softcap, const Tensor& out, const Tensor& lse) {
+  const DeviceGuard guard(query.get_device_index());
+  const TreeAttentionArgs args = check_suffix_attention(
+      kSuffixAttentionOp, query, query_start, row_start, suffix_key, suffix_value, suffix_start,
+      suffix_len, mask, scale, softcap, out, lse);
+  attend(kSuffixAttentionOp, args, suffix_len.size(0), std::min(query.size(0), mask.size(0)),
+         std::min(suffix_key.size(0), args.mask_words * 64), query);
+}
+
+void merge_attention(const Tensor& prefix_out, const Tensor& prefix_lse, const Tensor& suffix_out,
+                     const Tensor& suffix_lse, const Tensor& query_start, const Tensor& row_start,
+                     const Tensor& out, const std::optional<Tensor>& lse) {
+  const DeviceGuard guard(out.get_device_index());
+  const MergeAttentionArgs args = check_merge_attention(
+      prefix_out, prefix_lse, suffix_out, suffix_lse, query_start, row_start, out, lse);
+  check_launch(kMergeAttentionOp, launch_merge_attention(args, current_stream(out)));
 }
 
 }  // namespace echo_vllm::cuda
@@ -267,6 +304,8 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm_emulated, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CUDA, m) {
 #endif
   m.impl("tree_attention", TORCH_BOX(&echo_vllm::cuda::tree_attention));
+  m.impl("suffix_attention", TORCH_BOX(&echo_vllm::cuda::suffix_attention));
+  m.impl("merge_attention", TORCH_BOX(&echo_vllm::cuda::merge_attention));
   m.impl("commit_kv", TORCH_BOX(&echo_vllm::cuda::commit_kv));
   m.impl("build_super_tree", TORCH_BOX(&echo_vllm::cuda::build_super_tree));
   m.impl("accept_path", TORCH_BOX(&echo_vllm::cuda::accept_path));

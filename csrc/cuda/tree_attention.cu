@@ -19,7 +19,34 @@ constexpr int kPlainDims = kPlainMaxHeadSize / kWarpSize;  // dims of a lane
 
 constexpr int kMergeWarps = 4;
 
-template <class T>
+// Adds one key to a line's state. Lanes hold every 32nd dim of `q` and `acc`.
+template <class U>
+__device__ __forceinline__ void add_key(const TreeAttentionArgs& args, const U* k, const U* v,
+                                        float key_scale, float value_scale,
+                                        const float (&q)[kPlainDims], float (&acc)[kPlainDims],
+                                        SoftmaxState& state) {
+  const int lane = threadIdx.x % kWarpSize;
+  float score = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPlainDims; ++i) {
+    const int dim = lane + i * kWarpSize;
+    if (dim < args.head_size) score += q[i] * to_float(k[dim]);
+  }
+  score = warp_sum(score) * key_scale;
+  if (args.softcap > 0.0f) score = args.softcap * tanhf(score / args.softcap);
+  score *= kLog2E;
+  const float new_max = fmaxf(state.max, score);
+  const float factor = rescale(state.max, new_max), weight = exp2f(score - new_max);
+  state = {new_max, state.sum * factor + weight};
+#pragma unroll
+  for (int i = 0; i < kPlainDims; ++i) {
+    const int dim = lane + i * kWarpSize;
+    if (dim < args.head_size) acc[i] = acc[i] * factor + weight * value_scale * to_float(v[dim]);
+  }
+}
+
+// T: the numbers of Q, of the suffix and of the output. C: those of the cache.
+template <class T, class C>
 __global__ void __launch_bounds__(kPlainThreads)
     tree_attention_plain_kernel(const __grid_constant__ TreeAttentionArgs args,
                                 const __grid_constant__ AttentionPlan plan) {
@@ -50,39 +77,25 @@ __global__ void __launch_bounds__(kPlainThreads)
   }
   SoftmaxState state{kMinusInfinity, 0.0f};
   for (; key < end; ++key) {
-    const T *k, *v;
     if (key < context) {
       const int64_t block =
           args.block_table[request * args.block_table_stride + key / args.block_size];
       const int token = key % args.block_size;
-      k = static_cast<const T*>(args.key_cache) + block * args.key_strides.block +
-          view.kv_head * args.key_strides.head + token * args.key_strides.token;
-      v = static_cast<const T*>(args.value_cache) + block * args.value_strides.block +
-          view.kv_head * args.value_strides.head + token * args.value_strides.token;
+      const C* k = static_cast<const C*>(args.key_cache) + block * args.key_strides.block +
+                   view.kv_head * args.key_strides.head + token * args.key_strides.token;
+      const C* v = static_cast<const C*>(args.value_cache) + block * args.value_strides.block +
+                   view.kv_head * args.value_strides.head + token * args.value_strides.token;
+      add_key(args, k, v, args.key_scale, args.value_scale, q, acc, state);
     } else {
       if (!test_mask_bit(mask, key - context)) continue;
       const int64_t suffix_row = args.suffix_start[request] + key - context;
-      k = static_cast<const T*>(args.suffix_key) + suffix_row * args.suffix_key_stride_row +
-          view.kv_head * args.suffix_key_stride_head;
-      v = static_cast<const T*>(args.suffix_value) + suffix_row * args.suffix_value_stride_row +
-          view.kv_head * args.suffix_value_stride_head;
-    }
-    float score = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPlainDims; ++i) {
-      const int dim = lane + i * kWarpSize;
-      if (dim < args.head_size) score += q[i] * to_float(k[dim]);
-    }
-    score = warp_sum(score);
-    if (args.softcap > 0.0f) score = args.softcap * tanhf(score / args.softcap);
-    score *= kLog2E;
-    const float new_max = fmaxf(state.max, score);
-    const float factor = rescale(state.max, new_max), weight = exp2f(score - new_max);
-    state = {new_max, state.sum * factor + weight};
-#pragma unroll
-    for (int i = 0; i < kPlainDims; ++i) {
-      const int dim = lane + i * kWarpSize;
-      if (dim < args.head_size) acc[i] = acc[i] * factor + weight * to_float(v[dim]);
+      const T* k = static_cast<const T*>(args.suffix_key) +
+                   suffix_row * args.suffix_key_stride_row +
+                   view.kv_head * args.suffix_key_stride_head;
+      const T* v = static_cast<const T*>(args.suffix_value) +
+                   suffix_row * args.suffix_value_stride_row +
+                   view.kv_head * args.suffix_value_stride_head;
+      add_key(args, k, v, 1.0f, 1.0f, q, acc, state);
     }
   }
 
@@ -131,21 +144,69 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize)
   }
 }
 
-bool is_aligned(const void* pointer, std::initializer_list<int64_t> strides) {
-  constexpr int64_t kElements = 8;  // of 16 bits in a copy of 16 bytes
-  bool aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride % kElements == 0;
+// Whether copies of 16 bytes may begin at every row; `element` bytes a number.
+bool is_aligned(const void* pointer, int element, std::initializer_list<int64_t> strides) {
+  constexpr int kBytes = 16;
+  bool aligned = reinterpret_cast<uintptr_t>(pointer) % kBytes == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride * element % kBytes == 0;
   return aligned;
 }
 
-template <class T>
+bool has_mma_kernel(const TreeAttentionArgs& args) {
+  const int d = args.head_size;
+  if (args.dtype == Dtype::kFloat32) return false;
+  if (d != 64 && d != 128 && d != 256 && (d != 96 || args.fp8_cache)) return false;
+  // A weight over the scale must be a float16.
+  if (args.fp8_cache && args.dtype == Dtype::kFloat16 && args.value_scale < 0x1p-14f) return false;
+  const int of_cache = args.fp8_cache ? 1 : 2;
+  return is_aligned(args.query, 2, {args.query_stride_row, args.query_stride_head}) &&
+         is_aligned(args.key_cache, of_cache,
+                    {args.key_strides.block, args.key_strides.head, args.key_strides.token}) &&
+         is_aligned(
+             args.value_cache, of_cache,
+             {args.value_strides.block, args.value_strides.head, args.value_strides.token}) &&
+         is_aligned(args.suffix_key, 2,
+                    {args.suffix_key_stride_row, args.suffix_key_stride_head}) &&
+         is_aligned(args.suffix_value, 2,
+                    {args.suffix_value_stride_row, args.suffix_value_stride_head});
+}
+
+template <int kHeadSize, bool kFp8>
+int64_t tile_shared_bytes(AttentionKernel kernel) {
+  return kernel == AttentionKernel::kFewLines
+             ? MmaTraits<BFloat16, kHeadSize, 1, 4, kFp8>::kTileSharedBytes
+             : MmaTraits<BFloat16, kHeadSize, 4, 1, kFp8>::kTileSharedBytes;
+}
+
+int64_t shared_bytes(const TreeAttentionArgs& args, AttentionKernel kernel) {
+  int64_t bytes = args.mask_words * static_cast<int64_t>(sizeof(uint64_t));
+  switch (args.head_size) {
+    case 64:
+      bytes += args.fp8_cache ? tile_shared_bytes<64, true>(kernel)
+                              : tile_shared_bytes<64, false>(kernel);
+      break;
+    case 96:
+      bytes += tile_shared_bytes<96, false>(kernel);
+      break;
+    case 128:
+      bytes += args.fp8_cache ? tile_shared_bytes<128, true>(kernel)
+                              : tile_shared_bytes<128, false>(kernel);
+      break;
+    default:
+      bytes += args.fp8_cache ? tile_shared_bytes<256, true>(kernel)
+                              : tile_shared_bytes<256, false>(kernel);
+  }
+  return bytes;
+}
+
+template <class T, class C>
 cudaError_t launch_plain(const TreeAttentionArgs& args, const AttentionPlan& plan,
                          cudaStream_t stream) {
   const int group = args.num_heads / args.num_kv_heads;
   const dim3 grid(
       static_cast<unsigned>(max_tiles(plan.num_rows, plan.num_requests, group, kPlainWarps)),
       plan.max_splits, args.num_kv_heads);
-  return launch(tree_attention_plain_kernel<T>, grid, dim3(kPlainThreads),
+  return launch(tree_attention_plain_kernel<T, C>, grid, dim3(kPlainThreads),
                 kPlainWarps * kPlainMaxHeadSize * sizeof(float), stream, args, plan);
 }
 
@@ -153,56 +214,69 @@ template <class T>
 cudaError_t launch_merge(const TreeAttentionArgs& args, const AttentionPlan& plan,
                          cudaStream_t stream) {
   const int group = args.num_heads / args.num_kv_heads;
-  const int tile_lines = attention_tile_lines(args, plan.few_lines);
+  const int tile_lines = attention_tile_lines(plan.kernel);
   const dim3 grid(
       static_cast<unsigned>(max_tiles(plan.num_rows, plan.num_requests, group, tile_lines)),
       blocks_for(tile_lines, kMergeWarps), args.num_kv_heads);
   return launch(merge_splits_kernel<T>, grid, dim3(kMergeWarps * kWarpSize), 0, stream, args, plan,
-                tile_lines, attention_tile_keys(args, plan.few_lines));
+                tile_lines, attention_tile_keys(args, plan.kernel));
+}
+
+cudaError_t launch_mma(const TreeAttentionArgs& args, const AttentionPlan& plan,
+                       cudaStream_t stream) {
+  switch (args.head_size) {
+    case 64:
+      return args.fp8_cache ? launch_mma_of_head_size<64, true>(args, plan, stream)
+                            : launch_mma_of_head_size<64, false>(args, plan, stream);
+    case 96:
+      return launch_mma_of_head_size<96, false>(args, plan, stream);
+    case 128:
+      return args.fp8_cache ? launch_mma_of_head_size<128, true>(args, plan, stream)
+                            : launch_mma_of_head_size<128, false>(args, plan, stream);
+    default:
+      return args.fp8_cache ? launch_mma_of_head_size<256, true>(args, plan, stream)
+                            : launch_mma_of_head_size<256, false>(args, plan, stream);
+  }
 }
 
 template <class T>
 cudaError_t launch_all(const TreeAttentionArgs& args, const AttentionPlan& plan,
                        cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  if (!has_mma_kernel(args)) {
-    error = launch_plain<T>(args, plan, stream);
-  } else if (args.head_size == 64) {
-    error = launch_mma_of_head_size<64>(args, plan, stream);
-  } else if (args.head_size == 96) {
-    error = launch_mma_of_head_size<96>(args, plan, stream);
-  } else if (args.head_size == 128) {
-    error = launch_mma_of_head_size<128>(args, plan, stream);
-  } else {
-    error = launch_mma_of_head_size<256>(args, plan, stream);
-  }
+  const cudaError_t error = plan.kernel != AttentionKernel::kPlain ? launch_mma(args, plan, stream)
+                            : args.fp8_cache ? launch_plain<T, Float8>(args, plan, stream)
+                                             : launch_plain<T, T>(args, plan, stream);
   if (error != cudaSuccess || plan.max_splits == 1) return error;
   return launch_merge<T>(args, plan, stream);
 }
 
 }  // namespace
 
-bool has_mma_kernel(const TreeAttentionArgs& args) {
-  const int d = args.head_size;
-  return args.dtype != Dtype::kFloat32 && (d == 64 || d == 96 || d == 128 || d == 256) &&
-         is_aligned(args.query, {args.query_stride_row, args.query_stride_head}) &&
-         is_aligned(args.key_cache,
-                    {args.key_strides.block, args.key_strides.head, args.key_strides.token}) &&
-         is_aligned(args.value_cache, {args.value_strides.block, args.value_strides.head,
-                                       args.value_strides.token}) &&
-         is_aligned(args.suffix_key, {args.suffix_key_stride_row, args.suffix_key_stride_head}) &&
-         is_aligned(args.suffix_value,
-                    {args.suffix_value_stride_row, args.suffix_value_stride_head});
+AttentionKernel choose_attention_kernel(const TreeAttentionArgs& args, bool few_lines,
+                                        int64_t max_shared_bytes) {
+  if (!has_mma_kernel(args)) return AttentionKernel::kPlain;
+  for (const AttentionKernel kernel : {AttentionKernel::kFewLines, AttentionKernel::kManyLines}) {
+    if (kernel == AttentionKernel::kFewLines && !few_lines) continue;
+    if (shared_bytes(args, kernel) <= max_shared_bytes) return kernel;
+  }
+  return AttentionKernel::kPlain;
 }
 
-int attention_tile_lines(const TreeAttentionArgs& args, bool few_lines) {
-  if (!has_mma_kernel(args)) return kPlainWarps;
-  return few_lines ? MmaTraits<BFloat16, 64, 1, 4>::kLines : MmaTraits<BFloat16, 64, 4, 1>::kLines;
+int attention_tile_lines(AttentionKernel kernel) {
+  switch (kernel) {
+    case AttentionKernel::kPlain:
+      return kPlainWarps;
+    case AttentionKernel::kFewLines:
+      return MmaTraits<BFloat16, 64, 1, 4>::kLines;
+    default:
+      return MmaTraits<BFloat16, 64, 4, 1>::kLines;
+  }
 }
 
-int attention_tile_keys(const TreeAttentionArgs& args, bool few_lines) {
-  if (!has_mma_kernel(args)) return kPlainKeys;
-  if (few_lines || args.head_size <= 128) return MmaTraits<BFloat16, 64, 4, 1>::kKeys;
+int attention_tile_keys(const TreeAttentionArgs& args, AttentionKernel kernel) {
+  if (kernel == AttentionKernel::kPlain) return kPlainKeys;
+  if (kernel == AttentionKernel::kFewLines || args.head_size <= 128) {
+    return MmaTraits<BFloat16, 64, 4, 1>::kKeys;
+  }
   return MmaTraits<BFloat16, 256, 4, 1>::kKeys;
 }
 

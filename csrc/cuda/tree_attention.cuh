@@ -8,9 +8,15 @@
 // while the other is multiplied. Warps share the lines (kWarpsM) or the keys of a tile (kWarpsN);
 // each keeps the state of its own online softmax, and the block merges them at the end.
 //
+// A cache of 8-bit floats arrives as it is, in half the bytes, and each tile is widened to 16 bits,
+// which is exact, before it is multiplied. Its scales apply to scores and results: K's to the
+// scores of context keys, V's to the result, with the suffix's weights divided by it.
+//
 // Memory that no line may see is not read: a tile's keys before the window, behind the last key,
 // and suffix rows that no line of the tile sees are filled with zeros.
 #pragma once
+
+#include <type_traits>
 
 #include "../common/ragged_tiles.h"
 #include "../common/tree_mask.h"
@@ -67,7 +73,7 @@ __device__ inline TileView view_tile(const TreeAttentionArgs& args, const Attent
   const int request = view.lines.request;
   view.query_row = args.query_start[request];
   view.mask_row = args.row_start[request];
-  view.context = args.context_lens[request];
+  view.context = context_of(args, request);
   view.num_keys = view.context + args.suffix_len[request];
   view.first_key = 0;
   if (args.sliding_window > 0) {
@@ -119,15 +125,21 @@ __device__ __forceinline__ void store_line(const TreeAttentionArgs& args, const 
     return;
   }
   const float factor = state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
+  if (args.lse != nullptr && dim == 0) {
+    constexpr float kLn2 = 0.693147180559945309f;
+    args.lse[head * args.lse_stride_head + view.query_row + row] =
+        state.sum > 0.0f ? state.max * kLn2 + logf(state.sum) : kMinusInfinity;
+  }
   T* to = static_cast<T*>(args.out) + (view.query_row + row) * args.out_stride_row +
           head * args.out_stride_head + dim;
   for (int i = 0; i < 4; ++i) to[i] = from_float<T>(acc[i] * factor);
 }
 
-template <class T_, int kHeadSize_, int kWarpsM_, int kWarpsN_>
+template <class T_, int kHeadSize_, int kWarpsM_, int kWarpsN_, bool kFp8_ = false>
 struct MmaTraits {
   using T = T_;
   static constexpr int kHeadSize = kHeadSize_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr bool kFp8 = kFp8_;  // the cache's numbers
   static constexpr int kThreads = kWarpSize * kWarpsM * kWarpsN;
   static constexpr int kLines = 16 * kWarpsM;
   static constexpr int kKeys = kHeadSize > 128 && kWarpsN == 1 ? 32 : 64;
@@ -137,11 +149,15 @@ struct MmaTraits {
   static constexpr int kChunks = kHeadSize / 8;
   static constexpr int kTileBytes = kKeys * kHeadSize * 2;
   static constexpr int kStageBytes = 2 * kTileBytes;  // K and V
+  // Two stages; or one, and two of 8-bit numbers from which it is filled.
+  static constexpr int kNarrowTileBytes = kTileBytes / 2;
+  static constexpr int kStagesBytes = kFp8 ? kStageBytes + 4 * kNarrowTileBytes : 2 * kStageBytes;
   // A wide head's Q would not fit the registers beside the accumulators.
   static constexpr bool kQueryInRegisters = kHeadSize <= 128;
   static constexpr int kQueryBytes = kLines * kHeadSize * 2;
-  static constexpr int kQueryOffset = kQueryInRegisters ? kStageBytes : 2 * kStageBytes;
-  static constexpr int kLoopBytes = 2 * kStageBytes + (kQueryInRegisters ? 0 : kQueryBytes);
+  // On its way to the registers Q lies where nothing else is yet.
+  static constexpr int kQueryOffset = !kQueryInRegisters ? kStagesBytes : kFp8 ? 0 : kStageBytes;
+  static constexpr int kLoopBytes = kStagesBytes + (kQueryInRegisters ? 0 : kQueryBytes);
   // The merge at the end uses the same memory: floats, padded against bank conflicts.
   static constexpr int kPitch = kHeadSize + 8;
   static constexpr int kMergeBytes = kWarpsN * kLines * (kPitch + 2) * 4;
@@ -204,16 +220,66 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   commit_copies();
   __syncthreads();  // any_visible is complete
 
-  const T* key_cache = static_cast<const T*>(args.key_cache) + view.kv_head * args.key_strides.head;
-  const T* value_cache =
-      static_cast<const T*>(args.value_cache) + view.kv_head * args.value_strides.head;
+  using C = std::conditional_t<Traits::kFp8, Float8, T>;
+  const C* key_cache = static_cast<const C*>(args.key_cache) + view.kv_head * args.key_strides.head;
+  const C* value_cache =
+      static_cast<const C*>(args.value_cache) + view.kv_head * args.value_strides.head;
   const T* suffix_key =
       static_cast<const T*>(args.suffix_key) + view.kv_head * args.suffix_key_stride_head;
   const T* suffix_value =
       static_cast<const T*>(args.suffix_value) + view.kv_head * args.suffix_value_stride_head;
   const int32_t* blocks = args.block_table + request * args.block_table_stride;
 
-  const auto load_tile = [&](int tile) {
+  // The context's keys of a tile as they are, into one of the two stages of 8-bit numbers.
+  [[maybe_unused]] const auto load_narrow_tile = [&](int tile) {
+    constexpr int kNarrowChunks = kHeadSize / 16;
+    unsigned char* keys =
+        shared + Traits::kStageBytes + (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
+    unsigned char* values = keys + Traits::kNarrowTileBytes;
+#pragma unroll(kHeadSize > 128 ? 1 : 4)
+    for (int i = thread; i < kKeys * kNarrowChunks; i += kThreads) {
+      const int in_tile = i / kNarrowChunks, chunk = i % kNarrowChunks;
+      const int key = tile * kKeys + in_tile;
+      const bool exists = key >= view.first_key && key < context;
+      const void *from_key = query, *from_value = query;  // not read unless `exists`
+      if (exists) {
+        const int64_t block = blocks[key / args.block_size];
+        const int token = key % args.block_size;
+        from_key = key_cache + block * args.key_strides.block + token * args.key_strides.token +
+                   chunk * 16;
+        from_value = value_cache + block * args.value_strides.block +
+                     token * args.value_strides.token + chunk * 16;
+      }
+      copy_async(keys + i * 16, from_key, exists);
+      copy_async(values + i * 16, from_value, exists);
+    }
+  };
+  // Fills the stage of 16-bit numbers from it, and from the suffix, which is of 16 bits anyway.
+  [[maybe_unused]] const auto widen_tile = [&](int tile) {
+    const unsigned char* narrow_keys =
+        shared + Traits::kStageBytes + (tile - begin_tile) % 2 * (2 * Traits::kNarrowTileBytes);
+    const unsigned char* narrow_values = narrow_keys + Traits::kNarrowTileBytes;
+#pragma unroll(kHeadSize > 128 ? 1 : 2)
+    for (int i = thread; i < kKeys * kChunks; i += kThreads) {
+      const int in_tile = i / kChunks, chunk = i % kChunks;
+      const int suffix_row = tile * kKeys + in_tile - context;
+      uint4 key{0, 0, 0, 0}, value{0, 0, 0, 0};
+      if (suffix_row < 0) {
+        key = widen_e4m3<T>(narrow_keys + i * 8);
+        value = widen_e4m3<T>(narrow_values + i * 8);
+      } else if (suffix_row < suffix_len && test_mask_bit(any_visible, suffix_row)) {
+        const int64_t row = suffix_start + suffix_row;
+        key = *reinterpret_cast<const uint4*>(suffix_key + row * args.suffix_key_stride_row +
+                                              chunk * 8);
+        value = *reinterpret_cast<const uint4*>(suffix_value + row * args.suffix_value_stride_row +
+                                                chunk * 8);
+      }
+      unsigned char* to = shared + Traits::chunk_offset(in_tile, chunk);
+      *reinterpret_cast<uint4*>(to) = key;
+      *reinterpret_cast<uint4*>(to + Traits::kTileBytes) = value;
+    }
+  };
+  [[maybe_unused]] const auto load_wide_tile = [&](int tile) {
     unsigned char* keys = shared + (tile - begin_tile) % 2 * Traits::kStageBytes;
     unsigned char* values = keys + Traits::kTileBytes;
     // Few copies at a time: their addresses compete with the accumulators for registers.
@@ -221,26 +287,34 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int i = thread; i < kKeys * kChunks; i += kThreads) {
       const int in_tile = i / kChunks, chunk = i % kChunks;
       const int key = tile * kKeys + in_tile;
-      const T *from_key = query, *from_value = query;  // not read unless `exists`
+      const void *from_key = query, *from_value = query;  // not read unless `exists`
       bool exists = false;
       if (key < context) {
         if (key >= view.first_key) {
           const int64_t block = blocks[key / args.block_size];
           const int token = key % args.block_size;
-          from_key = key_cache + block * args.key_strides.block + token * args.key_strides.token;
-          from_value =
-              value_cache + block * args.value_strides.block + token * args.value_strides.token;
+          from_key = key_cache + block * args.key_strides.block + token * args.key_strides.token +
+                     chunk * 8;
+          from_value = value_cache + block * args.value_strides.block +
+                       token * args.value_strides.token + chunk * 8;
           exists = true;
         }
       } else if (key < view.num_keys && test_mask_bit(any_visible, key - context)) {
         const int64_t row = suffix_start + key - context;
-        from_key = suffix_key + row * args.suffix_key_stride_row;
-        from_value = suffix_value + row * args.suffix_value_stride_row;
+        from_key = suffix_key + row * args.suffix_key_stride_row + chunk * 8;
+        from_value = suffix_value + row * args.suffix_value_stride_row + chunk * 8;
         exists = true;
       }
       const int offset = Traits::chunk_offset(in_tile, chunk);
-      copy_async(keys + offset, from_key + (exists ? chunk * 8 : 0), exists);
-      copy_async(values + offset, from_value + (exists ? chunk * 8 : 0), exists);
+      copy_async(keys + offset, from_key, exists);
+      copy_async(values + offset, from_value, exists);
+    }
+  };
+  const auto load_tile = [&](int tile) {
+    if constexpr (Traits::kFp8) {
+      load_narrow_tile(tile);
+    } else {
+      load_wide_tile(tile);
     }
   };
   if (begin_tile < end_tile) load_tile(begin_tile);
@@ -276,6 +350,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const float to_log2 = (capped ? args.softcap : args.scale) * kLog2E;
   const float before_cap = capped ? args.scale / args.softcap : 0.0f;
 
+  [[maybe_unused]] const float suffix_weight = 1.0f / args.value_scale;
+
   float acc[kHeadSize / 8][4] = {};
   float row_max[2] = {kMinusInfinity, kMinusInfinity}, row_sum[2] = {0.0f, 0.0f};
 
@@ -284,11 +360,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     __syncthreads();  // the tile is there, and no warp still reads the other stage
     if (tile + 1 < end_tile) load_tile(tile + 1);
     commit_copies();
-    const unsigned char* keys = shared + (tile - begin_tile) % 2 * Traits::kStageBytes;
+    if constexpr (Traits::kFp8) {
+      widen_tile(tile);
+      __syncthreads();
+    }
+    const unsigned char* keys =
+        shared + (Traits::kFp8 ? 0 : (tile - begin_tile) % 2 * Traits::kStageBytes);
     const unsigned char* values = keys + Traits::kTileBytes;
 
     float scores[kWarpKeys / 8][4] = {};
-#pragma unroll
+    // Of a wide head not all loads at once: they would wait in registers that the accumulators
+    // need.
+#pragma unroll(kHeadSize > 128 ? 4 : kHeadSize / 16)
     for (int step = 0; step < kHeadSize / 16; ++step) {
       uint32_t loaded[4];
       if constexpr (!Traits::kQueryInRegisters) load_query(loaded, step);
@@ -318,6 +401,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float score = scores[n][i];
+        if constexpr (Traits::kFp8) {
+          if (first_key + n * 8 + lane % 4 * 2 + i % 2 < context) score *= args.key_scale;
+        }
         if (capped) score = tanhf(score * before_cap);
         score *= to_log2;
         if (masked && (visible[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1) == 0) {
@@ -354,6 +440,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         for (int i = 0; i < 4; ++i) {
           s[i] = exp2_fast(s[i] - shift[i / 2]);
           row_sum[i / 2] += s[i];
+          if constexpr (Traits::kFp8) {
+            const int key = first_key + (2 * step + half) * 8 + lane % 4 * 2 + i % 2;
+            if (key >= context) s[i] *= suffix_weight;
+          }
         }
         p[2 * half] = pack<T>(s[0], s[1]);
         p[2 * half + 1] = pack<T>(s[2], s[3]);
@@ -388,8 +478,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #pragma unroll
     for (int n = 0; n < kHeadSize / 8; ++n) {
       float* to = parts + line * Traits::kPitch + n * 8 + lane % 4 * 2;
-      to[0] = acc[n][2 * i];
-      to[1] = acc[n][2 * i + 1];
+      const float unit = Traits::kFp8 ? args.value_scale : 1.0f;
+      to[0] = acc[n][2 * i] * unit;
+      to[1] = acc[n][2 * i + 1] * unit;
     }
   }
   __syncthreads();
@@ -424,25 +515,33 @@ cudaError_t launch_mma(const TreeAttentionArgs& args, const AttentionPlan& plan,
                 args, plan);
 }
 
-template <int kHeadSize>
+template <class T, int kHeadSize, bool kFp8>
+cudaError_t launch_mma_of_dtype(const TreeAttentionArgs& args, const AttentionPlan& plan,
+                                cudaStream_t stream) {
+  return plan.kernel == AttentionKernel::kFewLines
+             ? launch_mma<MmaTraits<T, kHeadSize, 1, 4, kFp8>>(args, plan, stream)
+             : launch_mma<MmaTraits<T, kHeadSize, 4, 1, kFp8>>(args, plan, stream);
+}
+
+template <int kHeadSize, bool kFp8>
 cudaError_t launch_mma_of_head_size(const TreeAttentionArgs& args, const AttentionPlan& plan,
                                     cudaStream_t stream) {
-  if (args.dtype == Dtype::kBFloat16) {
-    return plan.few_lines ? launch_mma<MmaTraits<BFloat16, kHeadSize, 1, 4>>(args, plan, stream)
-                          : launch_mma<MmaTraits<BFloat16, kHeadSize, 4, 1>>(args, plan, stream);
-  }
-  return plan.few_lines ? launch_mma<MmaTraits<Float16, kHeadSize, 1, 4>>(args, plan, stream)
-                        : launch_mma<MmaTraits<Float16, kHeadSize, 4, 1>>(args, plan, stream);
+  return args.dtype == Dtype::kBFloat16
+             ? launch_mma_of_dtype<BFloat16, kHeadSize, kFp8>(args, plan, stream)
+             : launch_mma_of_dtype<Float16, kHeadSize, kFp8>(args, plan, stream);
 }
 
 // One instantiation a file, so that they compile side by side.
-extern template cudaError_t launch_mma_of_head_size<64>(const TreeAttentionArgs&,
-                                                        const AttentionPlan&, cudaStream_t);
-extern template cudaError_t launch_mma_of_head_size<96>(const TreeAttentionArgs&,
-                                                        const AttentionPlan&, cudaStream_t);
-extern template cudaError_t launch_mma_of_head_size<128>(const TreeAttentionArgs&,
-                                                         const AttentionPlan&, cudaStream_t);
-extern template cudaError_t launch_mma_of_head_size<256>(const TreeAttentionArgs&,
-                                                         const AttentionPlan&, cudaStream_t);
+#define ECHO_MMA_OF_HEAD_SIZE(kHeadSize, kFp8)                   \
+  template cudaError_t launch_mma_of_head_size<kHeadSize, kFp8>( \
+      const TreeAttentionArgs&, const AttentionPlan&, cudaStream_t)
+
+extern ECHO_MMA_OF_HEAD_SIZE(64, false);
+extern ECHO_MMA_OF_HEAD_SIZE(96, false);
+extern ECHO_MMA_OF_HEAD_SIZE(128, false);
+extern ECHO_MMA_OF_HEAD_SIZE(256, false);
+extern ECHO_MMA_OF_HEAD_SIZE(64, true);
+extern ECHO_MMA_OF_HEAD_SIZE(128, true);
+extern ECHO_MMA_OF_HEAD_SIZE(256, true);
 
 }  // namespace echo_vllm::cuda

@@ -4,7 +4,6 @@
 
 namespace echo_vllm::cuda {
 
-template cudaError_t launch_mma_of_head_size<96>(const TreeAttentionArgs&, const AttentionPlan&,
-                                                 cudaStream_t);
+ECHO_MMA_OF_HEAD_SIZE(96, false);
 
 }  // namespace echo_vllm::cuda

@@ -110,14 +110,15 @@ def check_extension() -> Finding:
 
 
 REPORT_OPERATORS = (
-    "import json, torch; from echo_vllm.ops import dispatch; "
-    "print(json.dumps({'gpu': torch.cuda.is_available(), 'devices': dispatch.report()}))"
+    "import json, torch; from echo_vllm.ops import dispatch, forms; "
+    "print(json.dumps({'gpu': torch.cuda.is_available(), 'devices': dispatch.report(), "
+    "'by_shape': forms.describe()}))"
 )
 
 
 @functools.cache
 def report_operators() -> dict[str, Any]:
-    """`ops.dispatch.report()` and whether there is a GPU."""
+    """`ops.dispatch.report()`, `ops.forms.describe()`, and whether there is a GPU."""
     printed, error = run_apart(REPORT_OPERATORS)
     report: dict[str, Any] = {"error": error} if error else json.loads(printed)
     return report
@@ -151,6 +152,8 @@ def describe_operators(device: str, report: dict[str, Any]) -> Finding:
     )
     if reasons:
         state += "; not " + "; not ".join(f"{name}: {why}" for why, name in reasons.items())
+    if device == "cuda" and report.get("by_shape"):
+        state += f"; {report['by_shape']}"
     if device == "cuda" and not report["gpu"]:
         return Finding(what, f"no GPU here; with one: {state}")
     slow = "reference" in users and bool(reasons)

@@ -4,9 +4,9 @@
 
 Called by `echo_vllm.acceptance`, `echo_vllm.policy` and `echo_vllm.engine`; knows tensors only, no
 vLLM. Each function runs the best implementation for the device of its tensors (`dispatch.py` has
-the table): the C++ extension, Triton, xFormers or the plain-torch `reference.py`. `ECHO_VLLM_OPS`
-in the environment names the one to use. `ECHO_VLLM_CPU_ISA` forces the instruction set of the CPU
-kernels (`supported_cpu_isas()`).
+the table): the C++ extension, Triton, FlashAttention, xFormers or the plain-torch `reference.py`.
+`ECHO_VLLM_OPS` in the environment names the one to use. `ECHO_VLLM_CPU_ISA` forces the instruction
+set of the CPU kernels (`supported_cpu_isas()`).
 
 Terms: a request's rows are [root, node 0, node 1, ...]; the root is the last sampled token. A
 parent is the index of a node of the same request, -1 is the root. Bit j of a mask row is bit
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from echo_vllm.ops import forms
 from echo_vllm.ops.dispatch import available_implementations, implementation
 from echo_vllm.ops.library import load_library
 
@@ -29,7 +30,9 @@ __all__ = [
     "build_super_tree",
     "commit_kv",
     "load_library",
+    "merge_attention",
     "select_budget",
+    "suffix_attention",
     "supported_cpu_isas",
     "tree_attention",
 ]
@@ -61,6 +64,9 @@ def tree_attention(
     sliding_window: int,
     layout: str,
     out: Tensor,
+    lse: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Attention of R requests whose rows are trees; writes their rows of `out`, no others.
 
@@ -72,10 +78,10 @@ def tree_attention(
 
     Args:
         query: [T, H, D] float32, bfloat16 or float16; D a multiple of 16, last dim contiguous.
-        key_cache, value_cache: paged K and V of query's dtype. For `vec`, `vec16` and `amx` the
-            two halves `[num_blocks, KVH, block_size, D]` of vLLM's CPU cache (its
-            `[num_blocks, KVH, block_size, 2 * D]` viewed as `[..., 2 * block_size, D]`, chunked in
-            dim 2); for `nhd` `[num_blocks, block_size, KVH, D]`.
+        key_cache, value_cache: paged K and V of query's dtype, or of float8_e4m3fn (not `amx`). For
+            `vec`, `vec16` and `amx` the two halves `[num_blocks, KVH, block_size, D]` of vLLM's CPU
+            cache (its `[num_blocks, KVH, block_size, 2 * D]` viewed as `[..., 2 * block_size, D]`,
+            chunked in dim 2); for `nhd` `[num_blocks, block_size, KVH, D]`.
         block_table: int32 [>= R, max_blocks].
         context_lens, suffix_start, suffix_len: int32 [R].
         query_start: int32 [>= R]; row_start: int32 [R + 1].
@@ -90,13 +96,30 @@ def tree_attention(
             block_size multiples of 32; `vec` and `vec16` need a block_size that is a multiple
             of 16.
         out: [T, H, D], query's dtype, last dim contiguous.
+        lse: None, or float32 [H, T], last dim contiguous, for the natural logarithm of the sum of
+            the exponentials of each row's scores: -inf if it sees nothing. Only the requests' rows
+            are written. The layout is that of FlashAttention and of vLLM's `merge_attn_states`.
+        k_scale, v_scale: what the cache's 8-bit K and V are multiplied with, vLLM's
+            `layer._k_scale_float` and `_v_scale_float`; positive, and 1 for other caches. The
+            suffix has no scale.
 
     Raises:
         RuntimeError: an argument's shape, dtype, stride or range does not fit. On CUDA the layout
             is `nhd` (its strides may be those of `hnd`), D is at most 256, and lengths, starts and
             block numbers are trusted.
     """
-    implementation("tree_attention", query.is_cuda)(
+    features: tuple[str, ...] = ()
+    if key_cache.dtype != query.dtype:
+        features += ("fp8 cache",)
+    if sliding_window > 0:
+        features += ("window",)
+    if softcap > 0:
+        features += ("softcap",)
+    first = ""
+    if query.is_cuda:
+        group = query.shape[1] // max(1, suffix_key.shape[1])
+        first = forms.preferred(group, query.shape[2], context_lens.shape[0], mask.shape[0])
+    implementation("tree_attention", query.is_cuda, features, first)(
         query,
         key_cache,
         value_cache,
@@ -115,6 +138,77 @@ def tree_attention(
         sliding_window,
         layout,
         out,
+        lse,
+        k_scale,
+        v_scale,
+    )
+
+
+def suffix_attention(
+    query: Tensor,
+    query_start: Tensor,
+    row_start: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    suffix_start: Tensor,
+    suffix_len: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of tree rows to their suffix alone, to be merged with that to the context.
+
+    The arguments are those of `tree_attention`; `lse` is not optional.
+
+    Raises:
+        RuntimeError: an argument's shape, dtype, stride or range does not fit.
+    """
+    implementation("suffix_attention", query.is_cuda)(
+        query,
+        query_start,
+        row_start,
+        suffix_key,
+        suffix_value,
+        suffix_start,
+        suffix_len,
+        mask,
+        scale,
+        softcap,
+        out,
+        lse,
+    )
+
+
+def merge_attention(
+    prefix_out: Tensor,
+    prefix_lse: Tensor,
+    suffix_out: Tensor,
+    suffix_lse: Tensor,
+    query_start: Tensor,
+    row_start: Tensor,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """Attention to all keys from the attention to two disjoint sets of them, row by row.
+
+    Writes the requests' rows of `out`, no others; see `tree_attention` for which those are.
+
+    Args:
+        prefix_out, suffix_out: [T, H, D] of `out`'s dtype, last dim contiguous.
+        prefix_lse, suffix_lse: float32 [H, T], the natural log-sum-exp of the scores. -inf, or +inf
+            as FlashAttention 2 has it: the row saw nothing, and its output is not read.
+        query_start: int32 [>= R]; row_start: int32 [R + 1].
+        out: [T, H, D] float32, bfloat16 or float16, D a multiple of 16; zeros where both saw
+            nothing.
+        lse: None, or float32 [H, T] for the LSE of both.
+
+    Raises:
+        RuntimeError: an argument's shape, dtype, stride or range does not fit.
+    """
+    implementation("merge_attention", out.is_cuda)(
+        prefix_out, prefix_lse, suffix_out, suffix_lse, query_start, row_start, out, lse
     )
 
 

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Which implementation runs an operator on a device: one table, and why the better ones do not.
 
+Some implementations of tree attention lack a feature (an 8-bit cache, a window, a softcap): calls
+that need it pass them over. `forms.py` may put another one first for a shape.
+
 `echo_vllm.ops` asks `implementation` on every call, so its answers are cached; `echo-vllm doctor`
 prints `report`. `ECHO_VLLM_OPS` in the environment names an implementation to use for every
 operator that has it; it is read once, at the first call.
@@ -24,7 +27,7 @@ from echo_vllm.ops import reference
 from echo_vllm.ops.library import load_library
 
 VARIABLE = "ECHO_VLLM_OPS"
-NAMES = ("extension", "triton", "xformers", "reference")
+NAMES = ("extension", "triton", "flash", "xformers", "reference")
 DEVICES = ("cpu", "cuda")
 
 _GPU_ORDER = ("extension", "triton", "reference")
@@ -34,14 +37,29 @@ _CPU_ORDER = ("extension", "reference", "triton")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "tree_attention": {
         "cpu": (*_CPU_ORDER, "xformers"),
-        "cuda": ("extension", "triton", "xformers", "reference"),
+        "cuda": ("extension", "triton", "flash", "xformers", "reference"),
     },
+    "suffix_attention": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
+    "merge_attention": {"cpu": ("extension", "reference"), "cuda": ("extension", "reference")},
     "commit_kv": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
     "build_super_tree": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
     "accept_path": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
     "select_budget": {"cpu": ("extension", "reference"), "cuda": ("extension", "reference")},
 }
 """Operator -> device type -> its implementations, best first."""
+
+FEATURES = ("fp8 cache", "window", "softcap")
+"""What a call of tree attention may need beyond the ordinary."""
+
+LACKS: dict[str, dict[str, str]] = {
+    "triton": {"fp8 cache": "its kernels read caches of the query's dtype only"},
+    "flash": {
+        "fp8 cache": "FlashAttention reads 8-bit caches with 8-bit queries only",
+        "window": "FlashAttention counts windows by rows, not by their positions in a tree",
+    },
+    "xformers": {"softcap": "xformers has no softcap"},
+}
+"""Implementation -> feature that it lacks -> why."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +92,19 @@ def _xformers_is_missing(op: str, device: str) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def _flash_is_missing(op: str, device: str) -> str:
+    if device == "cpu":
+        return "FlashAttention has no CPU kernels"
+    from echo_vllm.ops import prefix_attention
+
+    try:
+        prefix_attention.load_flash_attention()
+    except RuntimeError as error:
+        return str(error)
+    # Nothing else merges without a look at the host.
+    return _extension_is_missing("merge_attention", device)
 
 
 def _is_installed(package: str) -> bool:
@@ -115,6 +146,7 @@ def _load_extension(op: str) -> Callable[..., Any]:
 _SOURCES = {
     "extension": _Source(_extension_is_missing, _load_extension),
     "triton": _Source(_triton_is_missing, _from_module("echo_vllm.ops.triton_kernels")),
+    "flash": _Source(_flash_is_missing, _from_module("echo_vllm.ops.prefix_attention")),
     "xformers": _Source(_xformers_is_missing, _from_module("echo_vllm.ops.xformers_attention")),
     "reference": _Source(lambda op, device: "", lambda op: getattr(reference, op)),
 }
@@ -146,8 +178,21 @@ def forced_implementation() -> str:
     return name
 
 
-def choose(op: str, device: str) -> Choice:
+def _reason_against(name: str, op: str, device: str, features: tuple[str, ...]) -> str:
+    """Why an implementation cannot run a call that needs these features, '' if it can."""
+    for feature in features:
+        if reason := LACKS.get(name, {}).get(feature):
+            return f"{feature}: {reason}"
+    return _SOURCES[name].reason(op, device)
+
+
+def choose(op: str, device: str, features: tuple[str, ...] = (), first: str = "") -> Choice:
     """The first implementation of the table that can run, or the forced one.
+
+    Args:
+        op, device: as in `ORDER`.
+        features: what the call needs, of `FEATURES`.
+        first: an implementation to try before the others, '' for none.
 
     Raises:
         ValueError: `ECHO_VLLM_OPS` names no implementation.
@@ -156,13 +201,15 @@ def choose(op: str, device: str) -> Choice:
     forced = forced_implementation()
     order = ORDER[op][device]
     if forced in order:
-        reason = _SOURCES[forced].reason(op, device)
+        reason = _reason_against(forced, op, device, features)
         if reason:
             raise RuntimeError(f"{VARIABLE}={forced}: {op} cannot run so on {device}: {reason}")
         return Choice(forced, {}, forced=True)
     passed_over: dict[str, str] = {}
+    if first in order:
+        order = (first, *(name for name in order if name != first))
     for name in order:
-        reason = _SOURCES[name].reason(op, device)
+        reason = _reason_against(name, op, device, features)
         if not reason:
             return Choice(name, passed_over)
         passed_over[name] = reason
@@ -170,14 +217,16 @@ def choose(op: str, device: str) -> Choice:
 
 
 @functools.cache
-def implementation(op: str, is_cuda: bool) -> Callable[..., Any]:
-    """The function that runs `op` on tensors with this `is_cuda`; raises what `choose` raises.
+def implementation(
+    op: str, is_cuda: bool, features: tuple[str, ...] = (), first: str = ""
+) -> Callable[..., Any]:
+    """The function that runs `op` on tensors with this `is_cuda`; see `choose`.
 
     An operator runs in every layer of every step, and `is_cuda` is the cheapest question to a
     tensor about its device. Devices of other kinds get what a CPU gets.
     """
     device = "cuda" if is_cuda else "cpu"
-    choice = choose(op, device)
+    choice = choose(op, device, features, first)
     if choice.name == "reference" and not choice.forced:
         reasons = "; ".join(choice.passed_over.values())
         logger.warning(

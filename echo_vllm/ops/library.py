@@ -42,7 +42,7 @@ def load_library() -> None:
         torch.library.register_fake(f"echo_vllm::{op}", fake)
 
 
-def _writes_in_place(*arguments: object) -> None:
+def _writes_in_place(*arguments: object, **named: object) -> None:
     """Fake kernel of operators that return nothing."""
 
 
@@ -78,6 +78,8 @@ def _fake_select_budget(
 
 _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "tree_attention": _writes_in_place,
+    "suffix_attention": _writes_in_place,
+    "merge_attention": _writes_in_place,
     "commit_kv": _writes_in_place,
     "build_super_tree": _fake_build_super_tree,
     "accept_path": _fake_accept_path,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +90,9 @@ def tree_attention(
     sliding_window: int,
     layout: str,
     out: Tensor,
+    lse: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """See `echo_vllm.ops.tree_attention`. Computes in float64 where the input is float32."""
     accumulate = torch.float64 if query.dtype == torch.float32 else torch.float32
@@ -106,8 +110,11 @@ def tree_attention(
         context_key, context_value = gather_context(
             key_cache, value_cache, block_table[request, :num_blocks], context, layout
         )
-        key = torch.cat([context_key, suffix_key[start : start + length]])
-        value = torch.cat([context_value, suffix_value[start : start + length]])
+        own = slice(start, start + length)
+        key = torch.cat([context_key.to(accumulate) * k_scale, suffix_key[own].to(accumulate)])
+        value = torch.cat(
+            [context_value.to(accumulate) * v_scale, suffix_value[own].to(accumulate)]
+        )
 
         visible = torch.ones(rows, context + length, dtype=torch.bool, device=query.device)
         if sliding_window > 0:
@@ -119,17 +126,106 @@ def tree_attention(
         # [kv heads, group, rows, D] x [kv heads, 1, keys, D]
         q = query[first_row : first_row + rows].to(accumulate)
         q = q.view(rows, -1, group, q.shape[-1])
-        k = key.to(accumulate).permute(1, 0, 2)[:, None]
+        k = key.permute(1, 0, 2)[:, None]
         scores = q.permute(1, 2, 0, 3) @ k.transpose(-1, -2) * scale
         if softcap > 0:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~visible, float("-inf"))
         # A row that sees nothing gives zeros. What no row sees may be unwritten memory.
         weights = torch.softmax(scores, -1).nan_to_num(0.0)
-        v = value.to(accumulate).permute(1, 0, 2)[:, None]
+        v = value.permute(1, 0, 2)[:, None]
         v = v.masked_fill(~visible.any(0)[:, None], 0.0)
         result = (weights @ v).permute(2, 0, 1, 3).flatten(1, 2)
         out[first_row : first_row + rows] = result.to(out.dtype)
+        if lse is not None:
+            lse[:, first_row : first_row + rows] = scores.logsumexp(-1).flatten(0, 1).to(lse.dtype)
+
+
+def suffix_attention(
+    query: Tensor,
+    query_start: Tensor,
+    row_start: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    suffix_start: Tensor,
+    suffix_len: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """See `echo_vllm.ops.suffix_attention`: tree attention whose requests have no context."""
+    nothing = query.new_zeros((0, 1, *suffix_key.shape[1:]))
+    tree_attention(
+        query=query,
+        key_cache=nothing,
+        value_cache=nothing,
+        block_table=suffix_len.new_zeros((suffix_len.shape[0], 0)),
+        context_lens=torch.zeros_like(suffix_len),
+        query_start=query_start,
+        row_start=row_start,
+        suffix_key=suffix_key,
+        suffix_value=suffix_value,
+        suffix_start=suffix_start,
+        suffix_len=suffix_len,
+        mask=mask,
+        positions=suffix_len.long(),  # not read: there is no window
+        scale=scale,
+        softcap=softcap,
+        sliding_window=-1,
+        layout="nhd",
+        out=out,
+        lse=lse,
+    )
+
+
+def merge_partials(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention to a union of disjoint sets of keys from the attention to each.
+
+    Args:
+        parts: (output [..., D], LSE [...]) of each set, floating point. An LSE of -inf: the row
+            saw nothing, and its output is not read.
+
+    Returns:
+        output [..., D] and LSE [...] in float32 or wider; zeros and -inf where all LSEs are -inf.
+    """
+    lses = torch.stack([lse.to(torch.promote_types(lse.dtype, torch.float32)) for _, lse in parts])
+    top = lses.amax(0)
+    weights = torch.exp(lses - top.masked_fill(top == float("-inf"), 0.0))
+    total = weights.sum(0)
+    merged = torch.zeros(parts[0][0].shape, dtype=lses.dtype, device=lses.device)
+    for (output, _), weight in zip(parts, weights, strict=True):
+        share = (weight / total)[..., None]
+        merged += (output * share).masked_fill(weight[..., None] == 0, 0.0)
+    return merged, torch.log(total) + top
+
+
+def merge_attention(
+    prefix_out: Tensor,
+    prefix_lse: Tensor,
+    suffix_out: Tensor,
+    suffix_lse: Tensor,
+    query_start: Tensor,
+    row_start: Tensor,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """See `echo_vllm.ops.merge_attention`."""
+    starts = row_start.tolist()
+    for request, (begin, end) in enumerate(itertools.pairwise(starts)):
+        first = int(query_start[request])
+        own = slice(first, first + end - begin)
+        merged, merged_lse = merge_partials(
+            [
+                # +inf is what FlashAttention 2 writes for a row that saw nothing.
+                (part[own], of_part[:, own].T.masked_fill(of_part[:, own].T.isposinf(), -math.inf))
+                for part, of_part in ((prefix_out, prefix_lse), (suffix_out, suffix_lse))
+            ]
+        )
+        out[own] = merged.to(out.dtype)
+        if lse is not None:
+            lse[:, own] = merged_lse.T
 
 
 def commit_kv(

@@ -3,16 +3,16 @@
 """Tree attention from xFormers' partial attention: a fallback on GPUs, and an oracle.
 
 The context and the suffix are two partial attentions with log-sum-exps (LSE), merged by
-`merge_partials`. Lengths are read on the host and the context is gathered, one request after the
-other, so this is neither fast nor usable in a CUDA graph. `merge_partials` stands in for xFormers'
-`merge_attentions`, which says nothing of rows that see no key of a part.
+`reference.merge_partials`. Lengths are read on the host and the context is gathered, one request
+after the other, so this is neither fast nor usable in a CUDA graph. That function stands in for
+xFormers' `merge_attentions`, which says nothing of rows that see no key of a part.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,27 +42,6 @@ def load_partial_attention() -> PartialAttention:
             f"xformers has no usable memory_efficient_attention_partial ({error})"
         ) from error
     return partial
-
-
-def merge_partials(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention to a union of disjoint sets of keys from the attention to each.
-
-    Args:
-        parts: (output [..., D], LSE [...]) of each set, floating point. An LSE of -inf: the row
-            saw nothing, and its output is not read.
-
-    Returns:
-        output [..., D] and LSE [...] in float32 or wider; zeros and -inf where all LSEs are -inf.
-    """
-    lses = torch.stack([lse.to(torch.promote_types(lse.dtype, torch.float32)) for _, lse in parts])
-    top = lses.amax(0)
-    weights = torch.exp(lses - top.masked_fill(top == float("-inf"), 0.0))
-    total = weights.sum(0)
-    merged = torch.zeros(parts[0][0].shape, dtype=lses.dtype, device=lses.device)
-    for (output, _), weight in zip(parts, weights, strict=True):
-        share = (weight / total)[..., None]
-        merged += (output * share).masked_fill(weight[..., None] == 0, 0.0)
-    return merged, torch.log(total) + top
 
 
 def attend(
@@ -127,6 +106,9 @@ def tree_attention(
     sliding_window: int,
     layout: str,
     out: Tensor,
+    lse: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     partial: PartialAttention | None = None,
 ) -> None:
     """See `echo_vllm.ops.tree_attention`; the layout is `nhd`, without softcap.
@@ -154,6 +136,9 @@ def tree_attention(
         if context:
             blocks = block_table[request, : -(-context // block_size)]
             key, value = reference.gather_context(key_cache, value_cache, blocks, context, layout)
+            if key.dtype != query.dtype:  # 8-bit floats
+                key = (key.float() * k_scale).to(query.dtype)
+                value = (value.float() * v_scale).to(query.dtype)
             visible = None
             if sliding_window > 0:
                 token = torch.arange(context, device=query.device)
@@ -166,6 +151,10 @@ def tree_attention(
                 attend(q, suffix_key[suffix], suffix_value[suffix], visible, scale, partial)
             )
         if parts:
-            out[rows] = merge_partials(parts)[0].flatten(1, 2).to(out.dtype)
+            merged, merged_lse = reference.merge_partials(parts)
+            out[rows] = merged.flatten(1, 2).to(out.dtype)
         else:
+            merged_lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
             out[rows] = 0.0
+        if lse is not None:
+            lse[:, rows] = merged_lse.flatten(1).T

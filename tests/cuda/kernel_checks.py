@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_vllm.ops import reference
-from tests.ops.cases import Shape, build
+from echo_vllm.ops import prefix_attention, reference
+from tests.ops.cases import Shape, TreeAttentionCase, build
 
 NONE = -float("inf")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -158,8 +158,13 @@ def check_commit_kv(
 def check_tree_attention(kernels: Any, device: str, shape: Shape) -> None:
     """Against the reference, with everything poisoned that must not be read or written."""
     case = build(shape)
-    expected = case.run(reference.tree_attention)
-    actual = case.to(device).run(kernels.tree_attention).cpu()
+    check_attention(case, device, kernels.tree_attention, reference.tree_attention)
+
+
+def check_attention(case: TreeAttentionCase, device: str, kernel: Any, wanted: Any) -> None:
+    """`kernel` on the device against `wanted` on the CPU: rows and LSE of the requests, no more."""
+    expected, expected_lse = case.run_with_lse(wanted)
+    actual, lse = (result.cpu() for result in case.to(device).run_with_lse(kernel))
     owned = case.owned_rows
     assert not actual[owned].isnan().any(), "an element was not written"
     assert actual[~owned].isnan().all(), "wrote a row of another request"
@@ -167,4 +172,102 @@ def check_tree_attention(kernels: Any, device: str, shape: Shape) -> None:
         return
     error = (actual[owned].double() - expected[owned].double()).abs().max()
     error /= expected[owned].double().abs().max().clamp(min=1.0)
-    assert error < TOLERANCE[shape.dtype], f"error {error:.2e}"
+    assert error < TOLERANCE[case.dtype], f"error {error:.2e}"
+    torch.testing.assert_close(lse[:, owned], expected_lse[:, owned], atol=2e-3, rtol=1e-4)
+
+
+def check_that_the_lse_changes_nothing(kernels: Any, device: str, shape: Shape) -> None:
+    case = build(shape).to(device)
+    without, (actual, _) = (
+        case.run(kernels.tree_attention),
+        case.run_with_lse(kernels.tree_attention),
+    )
+    assert torch.equal(without[case.owned_rows], actual[case.owned_rows])
+
+
+SUFFIX_ARGUMENTS = (
+    "query", "query_start", "row_start", "suffix_key", "suffix_value", "suffix_start",
+    "suffix_len", "mask", "scale", "softcap",
+)  # fmt: skip
+
+
+def suffix_case(case: TreeAttentionCase) -> TreeAttentionCase:
+    """The arguments of `suffix_attention`."""
+    arguments = {name: case.arguments[name] for name in SUFFIX_ARGUMENTS}
+    return TreeAttentionCase(arguments, case.owned_rows)
+
+
+def check_suffix_attention(kernels: Any, device: str, shape: Shape) -> None:
+    case = suffix_case(build(shape)).to(device)
+    expected, expected_lse = suffix_case(build(shape)).run_with_lse(reference.suffix_attention)
+    actual, lse = (result.cpu() for result in case.run_with_lse(kernels.suffix_attention))
+    owned = case.owned_rows
+    assert actual[~owned].isnan().all(), "wrote a row of another request"
+    if owned.any():
+        error = (actual[owned].double() - expected[owned].double()).abs().max()
+        assert error < 2 * TOLERANCE[shape.dtype], f"error {error:.2e}"
+    torch.testing.assert_close(lse[:, owned], expected_lse[:, owned], atol=2e-3, rtol=1e-4)
+
+
+def prefix_by(kernel: Any) -> Any:
+    """The attention to the context alone, by `tree_attention` with suffixes of no rows.
+
+    A prefix attention as `prefix_attention.merged_tree_attention` wants it.
+    """
+
+    def prefix(**arguments: Any) -> tuple[Tensor, Tensor]:
+        query = arguments["query"]
+        out = torch.full_like(query, float("nan"))
+        lse = torch.full((query.shape[1], query.shape[0]), float("nan"), device=query.device)
+        nothing = torch.zeros_like(arguments["suffix_len"])
+        kernel(**{**arguments, "suffix_len": nothing, "out": out, "lse": lse})
+        # FlashAttention 2 says +inf of a row that sees nothing.
+        return out, lse.masked_fill(lse.isneginf(), float("inf"))
+
+    return prefix
+
+
+def check_merged_attention(kernels: Any, device: str, shape: Shape) -> None:
+    """Prefix, suffix and merge together are tree attention."""
+
+    def merged(**arguments: Any) -> None:
+        prefix_attention.merged_tree_attention(
+            prefix=prefix_by(kernels.tree_attention),
+            suffix=kernels.suffix_attention,
+            merge=kernels.merge_attention,
+            **arguments,
+        )
+
+    check_attention(build(shape), device, merged, reference.tree_attention)
+
+
+def check_merge_attention(kernels: Any, device: str, dtype: torch.dtype, seed: int) -> None:
+    """Rows of any kind: one part, both or none saw a key; what was not written is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, heads, size = 23, 3, 64
+    row_start = torch.tensor([2, 7, 7, 16], dtype=torch.int32)
+    query_start = torch.tensor([1, 0, 11], dtype=torch.int32)
+    parts = []
+    for infinity in (float("-inf"), float("inf")):
+        lse = torch.randn(heads, tokens, generator=generator) * 30
+        out = torch.randn(tokens, heads, size, generator=generator).to(dtype)
+        blind = torch.rand(heads, tokens, generator=generator) < 0.3
+        lse[blind] = infinity
+        out[blind.T] = float("nan")
+        parts += [out, lse]
+    results = []
+    merges: list[tuple[Any, str]] = [
+        (reference.merge_attention, "cpu"),
+        (kernels.merge_attention, device),
+    ]
+    for operator, where in merges:
+        out = torch.full((tokens, heads, size), float("nan"), dtype=dtype, device=where)
+        lse = torch.full((heads, tokens), float("nan"), device=where)
+        arguments = [x.to(where) for x in (*parts, query_start, row_start)]
+        operator(*arguments, out, lse)
+        results.append((out.cpu().float(), lse.cpu()))
+    (expected, expected_lse), (actual, lse) = results
+    torch.testing.assert_close(
+        actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True
+    )
+    torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-5, equal_nan=True)

@@ -17,7 +17,7 @@ import torch
 from echo_vllm.ops import reference
 from tests.cuda import kernel_checks as checks
 from tests.cuda.emulator.build import build_emulated_kernels
-from tests.ops.cases import Shape
+from tests.ops.cases import Shape, build
 
 pytestmark = pytest.mark.full  # compiling takes a minute
 
@@ -88,6 +88,82 @@ def test_tensor_core_kernel(
     )
 
 
+@pytest.mark.parametrize(
+    ("head_size", "dtype"),
+    [(64, torch.bfloat16), (80, torch.float16), (128, torch.float16), (256, torch.bfloat16)],
+)
+@pytest.mark.parametrize("rows", [(5, 0, 9, 1), (2, 1, 1, 0), (35, 2, 0, 1)])
+def test_a_cache_of_8_bits(
+    kernels: Any, head_size: int, dtype: torch.dtype, rows: tuple[int, ...]
+) -> None:
+    shape = variant(head_size=head_size, dtype=dtype, rows=rows, suffix_lens=rows, fp8_cache=True)
+    checks.check_tree_attention(kernels, "cpu", variant(shape, block_size=7, seed=head_size))
+
+
+def test_a_cache_of_8_bits_with_windows_caps_and_splits(kernels: Any) -> None:
+    for rows, window, softcap in (((3, 2), 100, 0.0), ((12, 9), 300, 5.0), ((3, 2), -1, 5.0)):
+        shape = variant(
+            num_kv_heads=1, rows=rows, contexts=(1300, 400), suffix_lens=(66, 9), head_size=64,
+            sliding_window=window, softcap=softcap, fp8_cache=True, seed=window + 9,
+        )  # fmt: skip
+        checks.check_tree_attention(kernels, "cpu", shape)
+    checks.check_tree_attention(kernels, "cpu", variant(dtype=torch.float32, fp8_cache=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_8_bit_number_is_widened_exactly(kernels: Any, dtype: torch.dtype) -> None:
+    """A row that sees one key has its V: all 256 codes, in the tensor-core and the plain kernel."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for head_size in (128, 64, 32):
+        count = 256 // head_size
+        case = build(
+            variant(
+                dtype=dtype, head_size=head_size, rows=(1,), suffix_lens=(0,), contexts=(1,),
+                num_kv_heads=count, group=1, fp8_cache=True, block_size=1,
+            )
+        )  # fmt: skip
+        cache = torch.zeros(3, 2, 1, count, head_size, dtype=torch.float8_e4m3fn)
+        cache[:, 1] = numbers.view(count, head_size)
+        case = case.with_arguments(
+            key_cache=cache[:, 0], value_cache=cache[:, 1], k_scale=1.0, v_scale=1.0
+        )
+        out = case.run(kernels.tree_attention)[case.owned_rows]
+        assert torch.equal(out.flatten().nan_to_num(7e4), numbers.to(dtype).nan_to_num(7e4))
+
+
+@pytest.mark.parametrize("shared_kib", [99, 64, 47])
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_a_gpu_with_less_shared_memory_gets_another_kernel(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, shared_kib: int, fp8_cache: bool
+) -> None:
+    """sm_86 and sm_89 have 99 KiB a block; with fewer all but the plain kernel are left out."""
+    monkeypatch.setenv("ECHO_EMULATED_SHARED_BYTES", str(shared_kib * 1024))
+    for head_size in (128, 256):
+        for rows in ((2, 1), (20, 2)):
+            shape = variant(
+                head_size=head_size, rows=rows, suffix_lens=rows, contexts=(70, 7), group=2,
+                num_kv_heads=1, fp8_cache=fp8_cache,
+            )  # fmt: skip
+            checks.check_tree_attention(kernels, "cpu", shape)
+
+
+@pytest.mark.parametrize("head_size", [64, 80])
+@pytest.mark.parametrize("contexts", [(130, 7, 0, 77), (1300, 0, 0, 20)])
+def test_the_lse_changes_nothing(kernels: Any, head_size: int, contexts: tuple[int, ...]) -> None:
+    shape = variant(head_size=head_size, contexts=contexts, num_kv_heads=1)
+    checks.check_that_the_lse_changes_nothing(kernels, "cpu", shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_prefix_suffix_and_merge(kernels: Any, dtype: torch.dtype) -> None:
+    shape = variant(dtype=dtype, head_size=64, rows=(5, 0, 70, 1), suffix_lens=(5, 2, 70, 0))
+    checks.check_suffix_attention(kernels, "cpu", shape)
+    checks.check_merged_attention(kernels, "cpu", shape)
+    checks.check_merged_attention(kernels, "cpu", variant(shape, contexts=(0, 0, 1300, 0)))
+    for seed in range(3):
+        checks.check_merge_attention(kernels, "cpu", dtype, seed)
+
+
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("window", [-1, 1, 100, 300])
 def test_windows_caps_and_splits(kernels: Any, few: bool, window: int) -> None:
@@ -140,5 +216,6 @@ def test_random_shapes(kernels: Any, seed: int) -> None:
             softcap=draw.choice([0.0, 0.0, 5.0]),
             sliding_window=draw.choice([-1, -1, 20, 130]),
             seed=seed,
+            fp8_cache=seed % 3 == 0,
         ),
     )

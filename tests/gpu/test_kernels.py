@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from echo_vllm.ops import load_library, reference
+from echo_vllm.ops import load_library, prefix_attention, reference
 from tests.cuda import kernel_checks as checks
 from tests.ops.cases import Shape, build
 
@@ -72,16 +72,85 @@ def test_tree_attention_sanitized(kernels: Any, dtype: torch.dtype, rows: tuple[
         )
 
 
+def test_the_lse_changes_nothing(kernels: Any) -> None:
+    for contexts in ((130, 7, 0, 77), (4000, 0, 0, 20)):
+        checks.check_that_the_lse_changes_nothing(kernels, "cuda", variant(contexts=contexts))
+
+
+@pytest.mark.parametrize("rows", [(5, 0, 9, 1), (2, 1, 1, 0)])
+def test_an_8_bit_cache_sanitized(kernels: Any, rows: tuple[int, ...]) -> None:
+    for head_size in (64, 80, 128, 256):
+        checks.check_tree_attention(
+            kernels, "cuda", variant(rows=rows, head_size=head_size, fp8_cache=True)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_prefix_suffix_and_merge_sanitized(kernels: Any, dtype: torch.dtype) -> None:
+    shape = variant(dtype=dtype, rows=(5, 0, 70, 1), suffix_lens=(5, 2, 70, 0))
+    checks.check_suffix_attention(kernels, "cuda", shape)
+    checks.check_merged_attention(kernels, "cuda", shape)
+    for seed in range(3):
+        checks.check_merge_attention(kernels, "cuda", dtype, seed)
+
+
 @pytest.mark.parametrize(("group", "kv_heads", "head_size"), MODELS)
 @pytest.mark.parametrize("rows", [(1, 4, 2), (17, 65, 0), (257, 33, 1)])
+@pytest.mark.parametrize("fp8_cache", [False, True])
 def test_tree_attention_of_models(
-    kernels: Any, group: int, kv_heads: int, head_size: int, rows: tuple[int, ...]
+    kernels: Any, group: int, kv_heads: int, head_size: int, rows: tuple[int, ...], fp8_cache: bool
 ) -> None:
     shape = variant(
         group=group, num_kv_heads=kv_heads, head_size=head_size, rows=rows, suffix_lens=rows,
-        contexts=(3000, 17, 900),
+        contexts=(3000, 17, 900), fp8_cache=fp8_cache,
     )  # fmt: skip
     checks.check_tree_attention(kernels, "cuda", shape)
+
+
+@pytest.mark.parametrize("rows", [(1, 4, 2), (17, 65, 0)])
+def test_flash_attention_and_our_suffix_are_tree_attention(
+    kernels: Any, rows: tuple[int, ...]
+) -> None:
+    """The implementation `flash` of the table, with the FlashAttention that is installed."""
+    try:
+        package, _ = prefix_attention.load_flash_attention()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    # The package flash_attn wants pages of 256 tokens.
+    block_size = 16 if package.startswith("vllm") else 256
+    shape = variant(
+        rows=rows, suffix_lens=rows, contexts=(3000, 17, 900), block_size=block_size, group=4
+    )
+    case = build(shape)
+    # FlashAttention multiplies whatever a page holds by zero.
+    for name in ("query", "key_cache", "value_cache"):
+        case.arguments[name].nan_to_num_(nan=0.0)
+    checks.check_attention(case, "cuda", prefix_attention.tree_attention, reference.tree_attention)
+
+
+def test_a_cache_behind_the_reach_of_32_bits(kernels: Any) -> None:
+    """Blocks whose first number lies more than 2^31 numbers into the cache."""
+    case = build(SMALL)
+    arguments = dict(case.arguments)
+    needed = arguments["key_cache"].shape[0]
+    _, block_size, heads, size = arguments["key_cache"].shape
+    of_block = 2 * block_size * heads * size
+    num_blocks = (1 << 31) // of_block + needed + 1
+    if torch.cuda.mem_get_info()[0] < 2 * num_blocks * of_block + (1 << 30):
+        pytest.skip("the GPU has no 6 GiB left")
+    cache = torch.empty(num_blocks, 2, block_size, heads, size, device="cuda", dtype=SMALL.dtype)
+    for half, name in enumerate(("key_cache", "value_cache")):
+        cache[-needed:, half] = arguments[name].cuda()
+    table = arguments["block_table"]
+    arguments["block_table"] = torch.where(
+        table < needed, table + num_blocks - needed, torch.zeros_like(table)
+    )
+    far = {**arguments, "key_cache": cache[:, 0], "value_cache": cache[:, 1]}
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in far.items()}
+    out = torch.zeros_like(moved["query"])
+    kernels.tree_attention(**moved, out=out)
+    expected = case.run(reference.tree_attention)[case.owned_rows]
+    assert (out.cpu()[case.owned_rows].float() - expected.float()).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -107,6 +176,7 @@ def test_tree_attention_of_random_shapes(kernels: Any, seed: int) -> None:
             softcap=draw.choice([0.0, 0.0, 5.0]),
             sliding_window=draw.choice([-1, -1, 20, 130]),
             seed=seed,
+            fp8_cache=seed % 3 == 0,
         ),
     )
 
@@ -141,6 +211,7 @@ def test_nothing_waits_for_the_device(kernels: Any) -> None:
     pool = [x.cuda() for x in checks.random_pool(1, 8, 20, steps=3)]
     case = build(SMALL).to("cuda")
     out = torch.empty_like(case.arguments["query"])
+    lse = torch.zeros(out.shape[1], out.shape[0], device="cuda")
     cache = torch.zeros(4, 2, 16, 64, device="cuda")
     slots = torch.tensor([3, -1], device="cuda")
     sampled = torch.zeros(len(forest[0]) + 8, dtype=torch.int64, device="cuda")
@@ -151,6 +222,11 @@ def test_nothing_waits_for_the_device(kernels: Any) -> None:
         kernels.select_budget(*pool, 30, 8)
         kernels.commit_kv([cache], slots, slots, 16, "nhd")
         kernels.tree_attention(**case.arguments, out=out)
+        own = {name: case.arguments[name] for name in checks.SUFFIX_ARGUMENTS}
+        kernels.suffix_attention(**own, out=out, lse=lse)
+        kernels.merge_attention(
+            out.clone(), lse.clone(), out.clone(), lse, own["query_start"], own["row_start"], out
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -208,7 +284,8 @@ def test_a_graph_follows_changing_trees(kernels: Any) -> None:
             checks.assert_same(one, other)
 
 
-def test_a_graph_follows_changing_contexts(kernels: Any) -> None:
+@pytest.mark.parametrize("form", ["fused", "merged"])
+def test_a_graph_follows_changing_contexts(kernels: Any, form: str) -> None:
     """One capture of tree attention; replays have other contexts, rows and masks."""
     cases = [
         build(variant(rows=(9, 4, 2), contexts=contexts, suffix_lens=(9, 4, 2), seed=1))
@@ -218,7 +295,16 @@ def test_a_graph_follows_changing_contexts(kernels: Any) -> None:
     out = torch.empty_like(held.arguments["query"])
 
     def run() -> None:
-        kernels.tree_attention(**held.arguments, out=out)
+        if form == "fused":
+            kernels.tree_attention(**held.arguments, out=out)
+            return
+        prefix_attention.merged_tree_attention(
+            prefix=checks.prefix_by(kernels.tree_attention),
+            suffix=kernels.suffix_attention,
+            merge=kernels.merge_attention,
+            **held.arguments,
+            out=out,
+        )
 
     graph, _ = captured(run)
     largest = cases[0].arguments
@@ -256,3 +342,11 @@ def test_opcheck(kernels: Any) -> None:
     torch.library.opcheck(kernels.select_budget.default, (*pool, 30, 9))
     torch.library.opcheck(kernels.commit_kv.default, ([cache], slots, slots.flip(0), 16, "nhd"))
     torch.library.opcheck(kernels.tree_attention.default, (), {**arguments, "out": out})
+    lse = torch.zeros(out.shape[1], out.shape[0], device="cuda")
+    own = {name: arguments[name] for name in checks.SUFFIX_ARGUMENTS}
+    torch.library.opcheck(kernels.suffix_attention.default, (), {**own, "out": out, "lse": lse})
+    torch.library.opcheck(
+        kernels.merge_attention.default,
+        (out.clone(), lse.clone(), out.clone(), lse.clone(), own["query_start"], own["row_start"]),
+        {"out": out, "lse": lse},
+    )

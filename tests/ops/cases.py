@@ -93,6 +93,7 @@ class Shape:
     softcap: float = 0.0
     sliding_window: int = -1
     seed: int = 0
+    fp8_cache: bool = False  # e4m3, with scales
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,17 @@ class TreeAttentionCase:
         assert storage[:, num_heads:].isnan().all(), "wrote between the rows of out"
         assert storage[:, :, head_size:].isnan().all(), "wrote between the heads of out"
         return out
+
+    def run_with_lse(self, op: Any) -> tuple[Tensor, Tensor]:
+        """The same with a poisoned LSE, which has strides of its own too."""
+        num_tokens, num_heads, _ = self.arguments["query"].shape
+        storage = torch.full((num_heads, num_tokens + 3), float("nan"))
+        storage = storage.to(self.arguments["query"].device)
+        lse = storage[:, :num_tokens]
+        out = self.with_arguments(lse=lse).run(op)
+        assert storage[:, num_tokens:].isnan().all(), "wrote between the rows of lse"
+        assert lse[:, ~self.owned_rows].isnan().all(), "wrote the LSE of another request's row"
+        return out, lse
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,14 +227,17 @@ def build(shape: Shape) -> TreeAttentionCase:
         )
         key_cache, value_cache = split_cache(cache)
     positions = torch.full((num_tokens,), -(1 << 40))
+    if shape.fp8_cache:  # written as it is, and rounded to 8 bits at the end
+        cache = cache.float()
+        key_cache, value_cache = cache.unbind(1) if shape.layout == "nhd" else split_cache(cache)
     for request, context in enumerate(shape.contexts):
         blocks = [free_blocks.pop() for _ in range(blocks_of[request])]
         block_table[request, : len(blocks)] = int32(blocks)
         token = torch.arange(context)
         slots = torch.tensor(blocks, dtype=torch.int64)[token // block_size] * block_size
         slots += token % block_size
-        key = normal(context, num_kv_heads, head_size)
-        value = normal(context, num_kv_heads, head_size)
+        key = normal(context, num_kv_heads, head_size).to(cache.dtype)
+        value = normal(context, num_kv_heads, head_size).to(cache.dtype)
         if shape.layout == "nhd":
             key_cache[slots // block_size, slots % block_size] = key
             value_cache[slots // block_size, slots % block_size] = value
@@ -232,7 +247,14 @@ def build(shape: Shape) -> TreeAttentionCase:
         begin = query_start[request]
         positions[begin : begin + len(depths)] = context + depths
 
+    scales = {}
+    if shape.fp8_cache:
+        cache = cache.to(torch.float8_e4m3fn)
+        key_cache, value_cache = cache.unbind(1) if shape.layout == "nhd" else split_cache(cache)
+        scales = {"k_scale": draw.choice([0.7, 1.9]), "v_scale": draw.choice([0.3, 1.6])}
+
     arguments = {
+        **scales,
         "query": query,
         "key_cache": key_cache,
         "value_cache": value_cache,

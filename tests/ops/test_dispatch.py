@@ -13,7 +13,10 @@ import torch
 from echo_vllm import ops
 from echo_vllm.ops import dispatch, reference
 
-OPERATORS = {"tree_attention", "commit_kv", "build_super_tree", "accept_path", "select_budget"}
+OPERATORS = {
+    "tree_attention", "suffix_attention", "merge_attention", "commit_kv", "build_super_tree",
+    "accept_path", "select_budget",
+}  # fmt: skip
 FOREST = (torch.tensor([-1, 0], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32))
 
 
@@ -64,7 +67,8 @@ def test_one_implementation_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_wrong_value_names_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ECHO_VLLM_OPS", "fast")
     message = (
-        "ECHO_VLLM_OPS must be unset or one of extension, triton, xformers, reference, got 'fast'"
+        "ECHO_VLLM_OPS must be unset or one of extension, triton, flash, xformers, reference, "
+        "got 'fast'"
     )
     with pytest.raises(ValueError, match=message):
         ops.build_super_tree(*FOREST, 1)
@@ -115,8 +119,44 @@ def test_on_a_gpu_the_next_best_takes_over(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert dispatch.choose("select_budget", "cuda").name == "reference"
     monkeypatch.setattr(dispatch, "_SOURCES", sources(extension="no compiler", triton="gone"))
+    assert dispatch.choose("tree_attention", "cuda").name == "flash"
+    monkeypatch.setattr(
+        dispatch, "_SOURCES", sources(extension="no compiler", triton="gone", flash="gone")
+    )
     assert dispatch.choose("tree_attention", "cuda").name == "xformers"
     assert dispatch.choose("commit_kv", "cuda").name == "reference"
+
+
+def test_what_lacks_a_feature_is_passed_over_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everything = {
+        name: dispatch._Source(lambda op, device: "", lambda op: getattr(reference, op))
+        for name in dispatch.NAMES
+    }
+    everything["extension"] = dispatch._Source(
+        lambda op, device: "no compiler", lambda op: getattr(reference, op)
+    )
+    monkeypatch.setattr(dispatch, "_SOURCES", everything)
+    choice = dispatch.choose("tree_attention", "cuda", ("fp8 cache",))
+    assert choice.name == "xformers"
+    assert choice.passed_over["triton"].startswith("fp8 cache: its kernels read caches of")
+    assert choice.passed_over["flash"].startswith("fp8 cache: FlashAttention reads")
+    assert dispatch.choose("tree_attention", "cuda", dispatch.FEATURES).name == "reference"
+    assert dispatch.choose("tree_attention", "cuda", ("window",)).name == "triton"
+    # One that is asked for first goes first, where it can.
+    assert dispatch.choose("tree_attention", "cuda", (), "flash").name == "flash"
+    assert dispatch.choose("tree_attention", "cuda", ("window",), "flash").name == "triton"
+    monkeypatch.setenv("ECHO_VLLM_OPS", "flash")
+    with pytest.raises(RuntimeError, match=r"=flash: tree_attention .* window: FlashAttention"):
+        dispatch.choose("tree_attention", "cuda", ("window",))
+
+
+def test_every_feature_that_is_lacked_is_one() -> None:
+    assert set(dispatch.LACKS) < set(dispatch.NAMES)
+    assert {feature for lacks in dispatch.LACKS.values() for feature in lacks} == set(
+        dispatch.FEATURES
+    )
 
 
 def test_the_report_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from echo_vllm import ops
 from echo_vllm.ops import library
+from tests.cuda.kernel_checks import suffix_case
 from tests.ops.cases import Shape, TreeAttentionCase, build
 
 SHAPE = Shape("vec", torch.float32, 32, 2, 3, 32, (5, 1, 0, 9), (40, 0, 3, 77), (5, 1, 2, 9))
@@ -37,6 +38,40 @@ def test_opcheck_tree_attention() -> None:
     }
     out = torch.zeros(plain["query"].shape)
     opcheck(torch.ops.echo_vllm.tree_attention, **plain, out=out)
+
+
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_opcheck_tree_attention_with_an_lse(fp8_cache: bool) -> None:
+    case = build(Shape(**{**SHAPE.__dict__, "fp8_cache": fp8_cache}))
+    plain = {
+        name: value.nan_to_num(0.0)
+        if isinstance(value, torch.Tensor) and value.dtype != torch.float8_e4m3fn
+        else value
+        for name, value in case.arguments.items()
+    }
+    out = torch.zeros(plain["query"].shape)
+    named = {**plain, "out": out, "lse": torch.zeros(out.shape[1], out.shape[0])}
+    op = torch.ops.echo_vllm.tree_attention.default
+    if not fp8_cache:
+        assert torch.library.opcheck(op, (), named)
+        return
+    # The other checks compute with the arguments, which torch cannot do with 8-bit floats.
+    assert torch.library.opcheck(op, (), named, test_utils="test_faketensor")
+
+
+def test_opcheck_suffix_and_merge_attention() -> None:
+    case = suffix_case(build(SHAPE))
+    plain = {
+        name: value.nan_to_num(0.0) if isinstance(value, torch.Tensor) else value
+        for name, value in case.arguments.items()
+    }
+    query = plain["query"]
+    out, lse = torch.zeros(query.shape), torch.zeros(query.shape[1], query.shape[0])
+    opcheck(torch.ops.echo_vllm.suffix_attention, **plain, out=out, lse=lse)
+    parts = (torch.randn(query.shape), torch.randn(lse.shape)) * 2
+    rows = (plain["query_start"], plain["row_start"])
+    opcheck(torch.ops.echo_vllm.merge_attention, *parts, *rows, out)
+    opcheck(torch.ops.echo_vllm.merge_attention, *parts, *rows, out, lse)
 
 
 @pytest.mark.parametrize("layout", ["vec", "amx"])
@@ -100,6 +135,10 @@ def test_an_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mask": torch.zeros(99, 0, dtype=torch.int64)}, "needs 1 mask words, but mask has 0"),
         ({"mask": torch.zeros(99, 1, dtype=torch.int32)}, "mask must be Long, got Int"),
         ({"block_table": torch.full((4, 4), 77, dtype=torch.int32)}, "but the cache has"),
+        ({"lse": torch.zeros(6, 3)}, r"lse.shape\[1\] must be"),
+        ({"lse": torch.zeros(6, 99).double()}, "lse must be Float, got Double"),
+        ({"k_scale": 0.5}, "k_scale and v_scale must be 1 unless the cache is Float8_e4m3fn"),
+        ({"key_cache": torch.zeros(9, 2, 32, 32, dtype=torch.uint8)}, "key_cache must be Float"),
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from echo_vllm.ops import reference, xformers_attention
-from echo_vllm.ops.xformers_attention import BIAS_ALIGNMENT, merge_partials
+from echo_vllm.ops.reference import merge_partials
+from echo_vllm.ops.xformers_attention import BIAS_ALIGNMENT
 from tests.ops.cases import Shape, build
 from tests.ops.test_tree_attention import TOLERANCE, relative_error
 

@@ -88,6 +88,11 @@ def test_tree_attention(
     build(shape).run(triton_kernels.tree_attention)
     splits = max(contexts) > 512
     assert compiled == ["_tree_attention_kernel", *["_merge_kernel"] * splits]
+    if splits:
+        case = build(shape)
+        lse = torch.empty(case.arguments["query"].shape[1::-1])
+        case.with_arguments(lse=lse).run(triton_kernels.tree_attention)
+        assert compiled[2:] == ["_tree_attention_kernel", "_merge_kernel"]
 
 
 @pytest.mark.parametrize("compiled", [80], indirect=True, ids=["sm_80"])

@@ -229,6 +229,7 @@ def _merge_kernel(
     query_start,
     row_start,
     out,
+    lse_out,
     num_requests,
     partial_split_stride,
     partial_row_stride,
@@ -237,6 +238,8 @@ def _merge_kernel(
     lse_head_stride,
     out_token_stride,
     out_head_stride,
+    lse_out_stride,
+    WRITES_LSE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     REQUESTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -263,6 +266,9 @@ def _merge_kernel(
     result = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     out_at = out + token.to(tl.int64) * out_token_stride + head * out_head_stride + dim
     tl.store(out_at, result.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    if WRITES_LSE:
+        merged = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(lse_out + head * lse_out_stride + token, merged)
 
 
 def tree_attention(
@@ -284,8 +290,14 @@ def tree_attention(
     sliding_window: int,
     layout: str,
     out: Tensor,
+    lse: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
-    """See `echo_vllm.ops.tree_attention`; the layout is `nhd`, in memory NHD or HND by strides."""
+    """See `echo_vllm.ops.tree_attention`; the layout is `nhd`, in memory NHD or HND by strides.
+
+    The cache has the query's dtype, so the scales are 1.
+    """
     if layout != "nhd":
         raise RuntimeError(f"tree_attention: the Triton kernel has the layout nhd, got {layout!r}")
     _check("tree_attention", query, mask, out, (key_cache, value_cache, suffix_key, suffix_value))
@@ -297,11 +309,13 @@ def tree_attention(
     block_m = _rows_of_tile(num_rows, num_requests, num_heads // num_kv_heads)
     num_tiles = _num_tiles(num_rows, num_requests, num_heads // num_kv_heads, block_m)
     splits = num_splits(num_tiles * num_kv_heads, block_table.shape[1] * key_cache.shape[1])
+    if lse is not None:
+        _check_lse("tree_attention", query, lse)
     if splits == 1:
-        partial, lse = out[None], None
+        partial, partial_lse = out[None], None if lse is None else lse[None]
     else:
         partial = query.new_empty((splits, num_rows, num_heads, head_size), dtype=torch.float32)
-        lse = query.new_empty((splits, num_heads, num_rows), dtype=torch.float32)
+        partial_lse = query.new_empty((splits, num_heads, num_rows), dtype=torch.float32)
     _launch(
         query,
         (key_cache, value_cache, block_table, context_lens, positions, sliding_window),
@@ -309,20 +323,23 @@ def tree_attention(
         scale,
         softcap,
         partial,
-        lse,
+        partial_lse,
         block_m,
     )
-    if lse is not None:
+    if splits > 1 and partial_lse is not None:
         _merge_kernel[(num_rows, num_heads)](
             partial,
-            lse,
+            partial_lse,
             query_start,
             row_start,
             out,
+            partial_lse if lse is None else lse,
             num_requests,
             *partial.stride()[:3],
-            *lse.stride()[:2],
+            *partial_lse.stride()[:2],
             *out.stride()[:2],
+            0 if lse is None else lse.stride(0),
+            WRITES_LSE=lse is not None,
             HEAD_SIZE=head_size,
             REQUESTS=triton.next_power_of_2(num_requests),
             BLOCK_D=triton.next_power_of_2(head_size),
@@ -345,21 +362,9 @@ def suffix_attention(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Attention of tree rows to their suffix alone, to be merged with that to the context.
-
-    Args:
-        lse: float32 [H, T], last dim contiguous: the natural logarithm of the sum of the
-            exponentials of a row's scores, -inf if the row sees nothing. Only the requests' rows
-            are written, as in `out`. The layout is that of vLLM's `merge_attn_states`.
-
-    The other arguments are those of `echo_vllm.ops.tree_attention`.
-    """
+    """See `echo_vllm.ops.suffix_attention`."""
     _check("suffix_attention", query, mask, out, (suffix_key, suffix_value))
-    if lse.dtype != torch.float32 or lse.shape != (query.shape[1], query.shape[0]):
-        raise RuntimeError(
-            f"suffix_attention: lse must be float32 [{query.shape[1]}, {query.shape[0]}], got "
-            f"{lse.dtype} {list(lse.shape)}"
-        )
+    _check_lse("suffix_attention", query, lse)
     num_requests, num_rows = suffix_len.shape[0], mask.shape[0]
     if num_requests == 0 or num_rows == 0:
         return
@@ -469,6 +474,15 @@ def _launch(
         num_warps=4,
         num_stages=2,
     )
+
+
+def _check_lse(op: str, query: Tensor, lse: Tensor) -> None:
+    wanted = (query.shape[1], query.shape[0])
+    if lse.dtype != torch.float32 or lse.shape != wanted or lse.stride(-1) != 1:
+        raise RuntimeError(
+            f"{op}: lse must be float32 {list(wanted)} with a contiguous last dimension, got "
+            f"{lse.dtype} {list(lse.shape)}, strides {lse.stride()}"
+        )
 
 
 def _check(op: str, query: Tensor, mask: Tensor, out: Tensor, stored: tuple[Tensor, ...]) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import shlex
@@ -43,17 +44,17 @@ def build_emulated_kernels() -> Path:
         f"-isystem{torch_root / 'include'}",
         f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
     ]
-    objects = []
-    for source in (path for path in sources if path.suffix != ".cuh"):
-        target = folder / (source.name + ".o")
-        command = [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+    objects = {path: folder / (path.name + ".o") for path in sources if path.suffix != ".cuh"}
+
+    def compile_one(source: Path) -> None:
+        command = [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[source])]
         subprocess.run(command, check=True)
-        objects.append(str(target))
+
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
+        list(pool.map(compile_one, objects))
     fresh = folder / f"kernels.{os.getpid()}.so"
-    subprocess.run(
-        [*compiler, "-shared", *objects, "-o", str(fresh), f"-L{torch_root / 'lib'}",
-         "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],
-        check=True,
-    )  # fmt: skip
+    linking = [*compiler, "-shared", *map(str, objects.values()), "-o", str(fresh)]
+    linking += [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    subprocess.run(linking, check=True)
     fresh.replace(library)
     return library

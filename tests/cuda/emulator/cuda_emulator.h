@@ -41,13 +41,16 @@ struct dim3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t : int {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorNoKernelImageForDevice = 209
+};
 using cudaStream_t = void*;
-enum { cudaDevAttrMultiProcessorCount = 16 };
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = 6;
-  return cudaSuccess;
-}
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -64,6 +67,12 @@ namespace echo_vllm::emulator {
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // a block on sm_90
+
+// What a block may have; a test may say less.
+inline size_t shared_bytes_of_device() {
+  const char* text = std::getenv("ECHO_EMULATED_SHARED_BYTES");
+  return text == nullptr ? kMaxSharedBytes : std::strtoul(text, nullptr, 10);
+}
 
 struct Barrier {
   int arrived = 0;
@@ -197,6 +206,13 @@ T exchange(T value, int from) {
 
 }  // namespace echo_vllm::emulator
 
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount
+               ? 6
+               : static_cast<int>(echo_vllm::emulator::shared_bytes_of_device());
+  return cudaSuccess;
+}
+
 inline void __syncthreads() {
   echo_vllm::emulator::Block& b = echo_vllm::emulator::block();
   echo_vllm::emulator::meet(b.barrier, b.num_threads);
@@ -211,8 +227,8 @@ template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (block.x % kWarpSize != 0 || block.x > 1024 || shared_bytes > emulator::kMaxSharedBytes ||
-      grid.y > 65535 || grid.z > 65535) {
+  if (block.x % kWarpSize != 0 || block.x > 1024 ||
+      shared_bytes > emulator::shared_bytes_of_device() || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidValue;
   }
   emulator::Block& b = emulator::block();
@@ -351,6 +367,12 @@ inline Float16 from_float<Float16>(float x) {
 template <class T>
 uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
+}
+
+template <class T>
+uint32_t multiply_pair(uint32_t pair, float factor) {
+  const T low{static_cast<uint16_t>(pair)}, high{static_cast<uint16_t>(pair >> 16)};
+  return pack<T>(to_float(low) * factor, to_float(high) * factor);
 }
 
 // The register `i / 2`, half `i % 2` of A that lane holds, and likewise for B and C.

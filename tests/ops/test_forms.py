@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The table of measured attention times: what it prefers, and when it is not used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from echo_vllm.ops import forms
+from echo_vllm.ops.forms import Measurement, Table, read_table, write_table
+
+
+def measured(requests: int, rows: int, context: int, **times: float) -> Measurement:
+    return Measurement(4, 128, requests, rows, context, times)
+
+
+TABLE = Table(
+    "a GPU",
+    (
+        measured(8, 33, 512, extension=10.0, flash=15.0),
+        measured(8, 33, 16384, extension=90.0, flash=70.0),
+        measured(64, 1, 4096, extension=50.0, flash=20.0, xformers=1.0),
+        measured(64, 1, 512, extension=9.0, flash=8.0),
+    ),
+)
+
+
+def test_the_fastest_over_all_contexts_wins() -> None:
+    # 10 * 90 < 15 * 70, though the sum of the times says otherwise.
+    assert TABLE.best(4, 128, 8, 33) == "extension"
+    # xformers was not measured at both contexts.
+    assert TABLE.best(4, 128, 64, 1) == "flash"
+
+
+def test_the_nearest_shape_speaks_for_its_neighbourhood_only() -> None:
+    assert TABLE.best(4, 128, 100, 2) == "flash"
+    assert TABLE.best(4, 128, 12, 25) == "extension"
+    assert TABLE.best(4, 128, 8, 200) == ""
+    assert TABLE.best(4, 64, 8, 33) == ""
+    assert TABLE.best(8, 128, 8, 33) == ""
+    assert Table("a GPU", ()).best(4, 128, 8, 33) == ""
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    write_table(tmp_path / "table.json", TABLE.device, TABLE.measurements)
+    assert read_table(tmp_path / "table.json") == TABLE
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"device": "a GPU", "measurements": [{"rows": 3}]}'],
+    ids=["empty", "list", "fields"],
+)
+def test_another_file_is_refused_with_a_remedy(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "table.json"
+    with pytest.raises(ValueError, match=r"no table of attention times .*benchmarks.gpu --table"):
+        read_table(path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"no table of attention times .*benchmarks.gpu --table"):
+        read_table(path)
+    write_table(path, "a GPU", [measured(8, 33, 512, extension=0.0)])
+    with pytest.raises(ValueError, match="requests, rows and times must be positive"):
+        read_table(path)
+    assert json.loads(path.read_text())["device"] == "a GPU"
+
+
+def test_the_doctor_says_where_the_choice_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(forms.VARIABLE, raising=False)
+    assert forms.describe().endswith("for every shape (ECHO_VLLM_ATTENTION_TABLE is unset)")
+    path = tmp_path / "table.json"
+    monkeypatch.setenv(forms.VARIABLE, str(path))
+    assert "is no table of attention times" in forms.describe()
+    write_table(path, TABLE.device, TABLE.measurements)
+    assert forms.describe() == f"tree_attention by 4 measurements of a GPU in {path}"
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    forms.table_of_this_gpu.cache_clear()
+    forms.preferred.cache_clear()
+    yield
+    forms.table_of_this_gpu.cache_clear()
+    forms.preferred.cache_clear()
+
+
+def test_the_environment_names_the_table_of_this_gpu(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(forms.VARIABLE, raising=False)
+    assert forms.preferred(4, 128, 64, 64) == ""
+    path = tmp_path / "table.json"
+    write_table(path, TABLE.device, TABLE.measurements)
+    monkeypatch.setenv(forms.VARIABLE, str(path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    forms.table_of_this_gpu.cache_clear()
+    forms.preferred.cache_clear()
+    assert forms.preferred(4, 128, 64, 64) == "flash"
+    assert forms.preferred(4, 128, 8, 8 * 33) == "extension"
+    assert forms.preferred(4, 128, 0, 0) == ""
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    forms.table_of_this_gpu.cache_clear()
+    forms.preferred.cache_clear()
+    with caplog.at_level(logging.WARNING, "echo_vllm.ops.forms"):
+        assert forms.preferred(4, 128, 64, 64) == ""
+    assert "was measured on a GPU and is not used on another GPU" in caplog.text
