@@ -180,6 +180,11 @@ class CandidatePool:
         """`values` of the host beside the pool's own."""
         return upload(values, self.device)
 
+    def on_host(self) -> CandidatePool:
+        """The same pool on the host, in one transfer."""
+        fields = download(self.token_ids, self.parents, self.path_logprobs)
+        return CandidatePool(*fields, self.level_starts, self.active)
+
     def rows_of(self, requests: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`values` [R, ...] of the device, for `requests` [A] of the host."""
         if len(requests) == self.num_requests:  # ascending: they are all, in their order

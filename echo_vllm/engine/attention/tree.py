@@ -92,7 +92,8 @@ class TreeAttention:
         if self.scratch is None:
             return key, value
         assert self.scratch_rows is not None
-        return self.scratch.write(layer_name, self.scratch_rows, key, value)
+        rows = self.num_rows  # rows of padding may follow
+        return self.scratch.write(layer_name, self.scratch_rows, key[:rows], value[:rows])
 
 
 @dataclass(frozen=True)
