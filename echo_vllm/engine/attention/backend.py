@@ -70,7 +70,7 @@ class TreeMetadataBuilder(_Builder):
             suffix_start=trees.row_start[:-1],
             suffix_len=sizes,
             mask=trees.mask,
-            positions=cm.positions,
+            positions=cm.positions[: trees.num_rows],
         )
         rest = None
         if n < cm.num_reqs:
@@ -162,15 +162,15 @@ class TreeAttentionImpl(_Impl):
         assert output_scale is None
         assert output_block_scale is None
         tree, rest = attn_metadata.tree, attn_metadata.rest
+        rows = tree.num_rows
         if rest is not None:
-            first = tree.num_rows
             super().forward(
-                layer, query[first:], key[first:], value[first:], kv_cache, rest, output[first:]
+                layer, query[rows:], key[rows:], value[rows:], kv_cache, rest, output[rows:]
             )
         pages = self.pages(layer, kv_cache)
         suffix_key, suffix_value = tree.suffix(layer.layer_name, key, value)
         ops.tree_attention(
-            query=query,
+            query=query[:rows],
             key_cache=pages.key,
             value_cache=pages.value,
             block_table=tree.block_table,
@@ -187,6 +187,6 @@ class TreeAttentionImpl(_Impl):
             softcap=self.logits_soft_cap,
             sliding_window=self.window(),
             layout=pages.layout,
-            out=output,
+            out=output[:rows],
         )
         return output
