@@ -182,8 +182,8 @@ class CandidatePool:
 
     def on_host(self) -> CandidatePool:
         """The same pool on the host, in one transfer."""
-        fields = download(self.token_ids, self.parents, self.path_logprobs)
-        return CandidatePool(*fields, self.level_starts, self.active)
+        ids, parents, scores = download(self.token_ids, self.parents, self.path_logprobs)
+        return CandidatePool(ids, parents, scores, self.level_starts, self.active)
 
     def rows_of(self, requests: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`values` [R, ...] of the device, for `requests` [A] of the host."""

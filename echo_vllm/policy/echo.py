@@ -107,12 +107,14 @@ class EchoPolicy:
             going &= rank < left
         elif depth > self.budget(batch) // max(1, pool.num_requests):
             return None  # A path of that many levels is more than anyone's part.
-        if pool.compacts:
-            requests, going = requests[going], None
-            if not len(requests):
-                return None
+        if not pool.compacts:
+            frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
+            return Expansion(frontier, None, requests, going)
+        requests = requests[going]
+        if not len(requests):
+            return None
         frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
-        return Expansion(frontier, None, requests, going)
+        return Expansion(frontier, None, requests)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         budget, limit = self.budget(batch), self.max_nodes

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def paged_attention(
     assert others["max_seqlen_q"] >= int(cu_seqlens_q.diff().max())
     assert others["max_seqlen_k"] >= int(seqused_k.max())
     block_size, group = k.shape[1], q.shape[1] // k.shape[2]
-    for i, (first, stop) in enumerate(zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], strict=True)):
+    for i, (first, stop) in enumerate(pairwise(cu_seqlens_q)):
         length = int(seqused_k[i])
         blocks = block_table[i, : -(-length // block_size)].long()
         key = k[blocks].flatten(0, 1)[:length].repeat_interleave(group, dim=1).double()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -65,13 +65,15 @@ class OnGPU(torch.Tensor):
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnGPU({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         hosts = [x for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
@@ -122,7 +124,7 @@ def _waits_by_its_arguments(func: Any, args: Any, kwargs: Any) -> bool:
 class Waits(TorchFunctionMode):
     """Stands in for what PyTorch does with a GPU, and counts where the host waits for it."""
 
-    active: list[Waits] = []
+    active: ClassVar[list[Waits]] = []
 
     def __init__(self) -> None:
         super().__init__()

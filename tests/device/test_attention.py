@@ -123,10 +123,13 @@ def expected(
                     own.add(node + 1)
                     node = trees[i][node]
             else:
-                own = {j for j in range(row - first + 1) if window is None or j + window > row - first}
+                own = {
+                    j for j in range(row - first + 1) if window is None or j + window > row - first
+                }
             seen += [context + j for j in sorted(own)]
             slots = [table[p // BLOCK] * BLOCK + p % BLOCK for p in seen]
-            key, value = flat[slots].repeat_interleave(HEADS // KV_HEADS, 1).split(D, dim=2)
+            tokens = flat[slots].repeat_interleave(HEADS // KV_HEADS, 1)
+            key, value = tokens[..., :D], tokens[..., D:]
             scores = torch.einsum("hd,nhd->hn", query[row].double(), key) * 0.3
             if cap:
                 scores = cap * (scores / cap).tanh()
@@ -174,10 +177,9 @@ def run(
 def test_trees_prefills_and_decodes_share_a_batch(
     kind: str, layout: str, window: int | None, softcap: float
 ) -> None:
-    metadata, output, wanted = run(
-        kind, TREES, REST, layout=layout, window=window, softcap=softcap
-    )
+    metadata, output, wanted = run(kind, TREES, REST, layout=layout, window=window, softcap=softcap)
     assert isinstance(metadata, TreeAttentionMetadata)
+    assert metadata.rest is not None
     assert metadata.rest.max_query_len == max(REST)
     assert metadata.rest.num_actual_tokens == sum(REST)
     assert torch.allclose(output[:-PADDING], wanted, atol=2e-5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from echo_vllm import ops
+from echo_vllm.calibration.survival import SurvivalModel
 from echo_vllm.cost import CostCurve, StepCost
 from echo_vllm.engine.attention.tree import TreeAttention
 from echo_vllm.engine.drafter import DraftReport, EchoProposer
@@ -21,7 +22,6 @@ from echo_vllm.policy.chain import ChainPolicy
 from echo_vllm.policy.echo import EchoPolicy
 from echo_vllm.policy.static import StaticPolicy
 from echo_vllm.policy.topn import TopNPolicy
-from echo_vllm.calibration.survival import SurvivalModel
 from tests.device.pretended import GPU, OnGPU, on_gpu, pretended_gpu
 
 VOCAB, HIDDEN, HEADS, HEAD_SIZE, BLOCK = 23, 32, 2, 16, 16
@@ -101,9 +101,7 @@ def elastic(**options: Any) -> dict[str, Any]:
 
 
 def auto_policy(survival: SurvivalModel | None = None) -> AutoPolicy:
-    return AutoPolicy(
-        **elastic(), survival=survival or SurvivalModel.default(5), growth=[0.6] * 4
-    )
+    return AutoPolicy(**elastic(), survival=survival or SurvivalModel.default(5), growth=[0.6] * 4)
 
 
 def measured() -> SurvivalModel:
@@ -160,15 +158,14 @@ def test_the_forest_is_that_of_the_cpu_and_the_host_hardly_waits(name: str) -> N
 
 
 def test_a_level_of_more_rows_than_a_batch_runs_in_parts_on_the_device() -> None:
-    drafters = {}
+    forests = []
     for device in (torch.device("cpu"), GPU):
         with pretended_gpu() as waits:
-            drafters[device] = TinyDrafter(TopNPolicy(16, 4, 4), device)
-            drafters[device].max_num_tokens = 8  # two requests at a time
-            forest = drafters[device].draft(BATCH)
-        assert drafters[device].forwards == 3 * 3
-        drafters[device] = forest
-    assert drafters[torch.device("cpu")].trees() == drafters[GPU].trees()
+            drafter = TinyDrafter(TopNPolicy(16, 4, 4), device)
+            drafter.max_num_tokens = 8  # two requests at a time
+            forests.append(drafter.draft(BATCH))
+        assert drafter.forwards == 3 * 3
+    assert forests[0].trees() == forests[1].trees()
     assert waits.total == 1, waits.places
 
 

@@ -42,7 +42,7 @@ def test_tensors_of_host_and_device_do_not_mix() -> None:
         lambda x: torch.ones(6).to(GPU),
         lambda x: torch.tensor([1, 2], device=GPU),
         lambda x: x.copy_(torch.ones(6)),
-        lambda x: [y for y in range(x[1])],
+        lambda x: list(range(x[1])),
     ],
 )
 def test_each_way_to_wait_for_a_device_is_counted(wait: object) -> None:

@@ -75,7 +75,9 @@ class Sampler:
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
 
-def run(sampling: SamplingMetadata, logits: torch.Tensor, **options: Any) -> tuple[Verdict, list]:
+def run(
+    sampling: SamplingMetadata, logits: torch.Tensor, **options: Any
+) -> tuple[Verdict, list[int]]:
     sampler: Any = Sampler()
     histories: list[list[int]] = [[], [1], [], [2, 2]]
     verdict = verify(sampler, logits, FOREST, sampling, histories, np.zeros(4, bool), **options)
@@ -248,7 +250,7 @@ def test_the_drafter_gets_the_rows_of_the_paths_and_then_those_of_the_chains() -
     assert held(found).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10, 11]
 
 
-# --- the clock -------------------------------------------------------------------------------------
+# --- the clock ------------------------------------------------------------------------------------
 
 
 class Stream:

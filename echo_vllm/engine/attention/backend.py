@@ -19,10 +19,8 @@ from echo_vllm import ops
 from echo_vllm.engine.attention.tree import TreeAttention, VerificationRows
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
-
-    _Builder = AttentionMetadataBuilder[Any]
-    _Impl = AttentionImpl[Any]
+    from vllm.v1.attention.backend import AttentionImpl as _Impl
+    from vllm.v1.attention.backend import AttentionMetadataBuilder as _Builder
 else:
     _Builder = _Impl = object
 

@@ -38,7 +38,8 @@ class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
         halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1)
-        return Pages(*halves.chunk(2, dim=2), layer.isa)
+        key, value = halves.chunk(2, dim=2)
+        return Pages(key, value, layer.isa)
 
     def window(self) -> int:
         return int(self.sliding_window)

@@ -34,7 +34,9 @@ class _PagedImpl(TreeAttentionImpl):
 
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
         # Strides, not the name, tell NHD from HND.
-        return Pages(*kv_cache.transpose(1, 2).split(self.head_size, dim=-1), "nhd")
+        tokens = kv_cache.transpose(1, 2)
+        size: int = self.head_size
+        return Pages(tokens[..., :size], tokens[..., size:], "nhd")
 
     def window(self) -> int:
         left: int = self.sliding_window[0]  # tokens before the row's own, -1 for all
