@@ -106,7 +106,8 @@ class DraftForest:
         scores = self.path_logprobs.view(torch.int32)
         fields = (self.token_ids, self.parents, self.depths, scores, self.cu_nodes)
         packed = upload(torch.cat(fields), device)
-        token_ids, parents, depths, scores, cu_nodes = packed.split([len(f) for f in fields])
+        sizes = [len(field) for field in fields]
+        token_ids, parents, depths, scores, cu_nodes = packed.split_with_sizes(sizes)
         return DraftForest(token_ids, parents, depths, scores.view(torch.float32), cu_nodes)
 
     def request_of_node(self) -> torch.Tensor:

@@ -440,8 +440,9 @@ def _choose_attention_backend(vllm_config: VllmConfig) -> None:
 
     spec, attention = vllm_config.speculative_config, vllm_config.attention_config
     assert spec is not None
-    if attention.backend_per_kind:
-        refuse("attention_config.backend_per_kind", "remove it")
+    for name in ("backend_per_kind", "hisparse_config"):
+        if getattr(attention, name):
+            refuse(f"attention_config.{name}", "remove it")
     dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
     stock = "TRITON_ATTN" if dtype == "float32" else "FLASH_ATTN"
     custom = AttentionBackendEnum.CUSTOM

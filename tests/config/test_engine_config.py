@@ -365,6 +365,7 @@ def choose_on_gpu(
 ) -> Any:
     """The engine's config after `_choose_classes`, as it looks to that function."""
     import torch
+    import vllm.config  # before the platform is pretended
     import vllm.platforms
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -375,7 +376,9 @@ def choose_on_gpu(
             target_model_config=model, draft_model_config=model, attention_backend=None
         ),
         attention_config=types.SimpleNamespace(
-            backend=backend and AttentionBackendEnum[backend], backend_per_kind=per_kind or {}
+            backend=backend and AttentionBackendEnum[backend],
+            backend_per_kind=per_kind or {},
+            hisparse_config=None,
         ),
         compilation_config=types.SimpleNamespace(cudagraph_mode=None),
         parallel_config=types.SimpleNamespace(worker_cls="auto"),
