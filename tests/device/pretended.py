@@ -67,7 +67,7 @@ class OnGPU(torch.Tensor):
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return f"OnGPU({self.held})"
 
     @classmethod

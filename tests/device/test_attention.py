@@ -7,6 +7,7 @@ Trees, prefills, chains and single tokens of one batch, against attention writte
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -264,10 +265,50 @@ def test_the_gpu_worker_builds_our_runner_over_vllm_s() -> None:
 
     assert f"{EchoWorker.__module__}.{EchoWorker.__qualname__}" == validation.CUDA_WORKER
     assert issubclass(EchoWorker, Worker)
-    assert issubclass(EchoGPUModelRunner, GPUModelRunner)
-    # The mix-in comes first, and each method that it overrides is there to be overridden.
-    assert EchoGPUModelRunner.__mro__[1] is EchoRunnerMixin
-    for cls, base in ((EchoRunnerMixin, GPUModelRunner), (EchoWorker, Worker)):
-        for name in vars(cls):
-            if name.startswith("_make") or name in ("execute_model", "load_model"):
-                assert hasattr(base, name), name
+    assert EchoGPUModelRunner.__mro__[1:3] == (EchoRunnerMixin, GPUModelRunner)
+
+
+def pairs() -> list[tuple[type, type, set[str]]]:
+    """Our class, vLLM's, and which of vLLM's methods must be among those that ours overrides."""
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from echo_vllm.engine.attention.backend import TreeAttentionImpl, TreeMetadataBuilder
+    from echo_vllm.engine.cuda import EchoWorker
+    from echo_vllm.engine.drafter import EchoProposer
+    from echo_vllm.engine.model_runner import EchoRunnerMixin
+    from echo_vllm.engine.worker import EchoWorkerMixin
+
+    runner = {
+        *("execute_model", "sample_tokens", "propose_draft_token_ids", "_update_states"),
+        *("_may_reorder_batch", "_prepare_inputs", "_build_attention_metadata", "_sample"),
+        *("_bookkeeping_sync", "_input_fits_in_drafter"),
+    }
+    return [
+        (EchoRunnerMixin, GPUModelRunner, runner),
+        (EchoWorkerMixin, Worker, {"load_model", "compile_or_warm_up_model", "shutdown"}),
+        (EchoWorker, Worker, {"_make_model_runner"}),
+        (EchoProposer, EagleProposer, {"dummy_run", "initialize_attn_backend"}),
+        (TreeMetadataBuilder, cuda.FlashAttentionMetadataBuilder, {"build", "update_block_table"}),
+        (TreeMetadataBuilder, cuda.TritonAttentionMetadataBuilder, {"build"}),
+        (TreeAttentionImpl, cuda.FlashAttentionImpl, {"forward"}),
+        (TreeAttentionImpl, cuda.TritonAttentionImpl, {"forward"}),
+    ]
+
+
+def test_what_is_overridden_exists_in_vllm_and_takes_what_vllm_passes() -> None:
+    for ours, theirs, needed in pairs():
+        shared = {
+            name
+            for name, value in vars(ours).items()
+            if inspect.isfunction(value) and name != "__init__" and hasattr(theirs, name)
+        }
+        assert needed <= shared, (ours, needed - shared)
+        for name in shared:
+            mine = inspect.signature(getattr(ours, name)).parameters
+            wanted = inspect.signature(getattr(theirs, name)).parameters
+            if any(p.kind is p.VAR_POSITIONAL for p in mine.values()):
+                continue
+            names = [n for n, p in wanted.items() if p.kind is not p.VAR_KEYWORD]
+            assert list(mine)[: len(names)] == names, f"{ours.__name__}.{name}"
