@@ -15,8 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
 
 from echo_vllm import ops
 from echo_vllm.engine.attention import cuda
@@ -290,10 +298,10 @@ def pairs() -> list[tuple[type, type, set[str]]]:
         (EchoWorkerMixin, Worker, {"load_model", "compile_or_warm_up_model", "shutdown"}),
         (EchoWorker, Worker, {"_make_model_runner"}),
         (EchoProposer, EagleProposer, {"dummy_run", "initialize_attn_backend"}),
-        (TreeMetadataBuilder, cuda.FlashAttentionMetadataBuilder, {"build", "update_block_table"}),
-        (TreeMetadataBuilder, cuda.TritonAttentionMetadataBuilder, {"build"}),
-        (TreeAttentionImpl, cuda.FlashAttentionImpl, {"forward"}),
-        (TreeAttentionImpl, cuda.TritonAttentionImpl, {"forward"}),
+        (TreeMetadataBuilder, FlashAttentionMetadataBuilder, {"build", "update_block_table"}),
+        (TreeMetadataBuilder, TritonAttentionMetadataBuilder, {"build"}),
+        (TreeAttentionImpl, FlashAttentionImpl, {"forward"}),
+        (TreeAttentionImpl, TritonAttentionImpl, {"forward"}),
     ]
 
 
