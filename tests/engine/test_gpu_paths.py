@@ -95,7 +95,7 @@ def plain_tokens(tiny: TinyModel) -> list[list[int]]:
         return generate(llm, tiny_prompts(PROMPTS), greedy(TOKENS))
 
 
-@pytest.mark.parametrize("name", ["topn-16", "echo-16", "auto-16"])
+@pytest.mark.parametrize("name", ["topn-16", "echo-16"])
 def test_the_paths_of_a_gpu_are_token_identical(
     name: str, tiny: TinyModel, plain_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,10 +131,10 @@ def test_all_rows_at_once_have_the_targets_distribution(
     names = ["plain", "hot", "top-k", "top-p"]
     settings = [distribution.SETTINGS[name] for name in names]
     with distribution.tree_engine(six) as llm:
-        sampled = distribution.sample(llm, settings, 3000)
+        sampled = distribution.sample(llm, settings, 1500)
         found = counters(llm)
     assert sum(at_once) > found["spec_decode_num_draft_tokens"]
-    assert found["spec_decode_num_accepted_tokens"] > 0.2 * 3000 * len(names)
+    assert found["spec_decode_num_accepted_tokens"] > 0.2 * 1500 * len(names)
     for samples, setting in zip(sampled, settings, strict=True):
         value = distribution.p_value(samples, setting, logits, six.shape.vocab)
         assert value > distribution.LEAST_P / len(names)
