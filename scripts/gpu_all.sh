@@ -2,8 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 #
+<<<<<<< HEAD
 # Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, benchmarks,
 # compute-sanitizer over the same tests, Triton's. Runs without network and a set-up checkout.
+=======
+# Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, benchmarks, the
+# engine, compute-sanitizer over the kernels' tests. Runs without network and without a set-up
+# checkout. The engine needs vLLM 0.32.0 for CUDA, to whose files it applies this project's patches.
+#
+#     scripts/gpu_all.sh [STAGE...]    of: tests benchmarks engine sanitizer; all by default
+>>>>>>> cuda-engine
 #
 # Environment: PYTHON (an interpreter with a CUDA build of torch and pytest), OUT (a folder for
 # results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all).
@@ -15,7 +23,11 @@ readonly PYTHON="${PYTHON:-python3}"
 readonly OUT="${OUT:-.build/gpu}"
 readonly LIMIT="${LIMIT:-580}"
 export ECHO_CUDA=1
+readonly STAGES="${*:-tests benchmarks engine sanitizer}"
 failed=()
+
+# wanted STAGE
+wanted() { [[ " $STAGES " == *" $1 "* ]]; }
 
 say() { printf '[gpu %3d s] %s\n' "$SECONDS" "$*"; }
 
@@ -40,7 +52,7 @@ stage() {
 
 # pytest without the project's settings, which ask for plug-ins.
 readonly PYTEST=("$PYTHON" -m pytest -c /dev/null --rootdir . --import-mode importlib -q
-  -p no:cacheprovider tests/gpu)
+  -p no:cacheprovider)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 # sanitize TOOL OPTION...
@@ -54,7 +66,20 @@ sanitize() {
   fi
   # The caching allocator would hide an access behind the end of a tensor.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 100 "$sanitizer" --tool "$tool" \
-    --error-exitcode 9 --target-processes all "$@" "${PYTEST[@]}" -k sanitized
+    --error-exitcode 9 --target-processes all "$@" "${PYTEST[@]}" tests/gpu/test_kernels.py -k sanitized
+}
+
+# The real engine: its exactness first, then the price of a tree step.
+engine() {
+  local missing
+  if ! missing=$("$PYTHON" -c 'import vllm.v1.worker.gpu_model_runner' 2>&1); then
+    echo "engine: not run, vLLM cannot be imported: ${missing##*$'\n'}" | tee -a "$OUT/summary.txt"
+    return
+  fi
+  stage patches 30 "$PYTHON" -c 'from echo_vllm.patching import *
+print(PatchState(find_installation(), load_series()).apply()[0])' || return
+  stage engine-tests 240 "${PYTEST[@]}" tests/gpu/test_engine.py --junitxml="$OUT/engine.xml"
+  stage engine-benchmark 200 "$PYTHON" -m benchmarks.gpu_engine --out "$OUT/engine.json"
 }
 
 mkdir -p "$OUT"
@@ -73,6 +98,7 @@ print(f"{major}{minor}" + ("a" if major == 9 else ""))')
 fi
 
 stage build 240 "$PYTHON" setup.py build_ext --inplace || exit 1
+<<<<<<< HEAD
 stage tests 150 "${PYTEST[@]}" --junitxml="$OUT/tests.xml"
 stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json" \
   --table "$OUT/attention-table.json" --seconds 100
@@ -81,6 +107,22 @@ sanitize racecheck --kernel-regex kns=echo_vllm
 stage triton 60 "$PYTHON" -m pytest -c /dev/null --rootdir . --import-mode importlib -q \
   -p no:cacheprovider tests/triton/test_triton.py -k on_a_gpu
 sanitize initcheck # it must see torch's kernels too, which write what ours read
+=======
+if wanted tests; then
+  stage tests 150 "${PYTEST[@]}" tests/gpu/test_kernels.py --junitxml="$OUT/tests.xml"
+fi
+if wanted benchmarks; then
+  stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json"
+fi
+if wanted engine; then
+  engine
+fi
+if wanted sanitizer; then
+  sanitize memcheck --kernel-regex kns=echo_vllm
+  sanitize racecheck --kernel-regex kns=echo_vllm
+  sanitize initcheck # it must see torch's kernels too, which write what ours read
+fi
+>>>>>>> cuda-engine
 
 if ((${#failed[@]})); then
   say "failed: ${failed[*]}"

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Any
+
+import torch
 
 
 class StepClock:
@@ -13,13 +16,15 @@ class StepClock:
     Attributes:
         verify_s: seconds of the last step in the target's forward, sampling, commit and the
             runner's own work.
-        draft_s: seconds of the last step in the drafter and the policy.
+        draft_s: seconds of the last step in the drafter and the policy; None if the drafter still
+            runs (on a GPU, when nobody waited for a draft).
         idle_s: seconds between the end of the step before and the begin of the last one: the
             scheduler, the output, and any time without requests.
     """
 
     def __init__(self) -> None:
-        self.verify_s = self.draft_s = self.idle_s = 0.0
+        self.verify_s = self.idle_s = 0.0
+        self.draft_s: float | None = 0.0
         self._begin = self._end = perf_counter()
         self._drafting = 0.0
 
@@ -33,11 +38,60 @@ class StepClock:
         """Drafting starts."""
         self._drafting = perf_counter()
 
-    def drafted(self) -> None:
-        """Drafting ends."""
+    def drafted(self, *, waited: bool) -> None:
+        """Drafting ends; `waited` says whether the host has waited for its result."""
         self.draft_s = perf_counter() - self._drafting
 
     def end(self) -> None:
         """The step ends."""
         self._end = perf_counter()
-        self.verify_s = self._end - self._begin - self.draft_s
+        self.verify_s = self._end - self._begin - (self.draft_s or 0.0)
+
+
+class DeviceClock(StepClock):
+    """The same by events on the device's stream.
+
+    The host runs ahead of the device, so its own clock would charge what the drafter left behind to
+    the next step. Events are waited for only where the host has waited for what came before them:
+    for the tokens of the verification, or for those of the draft. A drafting that nobody waited for
+    and that has not ended with the step stays unknown.
+    """
+
+    def __init__(self, make_event: Any) -> None:
+        """Args: make_event: returns an event as `torch.cuda.Event(enable_timing=True)`."""
+        super().__init__()
+        self._begun, self._verified, self._drafted = (make_event() for _ in range(3))
+        self._has_verified = False
+
+    def begin(self) -> None:
+        super().begin()
+        self._has_verified = False
+        self._begun.record()
+
+    def verified(self) -> None:
+        self._verified.record()
+        self._verified.synchronize()
+        self._has_verified = True
+
+    def drafted(self, *, waited: bool) -> None:
+        self._drafted.record()
+        self.draft_s = None
+        if waited:
+            self._drafted.synchronize()
+            self.draft_s = self._verified.elapsed_time(self._drafted) / 1000
+
+    def end(self) -> None:
+        self._end = perf_counter()
+        if not self._has_verified:  # A step without requests.
+            self.verify_s = self._end - self._begin
+            return
+        self.verify_s = self._begun.elapsed_time(self._verified) / 1000
+        if self.draft_s is None and self._drafted.query():
+            self.draft_s = self._verified.elapsed_time(self._drafted) / 1000
+
+
+def clock_of(device: torch.device) -> StepClock:
+    """The clock for steps on `device`."""
+    if device.type == "cpu":
+        return StepClock()
+    return DeviceClock(lambda: torch.cuda.Event(enable_timing=True))

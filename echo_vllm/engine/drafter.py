@@ -18,8 +18,10 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
-from echo_vllm.engine.attention.cpu import TreeCPUAttentionMetadata
+from echo_vllm.config import EchoConfigError
+from echo_vllm.engine.attention.backend import TreeAttentionMetadata
 from echo_vllm.engine.attention.tree import (
     MASK_WORD_BITS,
     DraftScratch,
@@ -30,6 +32,7 @@ from echo_vllm.engine.backlog import DrafterBacklog, DrafterInput
 from echo_vllm.forest import DraftForest
 from echo_vllm.policy import CandidatePool, DraftBatch, DraftPolicy
 from echo_vllm.policy.base import MAX_BACKLOG
+from echo_vllm.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,21 @@ class EchoProposer(EagleProposer):
         finally:
             self.num_speculative_tokens = nodes
 
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+        sizes = kernel_block_sizes or []
+        if self.kv_cache_gid < len(sizes) and sizes[self.kv_cache_gid] != self.block_size:
+            raise EchoConfigError(
+                f"--block-size {self.block_size} does not work with method echo here, because the "
+                f"attention kernels split such blocks; set it to {sizes[self.kv_cache_gid]}."
+            )
+
+    def _upload(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` of the host on the drafter's device."""
+        return upload(values, self.device)
+
     def propose_forest(
         self,
         *,
@@ -108,13 +126,14 @@ class EchoProposer(EagleProposer):
             next_token_ids: [batch] int32, the token after each request's last one.
             requests: what is to be done for each request of the batch.
             batch: what the policy is told.
-            common_attn_metadata: of the n tokens, all requests of the batch.
+            common_attn_metadata: of the n tokens, all requests of the batch; lengths on the host
+                are exact.
 
         Returns:
             The forest that the policy selected, one tree for each of `requests.drafting`.
         """
         self.report = DraftReport()
-        last_rows = common_attn_metadata.query_start_loc_cpu[1:].to(torch.int64) - 1
+        last_rows = common_attn_metadata.query_start_loc[1:].to(torch.int64) - 1
         # The drafter's token at a position is the one after it.
         shifted = torch.empty_like(token_ids)
         shifted[:-1] = token_ids[1:]
@@ -129,16 +148,16 @@ class EchoProposer(EagleProposer):
                 positions.clamp(max=self.max_draft_len - 1),
                 self.model.combine_hidden_states(hidden_states),
                 metadata,
-                dict.fromkeys(self._draft_attn_layer_names, cad.slot_mapping),
+                cad.slot_mapping,
             )
-            rows = cad.query_start_loc_cpu[1:].to(torch.int64) - 1
+            rows = cad.query_start_loc[1:].to(torch.int64) - 1
             outputs.append(output[rows])
             features.append(above[rows])
         if not requests.drafting:
             return DraftForest.empty(0)
         place = {request: i for i, request in enumerate(requests.updating)}
-        rows = torch.tensor([place[request] for request in requests.drafting])
-        drafting = torch.tensor(requests.drafting)
+        rows = self._upload(torch.tensor([place[request] for request in requests.drafting]))
+        drafting = self._upload(torch.tensor(requests.drafting))
         return self._draft_trees(
             output=torch.cat(outputs)[rows],
             features=torch.cat(features)[rows],
@@ -162,7 +181,8 @@ class EchoProposer(EagleProposer):
             return [(token_ids, positions, hidden_states, cad)] if len(token_ids) else []
         block_size = self.block_size
         bounds = cad.query_start_loc_cpu.tolist()
-        first_positions = positions[cad.query_start_loc_cpu[:-1].to(torch.int64)].tolist()
+        assert cad.seq_lens_cpu_upper_bound is not None  # exact, because drafts are on the host
+        first_positions = (cad.seq_lens_cpu_upper_bound - cad.query_start_loc_cpu.diff()).tolist()
         updating = set(requests.updating)
         # Where most rows wait, views keep nothing in memory that is not wanted.
         most_wait = 2 * sum(bounds[i + 1] - bounds[i] for i in updating) <= bounds[-1]
@@ -191,31 +211,30 @@ class EchoProposer(EagleProposer):
                 [inputs[i] for i in group],
                 torch.tensor([requests.updating[i] for i in group]),
                 cad,
-                block_size,
             )
             for group in groups
         ]
 
-    @staticmethod
     def _update(
-        inputs: list[DrafterInput],
-        requests: torch.Tensor,
-        cad: CommonAttentionMetadata,
-        block_size: int,
+        self, inputs: list[DrafterInput], requests: torch.Tensor, cad: CommonAttentionMetadata
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CommonAttentionMetadata]:
-        """One forward over `inputs` of the batch's `requests`."""
-        positions = torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in inputs])
+        """One forward over `inputs` of the batch's `requests` ([n], on the host)."""
         lengths = torch.tensor([tokens.stop - tokens.start for tokens in inputs])
         start = torch.zeros(len(inputs) + 1, dtype=torch.int32)
         start[1:] = lengths.cumsum(0)
-        block_table = cad.block_table_tensor[requests]
-        owner = torch.arange(len(inputs)).repeat_interleave(lengths)
+        assert cad.seq_lens_cpu_upper_bound is not None
+        seq_lens = cad.seq_lens_cpu_upper_bound[requests]
+        positions = self._upload(
+            torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in inputs])
+        )
+        owner = self._upload(torch.arange(len(inputs)).repeat_interleave(lengths))
+        there = self._upload(requests)
+        block_table, block_size = cad.block_table_tensor[there], self.block_size
         blocks = block_table[owner, positions // block_size].to(torch.int64)
-        seq_lens = cad.seq_lens[requests]
         part = cad.replace(
-            query_start_loc=start,
+            query_start_loc=self._upload(start),
             query_start_loc_cpu=start,
-            seq_lens=seq_lens,
+            seq_lens=cad.seq_lens[there],
             seq_lens_cpu_upper_bound=seq_lens,
             num_reqs=len(inputs),
             num_actual_tokens=len(positions),
@@ -247,17 +266,17 @@ class EchoProposer(EagleProposer):
             block_table: [R, max blocks] int32.
             batch: what the policy is told.
         """
-        policy = self.policy
+        policy, device = self.policy, output.device
         num_requests = output.shape[0]
         capacity = max(1, (policy.max_depth - 1) * policy.max_frontier)
         scratch = DraftScratch(num_requests * capacity)
         words = num_mask_words(capacity)
-        pool = CandidatePool.empty(num_requests)
+        pool = CandidatePool.empty(num_requests, device)
         active = pool.active
         # Per candidate: the frontier row of the level above that it hangs under.
-        level_parents = torch.zeros(0, dtype=torch.int64)
+        level_parents = torch.zeros(0, dtype=torch.int64, device=device)
         # Per frontier row of the last expanded level: what it may see, and its features.
-        seen = torch.zeros(num_requests, 1, words, dtype=torch.int64)
+        seen = torch.zeros(num_requests, 1, words, dtype=torch.int64, device=device)
         above = features.unsqueeze(1)
         used = 0
         for depth in range(1, policy.max_depth + 1):
@@ -266,7 +285,7 @@ class EchoProposer(EagleProposer):
                 break
             going = expansion.requests
             if going is not None and len(going) < len(active):
-                kept = torch.searchsorted(active, going)
+                kept = pool.on_device(torch.searchsorted(active, going))
                 seen, above, active = seen[kept], above[kept], going
             if expansion.frontier is not None:
                 level = pool.level(depth - 1)
@@ -274,22 +293,23 @@ class EchoProposer(EagleProposer):
                 width = in_level.shape[1]
                 parents = level_parents[in_level]
                 seen = seen.gather(1, parents.unsqueeze(2).expand(-1, -1, words)).clone()
-                slots = torch.arange(used, used + width)
-                seen[:, torch.arange(width), slots // MASK_WORD_BITS] |= (
+                slots = torch.arange(used, used + width, device=device)
+                seen[:, slots - used, slots // MASK_WORD_BITS] |= (
                     torch.ones_like(slots) << slots % MASK_WORD_BITS
                 )
                 used += width
                 hidden = above.gather(1, parents.unsqueeze(2).expand(-1, -1, above.shape[2]))
                 self.report.level_rows.append(len(active) * width)
                 output, features = self._forward_level(
-                    token_ids=pool.token_ids[active].gather(1, expansion.frontier),
+                    token_ids=pool.rows_of(active, pool.token_ids).gather(1, expansion.frontier),
                     hidden=hidden,
                     seen=seen,
-                    first_rows=active * capacity,
+                    first_rows=pool.on_device(active * capacity),
                     slots=slots,
-                    positions=context_lens[active] - 1 + (depth - 1),
-                    context_lens=context_lens[active],
-                    block_table=block_table[active],
+                    num_slots=used,
+                    positions=pool.rows_of(active, context_lens) - 1 + (depth - 1),
+                    context_lens=pool.rows_of(active, context_lens),
+                    block_table=pool.rows_of(active, block_table),
                     scratch=scratch,
                 )
                 above = features.view(len(active), width, -1)
@@ -309,6 +329,7 @@ class EchoProposer(EagleProposer):
         seen: torch.Tensor,
         first_rows: torch.Tensor,
         slots: torch.Tensor,
+        num_slots: int,
         positions: torch.Tensor,
         context_lens: torch.Tensor,
         block_table: torch.Tensor,
@@ -318,7 +339,7 @@ class EchoProposer(EagleProposer):
 
         A frontier of more rows than the engine's largest batch runs in several forwards: rows of
         one level do not see each other. `first_rows` [A] is where each request's scratch rows
-        begin, `slots` [W] where in them this level goes.
+        begin, `slots` [W] where in them this level goes, `num_slots` how many are filled then.
         """
         num_requests, width = token_ids.shape
         step = max(1, self.max_num_tokens // width)
@@ -326,7 +347,7 @@ class EchoProposer(EagleProposer):
         for start in range(0, num_requests, step):
             part = slice(start, min(start + step, num_requests))
             count = part.stop - part.start
-            row_start = torch.arange(count + 1, dtype=torch.int32) * width
+            row_start = torch.arange(count + 1, dtype=torch.int32, device=slots.device) * width
             flat_positions = positions[part].to(torch.int64).repeat_interleave(width)
             flat_positions.clamp_(max=self.max_draft_len - 1)
             tree = TreeAttention(
@@ -335,20 +356,20 @@ class EchoProposer(EagleProposer):
                 query_start=row_start[:-1],
                 row_start=row_start,
                 suffix_start=first_rows[part].to(torch.int32),
-                suffix_len=torch.full((count,), int(slots[-1]) + 1, dtype=torch.int32),
+                suffix_len=torch.full_like(row_start[1:], num_slots),
                 mask=seen[part].reshape(count * width, -1),
                 positions=flat_positions,
                 scratch=scratch,
                 scratch_rows=(first_rows[part].unsqueeze(1) + slots).flatten(),
             )
-            metadata = TreeCPUAttentionMetadata(tree=tree, rest=None)
+            metadata = TreeAttentionMetadata(tree=tree, rest=None)
             outputs.append(
                 self._forward(
                     token_ids[part].flatten().to(torch.int32),
                     flat_positions,
                     hidden[part].flatten(0, 1),
                     dict.fromkeys(self._draft_attn_layer_names, metadata),
-                    {},  # Nothing goes to the paged cache.
+                    None,  # Nothing goes to the paged cache.
                 )
             )
         if len(outputs) == 1:
@@ -360,16 +381,34 @@ class EchoProposer(EagleProposer):
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
-        metadata: dict[str, Any],
-        slot_mapping: dict[str, torch.Tensor],
+        metadata: dict[str, Any] | None,
+        slot_mapping: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the drafter; returns (what the head reads, what the next level reads)."""
+        """Run the drafter on n rows; returns (what the head reads, what the next level reads), both
+        [n, hidden]. `slot_mapping` [n] is where the rows go in the paged cache, None for nowhere.
+        """
+        n = token_ids.shape[0]
+        # Without CUDA graphs the mode is NONE and there is no padding.
+        mode, size, _ = self._determine_batch_execution_and_padding(n)
+        slots = {}
+        if mode is not CUDAGraphMode.NONE:
+            # A graph reads what stood in these very buffers when it was captured.
+            self.input_ids[:n] = token_ids
+            self.positions[:n] = positions
+            self.hidden_states[:n] = hidden_states
+            token_ids, positions = self.input_ids[:size], self.positions[:size]
+            hidden_states = self.hidden_states[:size]
+            if slot_mapping is None:
+                slot_mapping = self._slot_mapping_buffer[:size].fill_(PADDING_SLOT_ID)
+            slots = self._get_slot_mapping(size, slot_mapping)
+        elif slot_mapping is not None:
+            size, slots = n, dict.fromkeys(self._draft_attn_layer_names, slot_mapping)
         with set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=token_ids.shape[0],
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=slot_mapping,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=slots,
         ):
             output, features = self.model(
                 input_ids=token_ids,
@@ -377,6 +416,8 @@ class EchoProposer(EagleProposer):
                 hidden_states=hidden_states,
                 inputs_embeds=None,
             )
+        if mode is not CUDAGraphMode.NONE:  # The next replay writes to the same place.
+            return output[:n].clone(), features[:n].clone()
         return output, features
 
     def _top_tokens(self, output: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

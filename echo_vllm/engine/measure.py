@@ -58,7 +58,7 @@ def measured_cost(runner: Any) -> StepCost:
         target=config.model_config.model,
         drafter=spec.model,
         dtype=f"{config.model_config.dtype}, {config.compilation_config.mode}",
-        hardware=f"{describe_cpu()}, {config.parallel_config.tensor_parallel_size} ranks",
+        hardware=f"{_describe(runner.device)}, {config.parallel_config.tensor_parallel_size} ranks",
         threads=torch.get_num_threads(),
         vllm_version=vllm_version,
         echo_vllm_version=__version__,
@@ -94,9 +94,13 @@ def measure(runner: Any, max_rows: int) -> StepCost:
     drafter = runner.drafter
     sizes = sorted({rows for rows in ROWS if rows < max_rows} | {max_rows})
 
+    # A CPU has no graphs; on a GPU steps run in those that were captured, if any were.
+    mode = CUDAGraphMode.NONE if runner.device.type == "cpu" else None
+
     def target(rows: int) -> None:
-        hidden, _ = runner._dummy_run(rows, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        hidden, _ = runner._dummy_run(rows, cudagraph_runtime_mode=mode)
         argmax_of_rows(runner.model.compute_logits(hidden[:rows]))
+        runner._sync_device()
 
     def draft(rows: int) -> None:
         output, _ = drafter._forward(
@@ -104,15 +108,17 @@ def measure(runner: Any, max_rows: int) -> StepCost:
             drafter.positions[:rows],
             drafter.hidden_states[:rows],
             None,
-            {},
+            None,
         )
         drafter._top_tokens(output, drafter.policy.num_ranks)
+        runner._sync_device()
 
     def catch_up(rows: int) -> None:
         features = drafter.model.combine_hidden_states(
-            torch.zeros(rows, feature_size(runner), dtype=drafter.hidden_states.dtype)
+            drafter.hidden_states.new_zeros(rows, feature_size(runner))
         )
-        drafter._forward(drafter.input_ids[:rows], drafter.positions[:rows], features, None, {})
+        drafter._forward(drafter.input_ids[:rows], drafter.positions[:rows], features, None, None)
+        runner._sync_device()
 
     # The target's dummy run includes one of the drafter; it must not count as verification.
     dummy_run, drafter.dummy_run = drafter.dummy_run, lambda *args, **kwargs: None
@@ -122,6 +128,11 @@ def measure(runner: Any, max_rows: int) -> StepCost:
     finally:
         drafter.dummy_run = dummy_run
     return StepCost(verify=verify, draft_level=level, catch_up=first)
+
+
+def _describe(device: torch.device) -> str:
+    """The hardware that the forwards run on."""
+    return describe_cpu() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def feature_size(runner: Any) -> int:

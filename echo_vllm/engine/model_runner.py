@@ -6,6 +6,10 @@
 batch, positions, attention metadata, sampling, and drafting. The step is otherwise vLLM's.
 The runner keeps the parents of what it drafted; the scheduler carries the tokens only, as a list
 whose every prefix is a tree.
+
+On a GPU the host waits twice in a step, once for what was accepted and once for what was drafted:
+V1 needs both lists on the host. `echo_vllm.transfer` has both transfers, and everything between
+them is on the device.
 """
 
 from __future__ import annotations
@@ -18,15 +22,15 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from echo_vllm import ops
 from echo_vllm.cost import StepCost
 from echo_vllm.engine.attention.tree import VerificationRows, num_mask_words
-from echo_vllm.engine.clock import StepClock
+from echo_vllm.engine.clock import clock_of
 from echo_vllm.engine.drafter import EchoProposer, Requests
 from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
@@ -37,6 +41,7 @@ from echo_vllm.policy import DraftBatch, DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import MAX_WAITING
 from echo_vllm.policy.echo import EchoPolicy
+from echo_vllm.transfer import upload
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -44,6 +49,10 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
 else:
     _Runner = object
+
+
+MAX_MOVES = 8192
+"""Slots that one call of `ops.commit_kv` moves on a GPU at most."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,10 @@ class Step:
     """The verification of one scheduled batch.
 
     Attributes:
-        forest: the trees as scheduled, one a request of the batch, maybe empty.
+        forest: the trees as scheduled, one a request of the batch, maybe empty; on the host.
         rows: the requests that attention must treat as trees, None if there are none.
         query_start: [R + 1] int64, first row of each request.
-        verdict: set by sampling.
+        verdict: set by sampling; on the host.
     """
 
     forest: DraftForest
@@ -89,12 +98,12 @@ class EchoRunnerMixin(_Runner):
         # vLLM drops min-p and logit bias under speculation because its rejection sampler cannot
         # apply them; the walk samples with the plain sampler, which can.
         self.input_batch.logitsprocs = LogitsProcessors(
-            processor(vllm_config, device, False) for processor in BUILTIN_LOGITS_PROCESSORS
+            processor(vllm_config, device, PIN_MEMORY) for processor in BUILTIN_LOGITS_PROCESSORS
         )
         self.draft_trees: dict[str, DraftTree] = {}
         self.step: Step | None = None
         self.plan = DraftPlan()
-        self.clock = StepClock()
+        self.clock = clock_of(device)
         self.cost: StepCost | None = None
         """Measured at start-up; reported once to the scheduler, which keeps it true."""
         self.recorder = TraceRecorder.of(vllm_config) if is_global_first_rank() else None
@@ -193,9 +202,10 @@ class EchoRunnerMixin(_Runner):
         rows = self._tree_rows(forest, num_trees) if num_trees else None
         if rows is not None:
             # Slots follow the order of the rows, positions the depth in the tree.
-            base = self.input_batch.num_computed_tokens_cpu_tensor[:num_trees].to(torch.int64)
-            owner = torch.arange(num_trees).repeat_interleave(rows.row_start.diff())
-            self.positions[: rows.num_rows] = base[owner] + rows.depths
+            base = self.num_computed_tokens[:num_trees].to(torch.int64)
+            self.positions[: rows.num_rows] = rows.depths + torch.repeat_interleave(
+                base, rows.row_start.diff(), output_size=rows.num_rows
+            )
         self.step = Step(forest, rows, query_start)
         return result
 
@@ -203,8 +213,11 @@ class EchoRunnerMixin(_Runner):
         cu_nodes = forest.cu_nodes[: num_trees + 1]
         num_nodes = int(cu_nodes[-1])
         words = num_mask_words(1 + int(cu_nodes.diff().max()))
-        mask, depths = ops.build_super_tree(forest.parents[:num_nodes], cu_nodes, words)
         row_start = cu_nodes + torch.arange(num_trees + 1, dtype=torch.int32)
+        packed = torch.cat([forest.parents[:num_nodes], cu_nodes, row_start])
+        parts = [num_nodes, num_trees + 1, num_trees + 1]
+        parents, cu_nodes, row_start = upload(packed, self.device).split(parts)
+        mask, depths = ops.build_super_tree(parents, cu_nodes, words)
         return VerificationRows(num_trees, num_nodes + num_trees, row_start, depths, mask)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,10 +249,11 @@ class EchoRunnerMixin(_Runner):
         assert step.verdict is not None
         stats = StepStats.of(step.forest, step.verdict.num_accepted.tolist())
         stats.rows = int(step.query_start[-1])
-        stats.verify_s, stats.draft_s = self.clock.verify_s, self.clock.draft_s
-        stats.idle_s = self.clock.idle_s
+        stats.verify_s, stats.idle_s = self.clock.verify_s, self.clock.idle_s
         report = self.drafter.report
-        stats.committed, stats.level_rows = report.committed, report.level_rows
+        if self.clock.draft_s is not None:  # Otherwise there is no time to learn from.
+            stats.draft_s = self.clock.draft_s
+            stats.committed, stats.level_rows = report.committed, report.level_rows
         stats.waiting = len(self.drafter.backlog)
         if report.forest is not None:
             sizes = report.forest.cu_nodes.diff()
@@ -260,7 +274,7 @@ class EchoRunnerMixin(_Runner):
             return super()._sample(logits, spec_decode_metadata)
         assert logits is not None
         num_reqs = self.input_batch.num_reqs
-        self.step.verdict = verify(
+        verdict = verify(
             self.sampler,
             logits,
             self.step.forest,
@@ -268,36 +282,58 @@ class EchoRunnerMixin(_Runner):
             self.input_batch.req_output_token_ids[:num_reqs],
             self.discard_request_mask.np[:num_reqs],
         )
-        self._commit(self.step)
+        self._commit(self.step, verdict)
+        self.step.verdict = verdict.on_host()
         if self.recorder is not None:
             self.recorder.verified(
                 self.input_batch.req_ids,
                 self.step.forest,
-                self.step.verdict.accepted_rows,
-                self.step.verdict.num_accepted,
+                self.step.verdict.accepted_rows.numpy(),
+                self.step.verdict.num_accepted.numpy(),
                 rows=int(self.step.query_start[-1]),
                 decoding=int((~self.discard_request_mask.np[:num_reqs]).sum()),
             )
         return self.step.verdict.sampler_output
 
-    def _commit(self, step: Step) -> None:
-        """Move the accepted paths' keys and values to where a chain would have left them."""
+    def _commit(self, step: Step, verdict: Verdict) -> None:
+        """Move the accepted paths' keys and values to where a chain would have left them.
+
+        All places of all paths are asked for, whatever was accepted, so that nobody has to know;
+        `ops.commit_kv` skips the negative slots of those that have nothing to move.
+        """
         if step.rows is None:
             return
-        assert step.verdict is not None
-        accepted = step.verdict.accepted_rows
-        requests, places = np.nonzero((accepted >= 0) & (accepted != np.arange(accepted.shape[1])))
-        if not len(requests):
+        accepted = verdict.accepted_rows[: step.rows.num_requests, 1:]
+        if accepted.device.type == "cpu" and not (accepted > 0).any():
             return
-        start = step.query_start[requests]
-        source = torch.from_numpy(start + accepted[requests, places])
-        target = torch.from_numpy(start + places)
+        accepted = upload(accepted, self.device).to(torch.int64)
+        places = torch.arange(1, accepted.shape[1] + 1, device=accepted.device)
+        first = self.query_start_loc.gpu[: len(accepted)].to(torch.int64).unsqueeze(1)
+        moves = (accepted > 0) & (accepted != places)
+        source = (first + accepted.clamp(min=0)).flatten()
+        target = (first + torch.where(moves, places, 0)).flatten()
+        stay = ~moves.flatten()
+        # Requests share no slots, so they may be moved in several calls.
+        part = max(1, MAX_MOVES // max(1, accepted.shape[1])) * accepted.shape[1]
         for gid, groups in enumerate(self.attn_groups):
             slots = self.input_batch.block_table[gid].slot_mapping.gpu
+            sources = slots[source].masked_fill(stay, -1)
+            targets = slots[target].masked_fill(stay, -1)
             for group in groups:
-                self._commit_group(group, slots[source], slots[target])
+                for start in range(0, len(sources), part):
+                    stop = start + part
+                    self._commit_group(group, sources[start:stop], targets[start:stop])
 
     def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        draft_layers = self.drafter._draft_attn_layer_names
+        context = self.compilation_config.static_forward_context
+        layers = [context[name] for name in group.layer_names if name not in draft_layers]
+        if layers:
+            caches = [layer.kv_cache for layer in layers]
+            ops.commit_kv(caches, source, target, caches[0].shape[2], self._kv_layout(layers[0]))
+
+    def _kv_layout(self, layer: Any) -> str:
+        """The layout of a layer's paged cache, by its name in `ops.commit_kv`."""
         raise NotImplementedError
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
@@ -373,14 +409,14 @@ class EchoRunnerMixin(_Runner):
             self.draft_trees[req_ids[i]] = DraftTree(
                 tokens, parents, scores[start:stop], is_chain(parents)
             )
-        self.clock.drafted()
+        self.clock.drafted(waited=bool(requests.drafting))
         if self.recorder is not None:
             self.recorder.drafted(
                 [req_ids[i] for i in requests.drafting],
-                cad.seq_lens[torch.tensor(requests.drafting, dtype=torch.int64)].tolist(),
+                [int(cad.seq_lens_cpu_upper_bound[i]) for i in requests.drafting],
                 self.drafter.report,
                 batch,
-                self.clock.draft_s,
+                self.clock.draft_s or 0.0,
             )
         return drafts
 
@@ -401,7 +437,8 @@ class EchoRunnerMixin(_Runner):
         drafting = set(able)
         updating = []
         lengths = cad.query_start_loc_cpu.diff().tolist()
-        ends = cad.seq_lens.tolist()
+        assert cad.seq_lens_cpu_upper_bound is not None
+        ends = cad.seq_lens_cpu_upper_bound.tolist()
         # While the drafter rests, short prompts wait too: a request that ends before it drafts
         # never costs the drafter anything. Not where other requests may hit their blocks, which
         # the drafter would never have seen.
@@ -437,14 +474,12 @@ class EchoRunnerMixin(_Runner):
         if step.rows is None:
             return chain_rows
         assert step.verdict is not None
-        rows = chain_rows.clone()
-        accepted = step.verdict.accepted_rows
-        starts = cad.query_start_loc_cpu.tolist()
-        for i in range(step.rows.num_requests):
-            count = int(step.verdict.num_accepted[i]) + 1
-            path = torch.from_numpy(accepted[i, :count].astype(np.int64))
-            rows[starts[i] : starts[i] + count] = path + int(step.query_start[i])
-        return rows
+        n = step.rows.num_requests
+        accepted = step.verdict.accepted_rows[:n].to(torch.int64)
+        rows = accepted + torch.from_numpy(step.query_start[:n]).unsqueeze(1)
+        # Requests with trees come first here too, each with the rows of its path.
+        paths = upload(rows[accepted >= 0], chain_rows.device)
+        return torch.cat([paths, chain_rows[len(paths) :]])
 
     def _wants_drafts(self, req_id: str, has_token: bool) -> bool:
         """Whether a tree for this request can be verified in the next step."""
@@ -458,15 +493,3 @@ class EchoRunnerMixin(_Runner):
         if left <= 1:  # The bonus token alone finishes the request.
             return False
         return request.num_tokens + self.drafter.policy.max_depth <= self.drafter.max_draft_len
-
-
-class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
-    """The CPU runner with trees."""
-
-    def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
-        context = self.compilation_config.static_forward_context
-        draft_layers = self.drafter._draft_attn_layer_names
-        layers = [context[name] for name in group.layer_names if name not in draft_layers]
-        if layers:
-            caches = [layer.kv_cache for layer in layers]
-            ops.commit_kv(caches, source, target, caches[0].shape[2], layers[0].isa)

@@ -30,7 +30,8 @@ class StepStats:
             policy that learns from them.
         rows: rows of the target's forward.
         verify_s, draft_s, idle_s: see `StepClock`.
-        committed, level_rows: see `DraftReport`; of the drafting at the end of this step.
+        committed, level_rows: see `DraftReport`; of the drafting at the end of this step, if its
+            time is known.
         starved: requests that were drafted for at the end of this step and got no node.
         waiting: tokens in the drafter's backlog.
         samples: for a few requests drafted to full depth, the path log-probabilities and depths of

@@ -94,9 +94,9 @@ class TraceRecorder:
                 "probes": batch.probes.tolist(),
             },
         }
-        pool, forest = report.pool, report.forest
-        if pool is None or forest is None:
+        if report.pool is None or report.forest is None:
             return
+        pool, forest = report.pool.on_host(), report.forest
         assert forest.columns is not None
         cu = forest.cu_nodes.tolist()
         for i, req_id in enumerate(req_ids):

@@ -11,7 +11,6 @@ one sentence that names the option or the model, and what to do.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +25,12 @@ from echo_vllm.engine.profiles import check_files
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
-CPU_WORKER = "echo_vllm.engine.worker.EchoCPUWorker"
-CUDA_WORKER = "echo_vllm.engine.worker.EchoWorker"
+CPU_WORKER = "echo_vllm.engine.cpu.EchoCPUWorker"
+CUDA_WORKER = "echo_vllm.engine.cuda.EchoWorker"
 SCHEDULER = "echo_vllm.engine.scheduler.EchoScheduler"
+
+MAX_HEAD_SIZE = 256
+"""Of `ops.tree_attention` on a GPU."""
 
 # Fields of vLLM's SpeculativeConfig that mean for method echo what they mean for eagle3. The last
 # line is filled in by vLLM, never by the user.
@@ -400,7 +402,8 @@ def _choose_classes(vllm_config: VllmConfig) -> None:
         worker = CPU_WORKER
     elif current_platform.is_cuda():
         worker = CUDA_WORKER
-        _check_worker_exists(worker)
+        _check_gpu(vllm_config)
+        _choose_attention_backend(vllm_config)
         _choose_piecewise_graphs(vllm_config)
     else:
         refuse(f"device {show(current_platform.device_type)}", "run on a CPU or an NVIDIA GPU")
@@ -409,10 +412,46 @@ def _choose_classes(vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.async_scheduling = False
 
 
-def _check_worker_exists(worker: str) -> None:
-    module, _, name = worker.rpartition(".")
-    if not hasattr(importlib.import_module(module), name):
-        refuse('device "cuda" in this release of echo-vllm', "run on a CPU")
+def _check_gpu(vllm_config: VllmConfig) -> None:
+    """Refuse GPUs and head sizes that the CUDA kernels were not made for."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.has_device_capability(80):
+        found = current_platform.get_device_capability()
+        version = "below 8.0" if found is None else found.as_version_str()
+        refuse(
+            f"an NVIDIA GPU of compute capability {version}",
+            "use one of 8.0 (Ampere) or later",
+        )
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    for whose, model in (("target", spec.target_model_config), ("head", spec.draft_model_config)):
+        size = model.get_head_size()
+        if size > MAX_HEAD_SIZE or size % 16:
+            refuse(
+                f"attention heads of size {size} on a GPU (the {whose}'s)",
+                f"choose a model whose head size is a multiple of 16 up to {MAX_HEAD_SIZE}",
+            )
+
+
+def _choose_attention_backend(vllm_config: VllmConfig) -> None:
+    """On a GPU, target and drafter get the backend that the worker registers as CUSTOM."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    spec, attention = vllm_config.speculative_config, vllm_config.attention_config
+    assert spec is not None
+    for name in ("backend_per_kind", "hisparse_config"):
+        if getattr(attention, name):
+            refuse(f"attention_config.{name}", "remove it")
+    dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
+    stock = "TRITON_ATTN" if dtype == "float32" else "FLASH_ATTN"
+    custom = AttentionBackendEnum.CUSTOM
+    if attention.backend not in (None, custom, AttentionBackendEnum[stock]):
+        refuse(
+            f"--attention-backend {attention.backend.name} and --dtype {dtype}",
+            f"remove it, or set it to {stock}, which tree attention builds on",
+        )
+    attention.backend = spec.attention_backend = custom
 
 
 def _choose(config: Any, name: str, unset: str | None, ours: str) -> None:

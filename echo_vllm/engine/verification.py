@@ -10,6 +10,11 @@ Each level of the walk is one call of vLLM's own sampler on the rows that reques
 the state (penalties, bad words, minimum tokens, random generators) in which plain decoding
 would be at that token. A request draws from its generator once per generated token, as without
 speculation, so even a seeded request gets the tokens that it would get without speculation.
+
+On a GPU each level costs one transfer of its tokens to the host. Where no request asks for anything
+that depends on the path (`_samples_rows_alone`), the GPU is not waited for: every row is sampled at
+once, and the walk is `ops.accept_path`. A row's token is drawn from the target's distribution
+after the row's own path, so it does not matter that rows off the path drew too.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from vllm.v1.sample.sampler import Sampler
 from echo_vllm import ops
 from echo_vllm.acceptance import find_child
 from echo_vllm.forest import DraftForest
+from echo_vllm.transfer import download, upload
 
 NO_TOKEN = -1
 """vLLM's placeholder for a token that was not generated."""
@@ -45,11 +51,21 @@ class Verdict:
         accepted_rows: [R, D + 1] int32, the accepted path as rows of the request; the
             first is the root (0); padded with -1.
         num_accepted: [R] int32, accepted draft nodes.
+
+    The tensors are where the logits are, or on the host already.
     """
 
     sampler_output: SamplerOutput
-    accepted_rows: np.ndarray
-    num_accepted: np.ndarray
+    accepted_rows: torch.Tensor
+    num_accepted: torch.Tensor
+
+    def on_host(self) -> Verdict:
+        """The same verdict on the host, in one transfer; log-probabilities stay where they are."""
+        output = self.sampler_output
+        tokens, rows, accepted = download(
+            output.sampled_token_ids, self.accepted_rows, self.num_accepted
+        )
+        return Verdict(replace(output, sampled_token_ids=tokens), rows, accepted)
 
 
 def verify(
@@ -59,6 +75,7 @@ def verify(
     sampling: SamplingMetadata,
     output_token_ids: list[list[int]],
     skipped: np.ndarray,
+    at_once: bool | None = None,
 ) -> Verdict:
     """Walk every tree from its root.
 
@@ -70,10 +87,16 @@ def verify(
         output_token_ids: per request, the list that logits processors look at. It grows during
             the walk and is restored at the end.
         skipped: [R] bool, requests that generate nothing in this step (partial prefills).
+        at_once: whether all rows may be sampled at once; by default on a GPU, where it saves
+            waiting. On a CPU sampling rows that the walk does not reach costs more than it saves.
     """
     max_depth = int(forest.depths.max()) if forest.num_nodes else 0
     if _samples_plain_argmax(sampling):
-        return _verify_greedy(logits, forest, max_depth)
+        return _accept(argmax_of_rows(logits), forest, max_depth)
+    if at_once is None:
+        at_once = logits.device.type != "cpu"
+    if at_once and _samples_rows_alone(sampling):
+        return _accept(_sample_rows(sampler, logits, forest, sampling), forest, max_depth)
     walk = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
     return walk.run(np.flatnonzero(~skipped))
 
@@ -92,29 +115,71 @@ def _samples_plain_argmax(sampling: SamplingMetadata) -> bool:
     )
 
 
-def _verify_greedy(logits: torch.Tensor, forest: DraftForest, max_depth: int) -> Verdict:
-    """All rows in one argmax."""
-    sampled = argmax_of_rows(logits)
-    rows, num_accepted = ops.accept_path(
-        sampled, forest.token_ids, forest.parents, forest.cu_nodes, max_depth
+def _samples_rows_alone(sampling: SamplingMetadata) -> bool:
+    """Whether every row's token can be drawn without knowing the path that leads to it.
+
+    Not with seeds: a request's generator must be drawn from once per generated token.
+    """
+    return (
+        not sampling.generators
+        and sampling.max_num_logprobs is None
+        and not sampling.logprob_token_ids
+        and sampling.no_penalties
+        and not sampling.bad_words_token_ids
+        and sampling.allowed_token_ids_mask is None
+        and not _has_thinking_budget(sampling)
+        and not any(map(_is_active, sampling.logitsprocs.all))
     )
-    first_row = forest.cu_nodes[:-1].to(torch.int64) + torch.arange(forest.num_requests)
+
+
+def _sample_rows(
+    sampler: Sampler, logits: torch.Tensor, forest: DraftForest, sampling: SamplingMetadata
+) -> torch.Tensor:
+    """[rows] int64, a token for every row, by the parameters of its request."""
+    sizes = forest.cu_nodes.diff() + 1
+    owner = torch.repeat_interleave(
+        torch.arange(forest.num_requests), sizes, output_size=len(logits)
+    )
+    owner = upload(owner, logits.device)
+    output = sampler(
+        logits=logits,
+        sampling_metadata=replace(
+            sampling,
+            temperature=_rows(sampling.temperature, owner),
+            top_p=_rows(sampling.top_p, owner),
+            top_k=_rows(sampling.top_k, owner),
+            output_token_ids=[],
+            spec_token_ids=None,
+        ),
+    )
+    return output.sampled_token_ids[:, 0].to(torch.int64)
+
+
+def _accept(sampled: torch.Tensor, forest: DraftForest, max_depth: int) -> Verdict:
+    """The walk, where the token of every row is known; all on the device of `sampled`."""
+    nodes = forest.to(sampled.device)
+    rows, num_accepted = ops.accept_path(
+        sampled, nodes.token_ids, nodes.parents, nodes.cu_nodes, max_depth
+    )
+    first_row = nodes.cu_nodes[:-1].to(torch.int64) + torch.arange(
+        nodes.num_requests, device=sampled.device
+    )
     flat = (first_row.unsqueeze(1) + rows.clamp(min=0)).flatten()
     tokens = sampled[flat].view(rows.shape).to(torch.int32)
     tokens.masked_fill_(rows < 0, NO_TOKEN)
-    return Verdict(
-        SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None),
-        rows.numpy(),
-        num_accepted.numpy(),
-    )
+    output = SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+    return Verdict(output, rows, num_accepted)
 
 
 def argmax_of_rows(logits: torch.Tensor, block: int = 1024) -> torch.Tensor:
     """[rows] int64, `logits.argmax(1)`: the first of equal maxima.
 
     torch finds the position of a maximum several times slower than its value on a CPU, so only the
-    block of columns that holds the maximum is searched for the position.
+    block of columns that holds the maximum is searched for the position. On a GPU vLLM's sampler
+    takes torch's own, and so does this: equal maxima must fall alike with and without speculation.
     """
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
     num_columns = logits.shape[1]
     whole = num_columns // block * block
     tops = [logits[:, :whole].unflatten(1, (-1, block)).amax(2)] if whole else []
@@ -164,8 +229,8 @@ class _Walk:
                 del tokens[length:]
         return Verdict(
             SamplerOutput(sampled_token_ids=self.tokens, logprobs_tensors=self.logprobs),
-            self.rows,
-            self.num_accepted,
+            torch.from_numpy(self.rows),
+            torch.from_numpy(self.num_accepted),
         )
 
     def _step(self, level: int, requests: np.ndarray) -> np.ndarray:
@@ -182,10 +247,12 @@ class _Walk:
         batch = np.arange(len(self.trees)) if whole else requests
         rows = self.first_row[batch] + self.rows[batch, np.minimum(level, self.num_accepted[batch])]
         output = self.sampler(
-            logits=self.logits[torch.from_numpy(rows)],
-            sampling_metadata=_sampling_of(self.sampling, batch, requests, level),
+            logits=self.logits[self._upload(rows)],
+            sampling_metadata=_sampling_of(
+                self.sampling, batch, requests, level, self.logits.device
+            ),
         )
-        sampled = output.sampled_token_ids[:, 0]
+        (sampled,) = download(output.sampled_token_ids[:, 0])
         if whole:
             sampled = sampled[torch.from_numpy(requests)]
         self.tokens[torch.from_numpy(requests), level] = sampled.to(torch.int32)
@@ -204,6 +271,9 @@ class _Walk:
             going.append(request)
         return np.array(going, dtype=np.int64)
 
+    def _upload(self, values: np.ndarray) -> torch.Tensor:
+        return upload(torch.from_numpy(values), self.logits.device)
+
     def _keep_logprobs(
         self, level: int, requests: np.ndarray, new: LogprobsTensors, where: np.ndarray
     ) -> None:
@@ -216,8 +286,8 @@ class _Walk:
                 new.logprobs.new_zeros(size, width),
                 new.selected_token_ranks.new_zeros(size),
             )
-        to = torch.from_numpy(requests * num_levels + level)
-        source = torch.from_numpy(where)
+        to = self._upload(requests * num_levels + level)
+        source = self._upload(where)
         self.logprobs.logprob_token_ids[to] = new.logprob_token_ids[source]
         self.logprobs.logprobs[to] = new.logprobs[source]
         self.logprobs.selected_token_ranks[to] = new.selected_token_ranks[source]
@@ -240,10 +310,14 @@ def _is_active(processor: object) -> bool:
 
 
 def _sampling_of(
-    sampling: SamplingMetadata, batch: np.ndarray, drawing: np.ndarray, level: int
+    sampling: SamplingMetadata,
+    batch: np.ndarray,
+    drawing: np.ndarray,
+    level: int,
+    device: torch.device,
 ) -> SamplingMetadata:
     """The sampling metadata of the requests `batch`, of which only `drawing` may draw."""
-    index = torch.from_numpy(batch)
+    index = upload(torch.from_numpy(batch), device)
     place = {request: row for row, request in enumerate(batch.tolist())}
     generators = sampling.generators
     outputs = sampling.output_token_ids

@@ -1,52 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Workers that run the tree-verifying model runner with its attention backend."""
+"""What the workers of all devices have in common; `cpu.py` and `cuda.py` have one each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.worker import cpu_worker
 
 from echo_vllm.engine.measure import measured_cost
-from echo_vllm.engine.model_runner import EchoCPUModelRunner
 from echo_vllm.engine.scheduler import needs_cost
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    _Worker = object
 
 
 @contextmanager
-def attention_backend(name: AttentionBackendEnum, class_path: str) -> Iterator[None]:
-    """Layers built inside get the backend `class_path` for `name`.
+def attention_backend(name: AttentionBackendEnum, backend: type) -> Iterator[None]:
+    """Layers built inside get the class `backend` for `name`.
 
     Scoped, and past vLLM's cache, so that an engine without trees in the same process (tests,
-    notebooks) keeps the stock backend.
+    notebooks) keeps the stock backend, and a plug-in that has the name gets it back.
     """
-    register_backend(name, class_path)
+    before = name.get_path() if name.is_overridden() else None
+    register_backend(name, f"{backend.__module__}.{backend.__qualname__}")
     selector._cached_get_attn_backend.cache_clear()
     try:
         yield
     finally:
         name.clear_override()
+        if before is not None:
+            register_backend(name, before)
         selector._cached_get_attn_backend.cache_clear()
 
 
-class EchoCPUWorker(cpu_worker.CPUWorker):
-    """vLLM's CPU worker with `EchoCPUModelRunner`."""
+class EchoWorkerMixin(_Worker):
+    """A vLLM worker whose layers have a backend with trees, and that measures what steps cost."""
 
-    def init_device(self) -> None:
-        # vLLM names its runner class inside this method; building that one first and replacing it
-        # would allocate everything twice.
-        with patch.object(cpu_worker, "CPUModelRunner", EchoCPUModelRunner):
-            super().init_device()
+    def tree_backend(self) -> tuple[AttentionBackendEnum, type]:
+        """vLLM's name for the backend of target and drafter, and the class that it stands for."""
+        raise NotImplementedError
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with attention_backend(
-            AttentionBackendEnum.CPU_ATTN, "echo_vllm.engine.attention.cpu.EchoCPUAttentionBackend"
-        ):
+        with attention_backend(*self.tree_backend()):
             super().load_model(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -57,7 +58,7 @@ class EchoCPUWorker(cpu_worker.CPUWorker):
         return times
 
     def shutdown(self) -> None:
-        recorder = getattr(self.model_runner, "recorder", None)
+        recorder = getattr(getattr(self, "model_runner", None), "recorder", None)
         if recorder is not None:
             recorder.close()
         super().shutdown()

@@ -29,6 +29,7 @@ from echo_vllm import ops
 from echo_vllm.calibration.survival import SurvivalModel
 from echo_vllm.forest import ROOT, DraftForest
 from echo_vllm.policy.base import NO_CANDIDATE, CandidatePool, DraftBatch, Expansion
+from echo_vllm.transfer import download
 
 MAX_SAMPLES = 4
 """Requests of a drafting that the forecast remembers."""
@@ -66,20 +67,27 @@ class AutoPolicy:
         self.growth = list(growth)
         self.k_max = k_max
         self.floor = floor
+        self._moved: tuple[SurvivalModel, torch.device, SurvivalModel] | None = None
+
+    def _survival_on(self, device: torch.device) -> SurvivalModel:
+        """The model with its table on `device`, where it stays."""
+        if self._moved is None or self._moved[:2] != (self.survival, device):
+            self._moved = self.survival, device, self.survival.to(device)
+        return self._moved[2]
 
     def probabilities(self, pool: CandidatePool, batch: DraftBatch) -> torch.Tensor:
         """[R, P] float32 in 0..1: how probably each candidate is accepted; never above its
         parent's, and 0 where there is no candidate."""
         key = (id(self), batch.plan.factors)
-        found = torch.empty(pool.num_requests, 0)
+        found = pool.path_logprobs[:, :0]
         if pool.memo is not None and pool.memo[0] == key:
             found = pool.memo[1]
         done = found.shape[1]
         if done == pool.num_columns:
             return found
-        model = self.survival
+        model = self._survival_on(pool.device)
         if batch.plan.factors:
-            model = model.with_factors(torch.tensor(batch.plan.factors))
+            model = model.with_factors(pool.on_device(torch.tensor(batch.plan.factors)))
         new = model.probability(pool.path_logprobs[:, done:], pool.depths()[done:])
         found = torch.cat([found, new], dim=1)
         for depth in range(1, pool.num_levels + 1):
@@ -104,7 +112,7 @@ class AutoPolicy:
             going = self._pays(depth, frontier, pool, batch)
         if len(batch.probes):
             going |= torch.isin(requests, batch.probes)
-        requests, frontier = requests[going], frontier[going]
+        requests, frontier = requests[going], frontier[pool.on_device(going.nonzero().squeeze(1))]
         return Expansion(frontier, None, requests) if len(requests) else None
 
     def _pays(
@@ -113,7 +121,8 @@ class AutoPolicy:
         """[A] bool: which of the active requests are worth another level."""
         plan = batch.plan
         assert plan.cost is not None
-        reached = self.probabilities(pool, batch)[pool.active].gather(1, frontier).sum(1)
+        found = pool.rows_of(pool.active, self.probabilities(pool, batch))
+        (reached,) = download(found.gather(1, frontier).sum(1))
         gain = reached.clamp(max=1.0).double().numpy() * self.growth[depth - 2]
         num_active, width = frontier.shape
         level, verify = plan.cost.draft_level, plan.cost.verify
@@ -142,6 +151,7 @@ class AutoPolicy:
         self, scores: torch.Tensor, tiers: torch.Tensor, pool: CandidatePool, batch: DraftBatch
     ) -> int:
         """The number of nodes with the most expected tokens a second; the fewest among equals."""
+        scores, tiers = download(scores, tiers)
         exists = scores > NO_CANDIDATE
         first = scores[exists & (tiers == 0)]
         most = int(exists.sum())
@@ -169,9 +179,8 @@ class AutoPolicy:
         candidates of a few requests; none if nobody drafted to full depth."""
         if pool.num_levels < self.max_depth:
             return []
-        depths, order = pool.depths(), pool.best_first()[:, : self.max_nodes]
-        return [
-            (pool.path_logprobs[request, best].tolist(), depths[best].tolist())
-            for request in pool.active[:MAX_SAMPLES].tolist()
-            for best in [order[request]]
-        ]
+        requests = pool.active[:MAX_SAMPLES]
+        best = pool.rows_of(requests, pool.best_first())[:, : self.max_nodes]
+        logprobs = pool.rows_of(requests, pool.path_logprobs).gather(1, best)
+        logprobs, depths = download(logprobs, pool.depths()[best])
+        return list(zip(logprobs.tolist(), depths.tolist(), strict=True))

@@ -17,6 +17,7 @@ import torch
 
 from echo_vllm.cost import StepCost
 from echo_vllm.forest import ROOT, DraftForest
+from echo_vllm.transfer import download, upload
 
 MAX_BACKLOG = 512
 """Committed tokens of one request that wait for a drafter that rests; beyond them the request
@@ -24,6 +25,8 @@ drafts no more, which bounds the memory of their features."""
 
 MAX_WAITING = 16384
 """Committed tokens of all requests beyond which no more prompts wait for a drafter that rests."""
+
+CPU = torch.device("cpu")
 
 NO_CANDIDATE = float("-inf")
 """Path score of a column that a request has no candidate in, because it left the frontier."""
@@ -88,7 +91,7 @@ class DraftBatch:
         num_requests: R, requests that get a tree.
         num_decoding: requests that the next target forward will decode, R among them.
         plan: of this step.
-        probes: [n] int64, those of the R requests that draft to full depth.
+        probes: [n] int64, those of the R requests that draft to full depth; on the host.
     """
 
     num_requests: int
@@ -116,13 +119,18 @@ class Expansion:
             first level has no frontier (None) and grows out of the root.
         children: [C] int64, which of the W * k (frontier row, rank) pairs become candidates, as
             `row * k + rank`; None means all of them. For the first level W is 1.
-        requests: [A] int64, ascending, the requests that go on; a request that is left out stays
-            out in all deeper levels. None means all that were expanded in the level above.
+        requests: [A] int64, ascending, the requests that go on, on the host; a request that is
+            left out stays out in all deeper levels. None means all that were expanded in the level
+            above.
+        going: [A] bool, on the pool's device, where the requests that go on are not known on the
+            host: the others stay in the frontier, but what grows there are no candidates. None
+            means all of them.
     """
 
     frontier: torch.Tensor | None
     children: torch.Tensor | None
     requests: torch.Tensor | None = None
+    going: torch.Tensor | None = None
 
 
 @dataclass
@@ -135,9 +143,14 @@ class CandidatePool:
         path_logprobs: [R, P] float32; NO_CANDIDATE where a request has none.
         level_starts: the first column of every level; the level of depth d has the columns
             level_starts[d - 1] up to the next start.
-        active: [A] int64, the requests that the last level was drafted for.
+        active: [A] int64, on the host, the requests that the last level was drafted for.
         memo: what a policy has worked out for the columns so far and may find again, with a key
             that says what it depends on; the pool itself only ever grows.
+        compacts: whether requests that stop leave the frontier, for which the host must know which
+            ones they are. On a GPU it would have to wait for that, so there they stay in it
+            (`Expansion.going`), unless the policy has to ask the device anyway.
+
+    All tensors but `active` are on the device of the drafter.
     """
 
     token_ids: torch.Tensor
@@ -146,16 +159,40 @@ class CandidatePool:
     level_starts: list[int]
     active: torch.Tensor
     memo: tuple[object, torch.Tensor] | None = None
+    compacts: bool = True
 
     @classmethod
-    def empty(cls, num_requests: int) -> CandidatePool:
+    def empty(
+        cls, num_requests: int, device: torch.device = CPU, compacts: bool | None = None
+    ) -> CandidatePool:
+        """A pool without candidates; `compacts` is what suits the device unless it is given."""
         return cls(
-            token_ids=torch.empty(num_requests, 0, dtype=torch.int64),
-            parents=torch.empty(num_requests, 0, dtype=torch.int64),
-            path_logprobs=torch.empty(num_requests, 0, dtype=torch.float32),
+            token_ids=torch.empty(num_requests, 0, dtype=torch.int64, device=device),
+            parents=torch.empty(num_requests, 0, dtype=torch.int64, device=device),
+            path_logprobs=torch.empty(num_requests, 0, dtype=torch.float32, device=device),
             level_starts=[],
             active=torch.arange(num_requests),
+            compacts=device.type == "cpu" if compacts is None else compacts,
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_ids.device
+
+    def on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` of the host beside the pool's own."""
+        return upload(values, self.device)
+
+    def on_host(self) -> CandidatePool:
+        """The same pool on the host, in one transfer."""
+        ids, parents, scores = download(self.token_ids, self.parents, self.path_logprobs)
+        return CandidatePool(ids, parents, scores, self.level_starts, self.active)
+
+    def rows_of(self, requests: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`values` [R, ...] of the device, for `requests` [A] of the host."""
+        if len(requests) == self.num_requests:  # ascending: they are all, in their order
+            return values
+        return values[self.on_device(requests)]
 
     @property
     def num_requests(self) -> int:
@@ -186,19 +223,20 @@ class CandidatePool:
             self.active = expansion.requests
         num_active, width, k = token_ids.shape
         if expansion.frontier is None:
-            parents = torch.full((num_active, 1), ROOT, dtype=torch.int64)
-            above = torch.zeros(num_active, 1)
+            parents = token_ids.new_full((num_active, 1), ROOT)
+            above = logprobs.new_zeros(num_active, 1)
         else:
             parents = expansion.frontier
-            above = self.path_logprobs[self.active].gather(1, parents)
+            above = self.rows_of(self.active, self.path_logprobs).gather(1, parents)
         # A probability above 1 can only be rounding; a path must never gain by growing.
         scores = (above.unsqueeze(2) + logprobs.clamp(max=0.0)).reshape(num_active, width * k)
         tokens = token_ids.reshape(num_active, width * k)
-        rows = torch.arange(width).repeat_interleave(k)
+        if expansion.going is not None:
+            scores = scores.masked_fill(~expansion.going.unsqueeze(1), NO_CANDIDATE)
+        rows = torch.arange(width, device=self.device).repeat_interleave(k)
         if expansion.children is not None:
-            scores = scores[:, expansion.children]
-            tokens = tokens[:, expansion.children]
-            rows = rows[expansion.children]
+            children = self.on_device(expansion.children)
+            scores, tokens, rows = scores[:, children], tokens[:, children], rows[children]
         self.level_starts.append(self.num_columns)
         self.token_ids = torch.cat([self.token_ids, self._of_all(tokens, 0)], dim=1)
         self.parents = torch.cat([self.parents, self._of_all(parents[:, rows], ROOT)], dim=1)
@@ -212,7 +250,7 @@ class CandidatePool:
         if values.shape[0] == self.num_requests:
             return values
         whole = values.new_full((self.num_requests, values.shape[1]), missing)
-        whole[self.active] = values
+        whole[self.on_device(self.active)] = values
         return whole
 
     def level(self, depth: int) -> slice:
@@ -223,13 +261,17 @@ class CandidatePool:
     def depths(self) -> torch.Tensor:
         """[P] int64, the depth of every column."""
         starts = torch.tensor([*self.level_starts, self.num_columns])
-        return torch.arange(1, len(starts)).repeat_interleave(starts.diff())
+        return self.on_device(torch.arange(1, len(starts)).repeat_interleave(starts.diff()))
 
     def level_sizes(self) -> list[int]:
         """Per level, how many requests have candidates on it."""
-        exists = self.path_logprobs[:, self.level_starts] > NO_CANDIDATE
-        sizes: list[int] = exists.sum(0).tolist()
+        sizes: list[int] = download(self.first_of_levels().sum(0))[0].tolist()
         return sizes
+
+    def first_of_levels(self) -> torch.Tensor:
+        """[R, levels] bool: whether a request has candidates on a level."""
+        firsts = [self.path_logprobs[:, start] for start in self.level_starts]
+        return torch.stack(firsts, dim=1) > NO_CANDIDATE
 
     def best_of_level(self, depth: int) -> torch.Tensor:
         """[R] float32, the best path score of one depth; NO_CANDIDATE without a candidate."""
@@ -242,31 +284,43 @@ class CandidatePool:
         The caller's columns must hold the parent of each of their nodes, before the node.
         """
         num_requests, size = columns.shape
-        return self.take_ragged(
-            columns.flatten(), torch.arange(num_requests + 1, dtype=torch.int32) * size
-        )
+        bounds = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device) * size
+        return self.take_ragged(columns.flatten(), bounds)
 
     def take_ragged(self, columns: torch.Tensor, cu_nodes: torch.Tensor) -> DraftForest:
         """The forest of `columns`, of which request i has cu_nodes[i]:cu_nodes[i + 1].
 
         The caller's columns must hold the parent of each of their nodes, before the node. What
         lies behind the last request's is padding, as `ops.select_budget` leaves it.
+
+        The forest is on the host, where its tokens are wanted next; from a GPU it comes in one
+        transfer.
         """
-        columns = columns[: int(cu_nodes[-1])]
-        sizes = cu_nodes.diff().to(torch.int64)
-        owner = torch.arange(self.num_requests).repeat_interleave(sizes)
-        place = torch.arange(len(columns)) - cu_nodes[:-1].to(torch.int64)[owner]
-        # The extra last column stands for the root: index -1 finds it.
-        position = torch.full((self.num_requests, self.num_columns + 1), ROOT, dtype=torch.int64)
-        position[owner, columns] = place
-        return DraftForest(
-            token_ids=self.token_ids[owner, columns].to(torch.int32),
-            parents=position[owner, self.parents[owner, columns]].to(torch.int32),
-            depths=self.depths()[columns].to(torch.int32),
-            path_logprobs=self.path_logprobs[owner, columns],
-            cu_nodes=cu_nodes.to(torch.int32),
-            columns=columns,
+        if not self.num_requests or not self.num_columns:
+            return DraftForest.empty(self.num_requests)
+        cu_nodes = cu_nodes.to(torch.int32)
+        place = torch.arange(len(columns), device=self.device)
+        owner = torch.searchsorted(cu_nodes[1:].to(torch.int64), place, right=True)
+        is_node = owner < self.num_requests
+        owner = owner.clamp(max=self.num_requests - 1)
+        found = columns.clamp(min=0)
+        place = place - cu_nodes[:-1].to(torch.int64)[owner]
+        # Of the two extra columns the last stands for the root, index -1 finds it; the other takes
+        # what padding says.
+        columns_and_two = (self.num_requests, self.num_columns + 2)
+        position = self.parents.new_full(columns_and_two, ROOT)
+        position[owner, torch.where(is_node, found, self.num_columns)] = place
+        fields = download(
+            self.token_ids[owner, found].to(torch.int32),
+            position[owner, self.parents[owner, found]].to(torch.int32),
+            self.depths()[found].to(torch.int32),
+            self.path_logprobs[owner, found],
+            columns,
+            cu_nodes,
         )
+        *nodes, cu_nodes = fields
+        token_ids, parents, depths, scores, columns = (x[: int(cu_nodes[-1])] for x in nodes)
+        return DraftForest(token_ids, parents, depths, scores, cu_nodes, columns)
 
     def best_first(self) -> torch.Tensor:
         """[R, P] int64, columns by falling path score, ties by column; a parent is before its
@@ -278,12 +332,14 @@ class CandidatePool:
         """[R, P] int64, every column's place in `best_first`."""
         order = self.best_first()
         rank = torch.empty_like(order)
-        return rank.scatter_(1, order, torch.arange(self.num_columns).expand_as(order))
+        columns = torch.arange(self.num_columns, device=self.device)
+        return rank.scatter_(1, order, columns.expand_as(order))
 
     def best_frontier(self, depth: int, width: int, requests: torch.Tensor) -> torch.Tensor:
-        """[A, min(width, level)] int64, the best columns of one depth for each of `requests`."""
+        """[A, min(width, level)] int64, the best columns of one depth for each of `requests`
+        ([A], on the host)."""
         level = self.level(depth)
-        scores = self.path_logprobs[requests, level]
+        scores = self.rows_of(requests, self.path_logprobs[:, level])
         order = scores.argsort(dim=1, descending=True, stable=True)
         columns: torch.Tensor = order[:, :width] + level.start
         return columns

@@ -26,9 +26,9 @@ class ChainPolicy:
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
         if depth == 1:
             return Expansion(frontier=None, children=None)
-        last = torch.full((pool.num_requests, 1), pool.num_columns - 1)
+        last = torch.full((pool.num_requests, 1), pool.num_columns - 1, device=pool.device)
         return Expansion(frontier=last, children=None)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        columns = torch.arange(pool.num_columns)
+        columns = torch.arange(pool.num_columns, device=pool.device)
         return pool.take(columns.expand(pool.num_requests, pool.num_columns))

@@ -93,18 +93,23 @@ class EchoPolicy:
         if depth == 1:
             return Expansion(frontier=None, children=None)
         requests = pool.active
-        best = pool.best_of_level(depth - 1)[requests]
+        best = pool.rows_of(requests, pool.best_of_level(depth - 1))
         going = torch.ones_like(best, dtype=torch.bool)
         if depth - 1 in self.gates:
             going = best.exp() > self.gates[depth - 1]
         if self.share == "batch":
             # Every level of a request takes a node at least: drafting more levels than there is
             # budget for would be for nothing. The most confident go first, ties by request.
-            left = max(0, self.budget(batch) - sum(pool.level_sizes()))
+            left = self.budget(batch) - pool.first_of_levels().sum()
             order = best.masked_fill(~going, NO_CANDIDATE).argsort(descending=True, stable=True)
-            going[order[left:]] = False
+            rank = torch.empty_like(order)
+            rank[order] = torch.arange(len(order), device=order.device)
+            going &= rank < left
         elif depth > self.budget(batch) // max(1, pool.num_requests):
-            going[:] = False  # A path of that many levels is more than anyone's part.
+            return None  # A path of that many levels is more than anyone's part.
+        if not pool.compacts:
+            frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
+            return Expansion(frontier, None, requests, going)
         requests = requests[going]
         if not len(requests):
             return None

@@ -42,9 +42,9 @@ class StaticPolicy:
         children = self._children[depth - 1]
         if depth == 1:
             return Expansion(frontier=None, children=children)
-        columns = torch.tensor(self._frontier[depth - 1])
+        columns = pool.on_device(torch.tensor(self._frontier[depth - 1]))
         return Expansion(columns.expand(pool.num_requests, len(columns)), children)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        columns = torch.arange(pool.num_columns)
+        columns = torch.arange(pool.num_columns, device=pool.device)
         return pool.take(columns.expand(pool.num_requests, pool.num_columns))

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -330,10 +331,97 @@ def test_graphs_are_piecewise_where_there_are_graphs() -> None:
         choose(CUDAGraphMode.FULL_AND_PIECEWISE)
 
 
-def test_a_device_without_a_worker_is_refused() -> None:
-    validation._check_worker_exists(validation.CPU_WORKER)
-    with pytest.raises(EchoConfigError, match='device "cuda" in this release'):
-        validation._check_worker_exists("echo_vllm.engine.worker.NoSuchWorker")
+class PretendedGPU:
+    """What validation asks vLLM's platform."""
+
+    device_type = "cuda"
+
+    def __init__(self, major: int = 9, minor: int = 0) -> None:
+        self.version = (major, minor)
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def is_cuda(self) -> bool:
+        return True
+
+    def has_device_capability(self, capability: int) -> bool:
+        return self.version[0] * 10 + self.version[1] >= capability
+
+    def get_device_capability(self) -> Any:
+        from vllm.platforms.interface import DeviceCapability
+
+        return DeviceCapability(*self.version)
+
+
+def choose_on_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: PretendedGPU,
+    *,
+    dtype: str = "bfloat16",
+    backend: str | None = None,
+    per_kind: dict[str, Any] | None = None,
+    head_size: int = 128,
+) -> Any:
+    """The engine's config after `_choose_classes`, as it looks to that function."""
+    import torch
+    import vllm.config  # before the platform is pretended
+    import vllm.platforms
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    monkeypatch.setattr(vllm.platforms, "_current_platform", gpu)
+    model = types.SimpleNamespace(dtype=getattr(torch, dtype), get_head_size=lambda: head_size)
+    config: Any = types.SimpleNamespace(
+        speculative_config=types.SimpleNamespace(
+            target_model_config=model, draft_model_config=model, attention_backend=None
+        ),
+        attention_config=types.SimpleNamespace(
+            backend=backend and AttentionBackendEnum[backend],
+            backend_per_kind=per_kind or {},
+            hisparse_config=None,
+        ),
+        compilation_config=types.SimpleNamespace(cudagraph_mode=None),
+        parallel_config=types.SimpleNamespace(worker_cls="auto"),
+        scheduler_config=types.SimpleNamespace(scheduler_cls=None, async_scheduling=None),
+    )
+    validation._choose_classes(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [("bfloat16", "FLASH_ATTN"), ("float16", None), ("float32", None)]
+)
+def test_a_gpu_gets_its_worker_and_one_backend_for_both_models(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, backend: str | None
+) -> None:
+    config = choose_on_gpu(monkeypatch, PretendedGPU(), dtype=dtype, backend=backend)
+    assert config.parallel_config.worker_cls == validation.CUDA_WORKER
+    assert config.scheduler_config.async_scheduling is False
+    assert config.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    assert config.attention_config.backend.name == "CUSTOM"
+    assert config.speculative_config.attention_backend.name == "CUSTOM"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "sentence"),
+    [
+        (PretendedGPU(7, 5), {}, "an NVIDIA GPU of compute capability 7.5; use one of 8.0"),
+        (PretendedGPU(), {"backend": "FLASHINFER"}, "--attention-backend FLASHINFER and --dtype"),
+        (
+            PretendedGPU(),
+            {"backend": "FLASH_ATTN", "dtype": "float32"},
+            "FLASH_ATTN and --dtype float32; remove it, or set it to TRITON_ATTN",
+        ),
+        (PretendedGPU(), {"per_kind": {"mla_attention": 1}}, "attention_config.backend_per_kind"),
+        (PretendedGPU(), {"head_size": 512}, "heads of size 512 on a GPU"),
+        (PretendedGPU(), {"head_size": 40}, "heads of size 40 on a GPU"),
+    ],
+)
+def test_what_a_gpu_cannot_run_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, gpu: PretendedGPU, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(EchoConfigError, match=re.escape(sentence)):
+        choose_on_gpu(monkeypatch, gpu, **options)
 
 
 class FakeTarget:

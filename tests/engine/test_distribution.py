@@ -246,7 +246,7 @@ def plant_positions_by_row(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
 
 def plant_no_commit(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
     """The accepted path's keys and values stay in the slots where they were verified."""
-    monkeypatch.setattr(runner(llm), "_commit", lambda step: None)
+    monkeypatch.setattr(runner(llm), "_commit", lambda step, verdict: None)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,29 @@ def nodes_of(forest: DraftForest) -> list[set[tuple[int, ...]]]:
     return [set(paths) for paths in paths_of(forest)]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    requests=st.integers(1, 6),
+    seed=st.integers(0, 10_000),
+    k_max=st.integers(0, 60),
+    gates=st.dictionaries(st.integers(1, 4), st.floats(0, 0.9), max_size=3),
+    share=st.sampled_from(["batch", "equal"]),
+)
+def test_requests_that_stay_in_the_frontier_change_no_forest(
+    requests: int, seed: int, k_max: int, gates: dict[int, float], share: str
+) -> None:
+    """On a GPU those that a gate stops are masked, not taken out of the drafter's rows."""
+    section = {"k_max": k_max, "gates": {str(d): tau for d, tau in gates.items()}, "share": share}
+    policy = elastic(12, policy="echo", max_depth=4, top_k=2, width=3, floor=1, **section)
+    batch = DraftBatch.of(requests)
+    wanted = policy.select(grow(policy, requests, seed, batch), batch)
+    masked = grow(policy, requests, seed, batch, compacts=False)
+    found = policy.select(masked, batch)
+    assert found.trees() == wanted.trees()
+    assert torch.equal(found.path_logprobs, wanted.path_logprobs)
+    assert len(masked.active) == requests
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.integers(1, 6),

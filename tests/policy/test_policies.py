@@ -25,11 +25,16 @@ def table_drafter(seed: int, request: int, path: tuple[int, ...]) -> torch.Tenso
 
 
 def grow(
-    policy: DraftPolicy, num_requests: int, seed: int, batch: DraftBatch | None = None
+    policy: DraftPolicy,
+    num_requests: int,
+    seed: int,
+    batch: DraftBatch | None = None,
+    *,
+    compacts: bool = True,
 ) -> CandidatePool:
     """Run the drafter's loop with the table in place of the network."""
     batch = DraftBatch.of(num_requests) if batch is None else batch
-    pool = CandidatePool.empty(num_requests)
+    pool = CandidatePool.empty(num_requests, compacts=compacts)
     paths: list[list[tuple[int, ...]]] = [[] for _ in range(num_requests)]
     for depth in range(1, policy.max_depth + 1):
         expansion = policy.expand(depth, pool, batch)

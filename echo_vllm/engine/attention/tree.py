@@ -61,7 +61,7 @@ class TreeAttention:
         suffix_start: [R] int32, the first suffix row of each request.
         suffix_len: [R] int32.
         mask: [n, W] int64, bit j of a row: the request's suffix row j is seen.
-        positions: [tokens] int64, of all rows of the forward.
+        positions: [n] int64.
         scratch: where the suffix lives if it is not the rows of this forward.
         scratch_rows: [n] int64, where in `scratch` the rows of this forward go.
     """
@@ -92,7 +92,8 @@ class TreeAttention:
         if self.scratch is None:
             return key, value
         assert self.scratch_rows is not None
-        return self.scratch.write(layer_name, self.scratch_rows, key, value)
+        rows = self.num_rows  # rows of padding may follow
+        return self.scratch.write(layer_name, self.scratch_rows, key[:rows], value[:rows])
 
 
 @dataclass(frozen=True)
