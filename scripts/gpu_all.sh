@@ -2,16 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 #
-<<<<<<< HEAD
-# Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, benchmarks,
-# compute-sanitizer over the same tests, Triton's. Runs without network and a set-up checkout.
-=======
 # Everything that needs a GPU, in one go of at most ten minutes: build, tests/gpu, benchmarks, the
-# engine, compute-sanitizer over the kernels' tests. Runs without network and without a set-up
-# checkout. The engine needs vLLM 0.32.0 for CUDA, to whose files it applies this project's patches.
+# engine, compute-sanitizer over the kernels' tests, Triton's. Runs without network and without a
+# set-up checkout. The engine needs vLLM 0.32.0 for CUDA, to whose files it applies this project's
+# patches.
 #
-#     scripts/gpu_all.sh [STAGE...]    of: tests benchmarks engine sanitizer; all by default
->>>>>>> cuda-engine
+#     scripts/gpu_all.sh [STAGE...]    of: tests benchmarks engine sanitizer triton; by default all
 #
 # Environment: PYTHON (an interpreter with a CUDA build of torch and pytest), OUT (a folder for
 # results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all).
@@ -98,21 +94,12 @@ print(f"{major}{minor}" + ("a" if major == 9 else ""))')
 fi
 
 stage build 240 "$PYTHON" setup.py build_ext --inplace || exit 1
-<<<<<<< HEAD
-stage tests 150 "${PYTEST[@]}" --junitxml="$OUT/tests.xml"
-stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json" \
-  --table "$OUT/attention-table.json" --seconds 100
-sanitize memcheck --kernel-regex kns=echo_vllm
-sanitize racecheck --kernel-regex kns=echo_vllm
-stage triton 60 "$PYTHON" -m pytest -c /dev/null --rootdir . --import-mode importlib -q \
-  -p no:cacheprovider tests/triton/test_triton.py -k on_a_gpu
-sanitize initcheck # it must see torch's kernels too, which write what ours read
-=======
 if wanted tests; then
   stage tests 150 "${PYTEST[@]}" tests/gpu/test_kernels.py --junitxml="$OUT/tests.xml"
 fi
 if wanted benchmarks; then
-  stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json"
+  stage benchmarks 120 "$PYTHON" -m benchmarks.gpu --out "$OUT/benchmarks.json" \
+    --table "$OUT/attention-table.json" --seconds 100
 fi
 if wanted engine; then
   engine
@@ -122,7 +109,10 @@ if wanted sanitizer; then
   sanitize racecheck --kernel-regex kns=echo_vllm
   sanitize initcheck # it must see torch's kernels too, which write what ours read
 fi
->>>>>>> cuda-engine
+if wanted triton; then
+  stage triton 60 "$PYTHON" -m pytest -c /dev/null --rootdir . --import-mode importlib -q \
+    -p no:cacheprovider tests/triton/test_triton.py -k on_a_gpu
+fi
 
 if ((${#failed[@]})); then
   say "failed: ${failed[*]}"

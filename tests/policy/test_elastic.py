@@ -59,7 +59,9 @@ def test_requests_that_stay_in_the_frontier_change_no_forest(
 ) -> None:
     """On a GPU those that a gate stops are masked, not taken out of the drafter's rows."""
     section = {"k_max": k_max, "gates": {str(d): tau for d, tau in gates.items()}, "share": share}
-    policy = elastic(12, policy="echo", max_depth=4, top_k=2, width=3, floor=1, **section)
+    policy = elastic(
+        12, policy="echo", max_depth=4, top_k=2, width=3, floor=min(1, k_max), **section
+    )
     batch = DraftBatch.of(requests)
     wanted = policy.select(grow(policy, requests, seed, batch), batch)
     masked = grow(policy, requests, seed, batch, compacts=False)
@@ -90,6 +92,7 @@ def test_echo_never_exceeds_the_budget_and_keeps_trees_whole(
     gates: dict[int, float],
     share: str,
 ) -> None:
+    floor = min(floor, k_max)  # More is refused.
     policy = elastic(
         nodes,
         policy="echo",
@@ -252,6 +255,7 @@ def test_autos_selection_is_the_optimum_of_its_objective(seed: int, free: int) -
 def test_auto_keeps_the_invariants(
     requests: int, seed: int, k_max: int | None, free: int, price: float, floor: int
 ) -> None:
+    floor = floor if k_max is None else min(floor, k_max)  # More is refused.
     policy = elastic(12, policy="auto", max_depth=4, top_k=2, width=4, k_max=k_max, floor=floor)
     batch = planned(requests, cost=cost(free), price=price)
     pool = grow(policy, requests, seed, batch)
