@@ -187,7 +187,7 @@ def pretended_gpu() -> Iterator[Waits]:
         patch.setattr(
             ops,
             "implementation",
-            lambda op, is_cuda: getattr(torch.ops.echo_vllm, op).default,
+            lambda op, is_cuda, *features: getattr(torch.ops.echo_vllm, op).default,
         )
         waits = Waits()
         Waits.active.append(waits)
