@@ -99,9 +99,7 @@ Loss = Annotated[str, typer.Option(help="One of speculators' losses, or a JSON o
 LmHead = Annotated[str, typer.Option(help="The output layer: trained, or frozen at the target's.")]
 Intermediate = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Width of the head's feed-forward layer.", show_default="the target's"
-    ),
+    typer.Option(min=1, help="Width of its feed-forward layer.", show_default="the target's"),
 ]
 BatchTokens = Annotated[int, typer.Option(min=16, help="Tokens of a batch, and the longest row.")]
 LearningRate = Annotated[float, typer.Option(min=0, help="Highest learning rate.")]
@@ -256,7 +254,8 @@ def data(
             )
     note(
         f"Wrote {work.rows}: {facts['rows']} answers, {facts['answer_tokens']} tokens; "
-        f"{facts['repeated_prompts']} repeated prompts left out, {facts['too_long_prompts']} too long"
+        f"{facts['repeated_prompts']} repeated prompts left out, "
+        f"{facts['too_long_prompts']} too long"
     )
 
 
@@ -330,27 +329,24 @@ def train(
     from echo_vllm.drafter_training.card import add_facts
     from echo_vllm.drafter_training.data import check_plan
     from echo_vllm.drafter_training.rows import read_rows
-    from echo_vllm.drafter_training.trainer import (
-        Limits,
-        TrainSettings,
-        resolve_dtype,
-        resolve_layers,
-        train,
-    )
+    from echo_vllm.drafter_training.targets import resolve_dtype, resolve_layers
     from echo_vllm.drafter_training.work import Work, read_json
 
     target, work = located(target), Work(output.absolute())
     with _one_sentence():
+        layers = _layers(target, aux_layers, init, resolve_layers)
         data = read_json(work.data)
         if data is None:
             fail(f"{work.folder} holds no whole data; run echo-vllm train-drafter data first")
         if data.get("target") != target:
             fail(f"TARGET is {target}, but the data in {work.folder} are from {data.get('target')}")
         dtype = resolve_dtype(target, dtype)
+        from echo_vllm.drafter_training.trainer import Limits, TrainSettings, train
+
         settings = TrainSettings(
             target=target,
             dtype=dtype,
-            aux_layers=_layers(target, aux_layers, init, resolve_layers),
+            aux_layers=layers,
             draft_vocab=draft_vocab,
             ttt_steps=ttt_steps,
             step_decay=step_decay,
@@ -592,5 +588,5 @@ def _need_speculators() -> None:
         )
     if found != SPECULATORS:
         fail(
-            f"speculators {found} is installed, but this needs {SPECULATORS}; run `make train-setup`"
+            f"speculators {found} is installed, but {SPECULATORS} is needed; run `make train-setup`"
         )

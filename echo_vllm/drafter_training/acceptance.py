@@ -4,8 +4,8 @@
 
 On the target's own greedy answer a chain of drafts is accepted up to its first token that differs,
 and up to there the drafter has read the answer's own tokens: so one forward of the training-time
-test, which is fed those, holds every draft that an engine could make. Walking over the answer as the
-engine does gives the very counts of the engine's metrics.
+test, which is fed those, holds every draft that an engine could make. Walking over the answer as
+the engine does gives the very counts of the engine's metrics.
 """
 
 from __future__ import annotations

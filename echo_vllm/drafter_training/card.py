@@ -60,7 +60,7 @@ def _card(head: Path, facts: Mapping[str, Any]) -> str:
         f"# EAGLE-3 draft head for {Path(str(target)).name}",
         "",
         "Made by `echo-vllm train-drafter` with the library speculators. It has the layout that "
-        "vLLM 0.32.0 loads by itself (`LlamaForCausalLMEagle3`): method `eagle3` of vLLM, or `echo`.",
+        "vLLM 0.32.0 loads by itself (`LlamaForCausalLMEagle3`): its method `eagle3`, or `echo`.",
         "",
     ]
     simple = {

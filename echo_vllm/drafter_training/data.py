@@ -105,8 +105,8 @@ def check_plan(plan: Path, settings: dict[str, Any], *, resume: bool) -> None:
         for name, value in settings.items():
             if begun.get(name) != value:
                 raise TrainingError(
-                    f"--resume goes on with {name} {begun.get(name)!r} of {plan}, but {value!r} was "
-                    "asked for; give the same again, or remove that folder and start anew"
+                    f"--resume goes on with {name} {begun.get(name)!r} of {plan}, but {value!r} "
+                    "was asked for; give the same again, or remove that folder and start anew"
                 )
 
 
@@ -145,7 +145,7 @@ def make_data(
         "rows": len(rows),
         "tokens": sum(len(row.input_ids) for row in rows),
         "answer_tokens": sum(sum(row.loss_mask) for row in rows),
-        "sampled": f"every {SAMPLED}th conversation at temperature {TEMPERATURE}, the others greedy",
+        "sampled": f"every {SAMPLED}th conversation at temperature {TEMPERATURE}, others greedy",
     }
     write_json(work.data, facts)
     return facts

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""A head's folder as stock vLLM loads it (`LlamaForCausalLMEagle3`), from and to speculators' model.
+"""A head's folder as stock vLLM loads it (`LlamaForCausalLMEagle3`), and speculators' model.
 
 speculators saves heads in a layout of its own, which vLLM loads too; the older one is written here
 because it is what published heads have, what this project's checks read, and what continues in

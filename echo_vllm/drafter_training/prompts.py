@@ -114,8 +114,9 @@ class Chat:
             try:
                 self.tokenizer.chat_template = template.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
                 raise TrainingError(
-                    f"--chat-template {template} cannot be read ({error}); give a file with a "
+                    f"--chat-template {template} cannot be read ({reason}); give a file with a "
                     "Jinja template"
                 ) from None
         if not self.tokenizer.chat_template:

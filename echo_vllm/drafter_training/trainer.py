@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The train stage: speculators' data set, draft vocabulary, model, losses and trainer, put together.
+"""The train stage: speculators' dataset, draft vocabulary, model, losses and trainer together.
 
 Three things of speculators 0.9.0 are not enough here, and are subclassed:
 
@@ -49,6 +49,7 @@ from speculators.train.vocab_mapping import (
 from echo_vllm.drafter_training import head
 from echo_vllm.drafter_training.features import KeptStates, Target
 from echo_vllm.drafter_training.rows import Row
+from echo_vllm.drafter_training.targets import target_config
 from echo_vllm.drafter_training.work import TrainingError, unwritable, write_json
 
 WARM_UP = 0.02
@@ -118,8 +119,8 @@ class Progress:
         share: of the whole that is done, 0 to 1.
         seconds: of training so far, those before an interruption included.
         tokens: of training rows seen.
-        accuracy: held-out accuracy of each step of the training-time test when it was last measured;
-            empty before.
+        accuracy: held-out accuracy of each step of the training-time test when it was last
+            measured; empty before.
         loss: held-out loss then.
     """
 
@@ -464,55 +465,6 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             self.checkpointer.publish(self._epoch)
         except OSError as error:
             raise TrainingError(unwritable(writing, error)) from None
-
-
-def resolve_layers(target: str, wanted: Sequence[int] | None) -> list[int]:
-    """The auxiliary layer ids: those wanted, or vLLM's default.
-
-    Raises:
-        TrainingError: the target has no such layers, or no config.
-    """
-    count = int(target_config(target).num_hidden_layers)
-    layers = list(wanted) if wanted is not None else [2, count // 2, count - 3]
-    if not layers or len(set(layers)) != len(layers) or not all(0 <= i <= count for i in layers):
-        given = f"--aux-layers {layers} are" if wanted is not None else f"the default {layers} are"
-        raise TrainingError(
-            f"TARGET {target} has {count} layers, and {given} not different layers of 0 to {count}; "
-            "name others with --aux-layers"
-        )
-    return layers
-
-
-def resolve_dtype(target: str, wanted: str) -> str:
-    """`bfloat16` or the like; `auto` is what the target's config says."""
-    if wanted != "auto":
-        return wanted
-    found = getattr(target_config(target), "dtype", None)
-    return str(found or torch.float32).removeprefix("torch.")
-
-
-def target_config(target: str) -> Any:
-    """The target's transformers config.
-
-    Raises:
-        TrainingError: there is none, or it is not that of a language model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(target)
-    except Exception as error:
-        raise TrainingError(
-            f"TARGET {target} does not load ({str(error).strip().splitlines()[0]}); give a folder "
-            "or a name of a whole model"
-        ) from None
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        if not isinstance(getattr(config, name, None), int):
-            raise TrainingError(
-                f"TARGET {target} is a {config.model_type}, whose config has no {name}; give a "
-                "language model such as Llama or Qwen3"
-            )
-    return config
 
 
 @dataclass(frozen=True)
