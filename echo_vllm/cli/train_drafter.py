@@ -390,7 +390,7 @@ def train(
             facts |= {
                 "best_update": trained.best.step,
                 "held_out_loss": trained.best.loss,
-                "held_out_accuracy_per_step": trained.best.accuracy,
+                "held_out_accepted_per_step": trained.best.accepted,
             }
         add_facts(output, **facts)
     rate = progress.tokens / max(progress.seconds, 1e-9)
@@ -426,10 +426,11 @@ def _progress_line() -> Callable[[Any], None]:
         last = now
         gone, done = now - begun[0], progress.share - begun[1]
         left = f"{(1 - progress.share) * gone / done / 60:.1f} min left" if done > 0 else "..."
-        accuracy = " ".join(f"{value:.3f}" for value in progress.accuracy) or "not measured yet"
+        length = 1 + sum(progress.accepted)
+        held_out = f"{length:.3f}" if progress.accepted else "not measured yet"
         note(
             f"update {progress.step}, {100 * progress.share:.1f} %, {left}; "
-            f"held-out accuracy {accuracy}"
+            f"held-out acceptance length {held_out}"
         )
 
     return show

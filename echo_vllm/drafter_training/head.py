@@ -75,6 +75,7 @@ def export_head(
         save_file(tensors, weights, metadata={"format": "pt"})
         text = folder / "config.json.writing"
         text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        weights.chmod(text.stat().st_mode)  # safetensors lets only the owner read.
         weights.replace(folder / "model.safetensors")
         text.replace(folder / "config.json")
     except OSError as error:

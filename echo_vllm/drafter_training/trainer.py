@@ -49,7 +49,7 @@ from speculators.train.vocab_mapping import (
 from echo_vllm.drafter_training import head
 from echo_vllm.drafter_training.features import KeptStates, Target
 from echo_vllm.drafter_training.rows import Row
-from echo_vllm.drafter_training.targets import target_config
+from echo_vllm.drafter_training.targets import resolve_dtype, target_config
 from echo_vllm.drafter_training.work import TrainingError, unwritable, write_json
 
 WARM_UP = 0.02
@@ -119,8 +119,8 @@ class Progress:
         share: of the whole that is done, 0 to 1.
         seconds: of training so far, those before an interruption included.
         tokens: of training rows seen.
-        accuracy: held-out accuracy of each step of the training-time test when it was last
-            measured; empty before.
+        accepted: share of the held-out positions at which the target's best token was drafted at
+            this and all earlier steps of the training-time test, when last measured; else empty.
         loss: held-out loss then.
     """
 
@@ -128,7 +128,7 @@ class Progress:
     share: float
     seconds: float
     tokens: int
-    accuracy: list[float]
+    accepted: list[float]
     loss: float
 
 
@@ -314,6 +314,8 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         limits: Limits,
         on_progress: Callable[[Progress], None],
         on_best: Callable[[Progress], None],
+        *,
+        judge_first: bool,
     ) -> None:
         """
         Args:
@@ -323,13 +325,15 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             limits: when it ends.
             on_progress: called after each update.
             on_best: called when the held-out loss is the lowest so far, with the weights in place.
+            judge_first: whether the weights to begin with may be the best.
         """
         self.limits = limits
+        self._judge_first = judge_first
         self._on_progress = on_progress
         self._on_best = on_best
         self.seconds = 0.0
         self.tokens = 0
-        self.accuracy: list[float] = []
+        self.accepted: list[float] = []
         self.loss = math.nan
         self._epoch = self._local_step = 0
         super().__init__(model, config, *loaders)
@@ -344,6 +348,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
     # --- what speculators calls ---
 
     def setup_trainer(self) -> None:
+        self.rank = -1  # Rank 0 draws bars; the command has a progress line of its own.
         if torch.accelerator.current_accelerator() is None:
             self.local_rank = torch.device("cpu")
             self.device_type = "cpu"
@@ -352,7 +357,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         state = self._load_training_state() if self.resume_from_checkpoint else {}
         self.seconds = state.get("seconds", 0.0)
         self.tokens = state.get("tokens", 0)
-        self.accuracy = state.get("accuracy", [])
+        self.accepted = state.get("accepted", [])
         self.loss = state.get("loss", math.nan)
         self.best_val_loss = state.get("best_loss", math.inf)
 
@@ -382,7 +387,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             share=self._share(),
             seconds=self.seconds,
             tokens=self.tokens,
-            accuracy=self.accuracy,
+            accepted=self.accepted,
             loss=self.loss,
         )
 
@@ -391,6 +396,8 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         if self._share() >= 1:
             return
         try:
+            if self.global_step == 0 and self._judge_first:
+                self._judge(self.val_epoch(0))
             self.run_training()
         except TimeIsUp:
             self._judge(self.val_epoch(self._epoch))
@@ -436,7 +443,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         assert metrics is not None
         self.loss = metrics["loss_epoch"]
         steps = self.config.val_call_kwargs["ttt_steps"]
-        self.accuracy = [metrics[f"full_acc_{step}_epoch"] for step in range(steps)]
+        self.accepted = [metrics[f"full_acc_{step}_epoch"] for step in range(steps)]
         if self.loss < self.best_val_loss:
             self.best_val_loss = self.loss
             self._on_best(self.progress())
@@ -457,7 +464,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
                     "global_step": self.global_step,
                     "seconds": self.seconds,
                     "tokens": self.tokens,
-                    "accuracy": self.accuracy,
+                    "accepted": self.accepted,
                     "loss": self.loss,
                     "best_loss": self.best_val_loss,
                 },
@@ -564,11 +571,19 @@ def train(
         head.export_head(
             model,
             head_folder,
-            dtype=dtype,
+            dtype=getattr(torch, resolve_dtype(settings.target, "auto")),
             bos_and_eos={name: value for name, value in ids.items() if isinstance(value, int)},
         )
 
-    trainer = HeadTrainer(model, trainer_config, loaders, limits, on_progress, keep)
+    trainer = HeadTrainer(
+        model,
+        trainer_config,
+        loaders,
+        limits,
+        on_progress,
+        keep,
+        judge_first=settings.init is not None,
+    )
     trainer.run()
     return Trained(
         progress=trainer.progress(),

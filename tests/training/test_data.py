@@ -192,9 +192,13 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_no_whole_file(
 ) -> None:
     writer = RowWriter(tmp_path / "rows.jsonl")
     row = Row(0, 0, 0.0, list(range(100)), [0] * 50 + [1] * 50)
-    with pytest.raises(TrainingError, match=r"cannot be written \(.*\); free or choose another"):
+
+    def fill() -> None:
         for _ in range(10):
             writer.append(row)
+
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*\); free or choose another"):
+        fill()
     written = len(writer.rows)
     assert not (tmp_path / "rows.jsonl").exists()
     assert 1 <= written < 10

@@ -204,7 +204,7 @@ def model_of(target: Path, init: Path | None = None) -> Any:
         seed=3,
         init=None if init is None else str(init),
     )
-    counts = {token: 1 for token in range(1, SHAPE.vocab, 4)}
+    counts = dict.fromkeys(range(1, SHAPE.vocab, 4), 1)
     return make_model(settings, counts).eval()
 
 
