@@ -352,7 +352,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         if torch.accelerator.current_accelerator() is None:
             self.local_rank = torch.device("cpu")
             self.device_type = "cpu"
-        self.checkpointer = WholeCheckpointer(self.checkpointer.path)
+        self.checkpointer: Any = WholeCheckpointer(Path(self.config.save_path))
         super().setup_trainer()
         state = self._load_training_state() if self.resume_from_checkpoint else {}
         self.seconds = state.get("seconds", 0.0)
@@ -404,7 +404,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             self._save(self._local_step)
 
     def _share(self) -> float:
-        share = self.global_step / self._total_steps
+        share = float(self.global_step / self._total_steps)
         if self.limits.hours is not None:
             share = max(share, self.seconds / (3600 * self.limits.hours))
         return min(share, 1.0)

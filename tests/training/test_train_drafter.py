@@ -246,7 +246,8 @@ def watched() -> Iterator[Callable[[Any], Seen]]:
     def watch(llm: Any) -> Seen:
         model = runner(llm).drafter.model
         seen = Seen([], [])
-        combine, compute = model.combine_hidden_states, model.compute_logits
+        combine: Callable[[torch.Tensor], torch.Tensor] = model.combine_hidden_states
+        compute: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
 
         def combine_and_keep(states: torch.Tensor) -> torch.Tensor:
             seen.states.append(states.clone())
