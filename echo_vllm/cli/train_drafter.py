@@ -106,6 +106,9 @@ HeldOut = Annotated[
     float, typer.Option(min=0.001, max=0.5, help="Share of conversations that choose the best.")
 ]
 CheckpointMinutes = Annotated[float, typer.Option(min=0, help="Between checkpoints.")]
+KeepGb = Annotated[
+    float, typer.Option(min=0, help="Gigabytes of hidden states kept for later epochs.")
+]
 EvalPrompts = Annotated[
     list[str] | None,
     typer.Option(help="NAME=FILE of prompts that training never saw; may be given several times."),
@@ -313,6 +316,7 @@ def train(
     learning_rate: LearningRate = 3e-4,
     held_out: HeldOut = 0.05,
     checkpoint_minutes: CheckpointMinutes = 5.0,
+    keep_gb: KeepGb = 20.0,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     resume: Resume = False,
@@ -359,7 +363,7 @@ def train(
             init=None if init is None else str(init.absolute()),
         )
         check_plan(work.train_plan, settings.as_dict(), resume=resume)
-        limits = Limits(hours, epochs, max_steps, checkpoint_minutes)
+        limits = Limits(hours, epochs, max_steps, checkpoint_minutes, int(keep_gb * 1e9))
         begin = time.monotonic()
         trained = train(
             settings,

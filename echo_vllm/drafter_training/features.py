@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from echo_vllm.drafter_training.work import TrainingError, unwritable
 
 FREE_BYTES = 2 << 30
-"""What is left free on a disk on which hidden states are kept."""
+"""What is left free on a disk on which hidden states are kept, however many may be."""
 
 
 class Target:
@@ -94,16 +94,17 @@ class KeptStates(FileTransfer):  # type: ignore[misc]
     """Hidden states by number of the dataset's row: from their file, or from the target now.
 
     `FileTransfer` waits for files that a server writes; this makes what is missing. A file gets its
-    name when it is whole, and one that was cut off is made again. Where the disk gets full, states
-    are computed whenever they are needed.
+    name when it is whole, and one that was cut off is made again. States beyond the limit, or for
+    which the disk has no room, are computed whenever they are needed.
     """
 
-    def __init__(self, folder: Path, target: Target, dataset: Any) -> None:
+    def __init__(self, folder: Path, target: Target, dataset: Any, max_bytes: int) -> None:
         """
         Args:
             folder: for the files.
             target: to make them with.
             dataset: rows with `input_ids`, by number.
+            max_bytes: of all files together.
         """
         super().__init__(folder)
         self._folder = folder
@@ -112,6 +113,7 @@ class KeptStates(FileTransfer):  # type: ignore[misc]
         self.computed_tokens = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._room = max_bytes - sum(file.stat().st_size for file in folder.iterdir())
         except OSError as error:
             raise TrainingError(unwritable(folder, error)) from None
 
@@ -133,7 +135,9 @@ class KeptStates(FileTransfer):  # type: ignore[misc]
                     return found
         self.computed_tokens += len(ids)
         made = {"hidden_states": self._target.hidden_states(ids).contiguous(), "token_ids": ids}
-        if shutil.disk_usage(self._folder).free > FREE_BYTES:
+        size = made["hidden_states"].nbytes + made["token_ids"].nbytes
+        if size <= self._room and shutil.disk_usage(self._folder).free > FREE_BYTES + size:
+            self._room -= size
             writing = path.with_suffix(".writing")
             try:
                 save_file(made, writing)

@@ -99,15 +99,21 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a training ends: after hours of training or steps, whichever comes first, or epochs.
+    """What may differ when a training is resumed.
 
-    They may differ when a training is resumed.
+    Attributes:
+        hours: of training, after which it ends; None for no limit.
+        epochs: after which it ends.
+        max_steps: updates after which it ends; None for no limit.
+        checkpoint_minutes: between checkpoints.
+        keep_bytes: of hidden states on the disk.
     """
 
     hours: float | None
     epochs: int
     max_steps: int | None
     checkpoint_minutes: float
+    keep_bytes: int = 20 << 30
 
 
 @dataclass(frozen=True)
@@ -518,7 +524,8 @@ def train(
     dtype = getattr(torch, settings.dtype)
     target = Target(settings.target, settings.aux_layers, dtype, "cuda" if on_gpu else "cpu")
     dataset = load_from_disk(dataset_folder)
-    states = KeptStates(dataset_folder / "hidden_states", target, dataset)
+    kept = dataset_folder / "hidden_states"
+    states = KeptStates(kept, target, dataset, limits.keep_bytes)
     counts = torch.load(dataset_folder / "token_freq.pt", weights_only=True)
     model = make_model(settings, counts)
     config = target_config(settings.target)
