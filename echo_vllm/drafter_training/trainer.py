@@ -275,12 +275,9 @@ class WholeCheckpointer(SingleGPUCheckpointer):  # type: ignore[misc]
         # A process killed between the two renames of `publish`.
         old = path / self.OLD
         if old.is_dir() and not any(child.name.isdigit() for child in path.iterdir()):
-            self._number_of(old)
+            state = json.loads((old / "training_state.json").read_text(encoding="utf-8"))
+            old.replace(path / str(state["epoch"]))
         super().__init__(path)
-
-    def _number_of(self, old: Path) -> None:
-        state = json.loads((old / "training_state.json").read_text(encoding="utf-8"))
-        old.replace(old.with_name(str(state["epoch"])))
 
     def publish(self, epoch: int) -> None:
         """Put the folder `writing` in the place of all checkpoints."""
@@ -365,7 +362,9 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         self.tokens = state.get("tokens", 0)
         self.accepted = state.get("accepted", [])
         self.loss = state.get("loss", math.nan)
-        self.best_val_loss = state.get("best_loss", math.inf)
+        self.best = Progress(**state["best"]) if state.get("best") else None
+        if self.best is not None:
+            self.best_val_loss = self.best.loss
 
     def train_epoch(self, epoch: int, *, step_callback: Callable[[], None] | None = None) -> None:
         self._epoch = epoch
@@ -402,7 +401,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         if self._share() >= 1:
             return
         try:
-            if self.global_step == 0 and self._judge_first:
+            if self.best is None and self._judge_first:
                 self._judge(self.val_epoch(0))
             self.run_training()
         except TimeIsUp:
@@ -452,7 +451,8 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         self.accepted = [metrics[f"full_acc_{step}_epoch"] for step in range(steps)]
         if self.loss < self.best_val_loss:
             self.best_val_loss = self.loss
-            self._on_best(self.progress())
+            self.best = self.progress()
+            self._on_best(self.best)
 
     def _save(self, local_step: int) -> None:
         """A whole checkpoint; `local_step` 0 means that the epoch is done."""
@@ -472,7 +472,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
                     "tokens": self.tokens,
                     "accepted": self.accepted,
                     "loss": self.loss,
-                    "best_loss": self.best_val_loss,
+                    "best": None if self.best is None else asdict(self.best),
                 },
             )
             self.checkpointer.publish(self._epoch)
@@ -570,11 +570,9 @@ def train(
         hidden_states_dtype=torch.bfloat16 if on_gpu else torch.float32,
         log_freq=math.nan,  # No step is a multiple: its timers need an accelerator.
     )
-    best: list[Progress] = []
     ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
 
     def keep(progress: Progress) -> None:
-        best.append(progress)
         head.export_head(
             model,
             head_folder,
@@ -594,7 +592,7 @@ def train(
     trainer.run()
     return Trained(
         progress=trainer.progress(),
-        best=best[-1] if best else None,
+        best=trainer.best,
         interrupted=trainer.interrupted,
         train_rows=parts["train"],
         held_out_rows=parts["held_out"],
