@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,66 @@ def predicted_length(made: Made, prompts: list[list[int]], answers: list[list[in
         states = target.hidden_states(torch.tensor(row.input_ids))[:, :-1]
         total = total.plus(predicted_acceptance(model, states, row, CHAIN, ANSWER))
     return total.length
+
+
+STOCK_SCRIPT = """
+import json, sys
+import vllm
+from vllm import LLM, SamplingParams
+job = json.load(sys.stdin)
+llm = LLM(job["target"], speculative_config=job["speculation"], dtype="float32",
+          enforce_eager=True, max_model_len=job["max_model_len"], disable_log_stats=False)
+params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params,
+                       use_tqdm=False)
+accepted = [m.value for m in llm.get_metrics()
+            if m.name == "vllm:spec_decode_num_accepted_tokens"]
+print(json.dumps({"vllm": vllm.__file__, "accepted": accepted[0],
+                  "tokens": [list(o.outputs[0].token_ids) for o in outputs]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def published_vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vLLM as it was published, for PYTHONPATH."""
+    from echo_vllm.patching import PatchState, find_installation, load_series
+
+    installation = find_installation()
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(installation.root / "vllm", folder / "vllm", copy_function=os.symlink)
+    for path, content in PatchState(installation, load_series()).published_files().items():
+        (folder / path).unlink()
+        (folder / path).write_bytes(content)
+    return folder
+
+
+def test_unpatched_vllm_serves_it(made: Made, published_vllm: Path) -> None:
+    prompts = prompt_ids(made, 4)
+    spec = {"method": "eagle3", "model": str(made.head), "num_speculative_tokens": CHAIN}
+    job = {
+        "target": str(made.target),
+        "speculation": spec,
+        "prompts": prompts,
+        "max_tokens": ANSWER,
+        "max_model_len": MAX_LEN,
+    }
+    environment = {**os.environ, "PYTHONPATH": str(published_vllm), "VLLM_PLUGINS": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", STOCK_SCRIPT],
+        input=json.dumps(job),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["vllm"].startswith(str(published_vllm))
+    assert found["accepted"] > 0
+    with engine(made.target, None, max_model_len=MAX_LEN) as llm:
+        plain = generate(llm, [{"prompt_token_ids": ids} for ids in prompts], greedy(ANSWER))
+    assert found["tokens"] == plain
 
 
 # --- the same numbers in training and serving ---
