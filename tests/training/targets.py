@@ -39,7 +39,16 @@ def add_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
 
 
 def make_llama(folder: Path) -> Path:
-    return add_tokenizer(make_target(folder, SHAPE))
+    """A target whose next token is mostly a function of the last one, which a head can learn."""
+    from safetensors.torch import load_file, save_file
+
+    make_target(folder, SHAPE)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "o_proj" in name:
+            weights[name] *= 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return add_tokenizer(folder)
 
 
 def make_qwen3(folder: Path) -> Path:

