@@ -536,7 +536,7 @@ def evaluate(
     shown = Console(highlight=False)
     for row in evaluation_rows(runs):
         shown.print(Text("  ".join(row)), soft_wrap=True)
-    note(f"Wrote {output / FILE_NAME} and the card beside it")
+    note(f"Wrote {output / FILE_NAME}, and the card beside it if it is this command's own")
 
 
 def _spread(conversations: list[list[str]], count: int | None) -> list[list[str]]:

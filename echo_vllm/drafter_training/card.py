@@ -14,10 +14,12 @@ from typing import Any
 from echo_vllm.drafter_training.work import TrainingError, read_json, unwritable, write_json
 
 FILE_NAME = "training.json"
+OURS = "Made by `echo-vllm train-drafter` with the library speculators."
+"""Stands in every card that is written here; one without it is somebody's own, and stays."""
 
 
 def add_facts(head: Path, **facts: Any) -> None:
-    """Put facts into `training.json` and write the card anew.
+    """Put facts into `training.json` and write the card anew, unless somebody else wrote it.
 
     Raises:
         TrainingError: a file cannot be read or written.
@@ -26,7 +28,8 @@ def add_facts(head: Path, **facts: Any) -> None:
     write_json(head / FILE_NAME, content)
     card = head / "README.md"
     try:
-        card.write_text(_card(head, content), encoding="utf-8")
+        if not card.exists() or OURS in card.read_text(encoding="utf-8"):
+            card.write_text(_card(head, content), encoding="utf-8")
     except OSError as error:
         raise TrainingError(unwritable(card, error)) from None
 
@@ -59,8 +62,8 @@ def _card(head: Path, facts: Mapping[str, Any]) -> str:
         "---",
         f"# EAGLE-3 draft head for {Path(str(target)).name}",
         "",
-        "Made by `echo-vllm train-drafter` with the library speculators. It has the layout that "
-        "vLLM 0.32.0 loads by itself (`LlamaForCausalLMEagle3`): its method `eagle3`, or `echo`.",
+        f"{OURS} It has the layout that vLLM 0.32.0 loads by itself (`LlamaForCausalLMEagle3`): "
+        "its method `eagle3`, or `echo`.",
         "",
     ]
     simple = {
