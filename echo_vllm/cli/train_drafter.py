@@ -268,7 +268,10 @@ def _answering(target: str, dtype: str, max_model_len: int | None, concurrency: 
     try:
         return Answering(target, dtype=dtype, max_model_len=max_model_len, concurrency=concurrency)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise TrainingError(f"TARGET {target} does not load: {last_line(error)}") from None
+        raise TrainingError(
+            f"TARGET {target} does not load in vLLM ({last_line(error)}); give a folder or a name "
+            "of a whole model, and a --max-model-len for which its KV cache has room"
+        ) from None
 
 
 def _take_rows(source: Path, target: str, work: Work) -> None:

@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from speculators.data_generation.preprocessing import build_speculator_training_dataset
 from speculators.models.eagle3.core import Eagle3DraftModel
@@ -478,6 +479,11 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             self.checkpointer.publish(self._epoch)
         except OSError as error:
             raise TrainingError(unwritable(writing, error)) from None
+        except (SafetensorError, RuntimeError) as error:  # How these two report a full disk.
+            raise TrainingError(
+                f"{writing} cannot be written ({error}); free or choose another place, and run the "
+                "same command with --resume"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -254,6 +255,34 @@ def test_unpatched_vllm_serves_it(made: Made, plain_answers: Answers, published_
     assert found["vllm"].startswith(str(published_vllm))
     assert found["accepted"] > 0
     assert found["tokens"] == plain
+
+
+def test_a_full_disk_ends_training_in_one_sentence_and_keeps_the_last_checkpoint(
+    made: Made,
+) -> None:
+    """No file of the process may grow beyond 50 kB, which is an error like a full disk."""
+    before = {
+        path: path.read_bytes()
+        for path in made.head.with_name("head.work").glob("checkpoints/*/*")
+        if path.is_file() and path.parent.name.isdigit()
+    }
+    assert before
+    words = ("train", made.target, "-o", made.head, *TRAIN, "--max-steps", STEPS + 3)
+    result = subprocess.run(
+        train_drafter(*words, "--epochs", 1000, "--resume"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert result.returncode == 1, result.stderr[-2000:]
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "cannot be written" in last
+    assert "Traceback" not in result.stderr
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- the same numbers in training and serving ---
