@@ -20,7 +20,7 @@ export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
 
-.PHONY: help setup serve test test-fast check cuda-check wheel format bench-quick clean
+.PHONY: help setup train-setup serve test test-fast check cuda-check wheel format bench-quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ help: ## this list
 
 setup: ## .venv, vLLM, our patches and extension, the demo model; starts nothing
 	@scripts/setup.sh
+
+train-setup: export FOR_TRAINING := 1
+train-setup: setup ## what echo-vllm train-drafter needs besides (speculators, 80 MB)
 
 serve: setup ## serve the demo model: PORT, HOST, CONFIG (empty: no speculation), DTYPE, COMPILE
 	@exec scripts/serve.sh

@@ -6,8 +6,9 @@
 # Called by `make setup` and by each target that needs it. A step whose inputs are unchanged is
 # skipped: each leaves a stamp in .venv with the hash of what it was made from.
 #
-# Environment: VARIANT=cpu|cuda, PYTHON (an interpreter), CXX, MAX_JOBS, FOR_TESTS=1 (what only the
-# tests need, too), and pip's and uv's own.
+# Environment: VARIANT=cpu|cuda, PYTHON (an interpreter), CXX, MAX_JOBS, FOR_TRAINING=1 (what
+# echo-vllm train-drafter needs, too), FOR_TESTS=1 (that and what only the tests need), and pip's
+# and uv's own.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,6 +44,11 @@ main() {
     "$(hash_of pyproject.toml setup.py csrc) $(cat $STAMPS/packages)"
   step patches "patching vLLM" apply_patches "$(hash_of patches) $(cat $STAMPS/packages)"
   make_demo_target
+  if [[ -n ${FOR_TRAINING:-}${FOR_TESTS:-} ]]; then
+    has_speculators || rm -f $STAMPS/training
+    step training "installing speculators, which trains drafters (80 MB)" install_training \
+      "$(cat $STAMPS/packages)"
+  fi
   if [[ -n ${FOR_TESTS:-} && $VARIANT == cpu ]]; then
     [[ -d $TRITON_FOLDER ]] || rm -f $STAMPS/triton
     step triton "fetching Triton for the tests of its kernels (200 MB)" fetch_triton \
@@ -241,6 +247,32 @@ fetch_triton() {
   if ! "$UV" pip install --quiet --python $VENV/bin/python --no-deps --target $TRITON_FOLDER "$TRITON"; then
     rm -rf $TRITON_FOLDER
     say "Triton could not be fetched; the tests of its kernels will be skipped"
+  fi
+}
+
+has_speculators() {
+  $VENV/bin/python -c 'from importlib.metadata import version; version("speculators")' 2>/dev/null
+}
+
+# speculators asks for torchvision and torchaudio, which the package index has only as CUDA builds;
+# it trains text models without them, so the overrides leave them out as they do for vLLM. Where it
+# cannot be had and only tests need it, those say that they were skipped.
+install_training() {
+  need_uv
+  pass_pip_configuration_to_uv
+  export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
+  local options=(--python $VENV/bin/python)
+  if [[ $VARIANT == cpu ]]; then
+    options+=(--overrides scripts/cpu-overrides.txt)
+  fi
+  local -a wanted
+  mapfile -t wanted < <($VENV/bin/python -c '
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["train"], sep="\n")')
+  if ! "$UV" pip install "${options[@]}" "${wanted[@]}"; then
+    [[ -z ${FOR_TRAINING:-} ]] || die "$NO_NETWORK"
+    say "speculators could not be fetched; the tests of training will be skipped"
   fi
 }
 

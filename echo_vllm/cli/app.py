@@ -14,6 +14,7 @@ from echo_vllm.cli.calibrate import calibrate
 from echo_vllm.cli.doctor import doctor
 from echo_vllm.cli.patch import patch_app
 from echo_vllm.cli.trace import trace_app
+from echo_vllm.cli.train_drafter import train_drafter_app
 
 app = typer.Typer(
     help=f"ECHO: tree speculation for vLLM {VLLM_VERSION}.",
@@ -26,6 +27,7 @@ app.command()(doctor)
 app.command()(calibrate)
 app.add_typer(trace_app, name="trace")
 app.command()(bench)
+app.add_typer(train_drafter_app, name="train-drafter")
 
 
 def _show_version(wanted: bool) -> None:

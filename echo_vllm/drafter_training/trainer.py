@@ -1,0 +1,606 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The train stage: speculators' dataset, draft vocabulary, model, losses and trainer together.
+
+Three things of speculators 0.9.0 are not enough here, and are subclassed:
+
+- `Trainer` runs on an accelerator only: it moves the model to device 0 and synchronises a device
+  for its timers. `HeadTrainer` also runs on a CPU. It ends after a number of hours, which
+  speculators cannot, and therefore decays the learning rate by the share of the time (or of the
+  steps) that is spent instead of by a schedule of steps fixed in advance.
+- `SingleGPUCheckpointer` writes a checkpoint file by file into its final place, in bfloat16,
+  optimizer included. A process killed meanwhile leaves one that cannot be resumed, and AdamW's step
+  counter loses its low bits. `WholeCheckpointer` writes float32 into another folder and renames it.
+- `Eagle3DraftModel` freezes the output layer at the target's rows. A head for a small target gains
+  from training it, as EAGLE-3's authors do, so that `--lm-head frozen` is the exception here.
+
+On a CPU attention runs by PyTorch's `sdpa` instead of `flex_attention`, which would compile C++ for
+each length, and losses by speculators' reference implementation instead of its Triton kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from speculators.data_generation.preprocessing import build_speculator_training_dataset
+from speculators.models.eagle3.core import Eagle3DraftModel
+from speculators.models.eagle3.data import shift_batch
+from speculators.train.checkpointer import SingleGPUCheckpointer
+from speculators.train.cli import create_transformer_layer_config
+from speculators.train.dataloader import create_train_val_loaders
+from speculators.train.trainer import Trainer, TrainerConfig
+from speculators.train.vocab_mapping import (
+    build_vocab_mappings_from_distribution,
+    save_token_frequency_distribution,
+)
+
+from echo_vllm.drafter_training import head
+from echo_vllm.drafter_training.features import KeptStates, Target
+from echo_vllm.drafter_training.rows import Row
+from echo_vllm.drafter_training.targets import resolve_dtype, target_config
+from echo_vllm.drafter_training.work import TrainingError, unwritable, write_json
+
+WARM_UP = 0.02
+FINAL_RATE = 0.05
+"""Share of the time over which the learning rate rises, and what share of it is left at the end."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training depends on; the same again is needed to resume it.
+
+    Attributes:
+        target: a folder or a name.
+        dtype: the target's, as it will be served.
+        aux_layers: auxiliary layer ids, as in vLLM.
+        draft_vocab: tokens that the head can draft; all of the target's if not less.
+        ttt_steps: depth of the training-time test.
+        step_decay: weight of step k of it is step_decay**k.
+        loss: one of speculators' losses, or a JSON object of losses with weights.
+        lm_head: whether the output layer is trained or stays the target's.
+        intermediate_size: of the head's feed-forward layer; None for the target's.
+        batch_tokens: tokens packed into one batch, and the longest sequence.
+        learning_rate: highest.
+        held_out: share of the conversations that only choose the best checkpoint.
+        seed: of the head's first weights and of the order of the batches.
+        init: folder of a head to begin from, or None.
+    """
+
+    target: str
+    dtype: str
+    aux_layers: list[int]
+    draft_vocab: int
+    ttt_steps: int
+    step_decay: float
+    loss: str
+    lm_head: Literal["trained", "frozen"]
+    intermediate_size: int | None
+    batch_tokens: int
+    learning_rate: float
+    held_out: float
+    seed: int
+    init: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may differ when a training is resumed.
+
+    Attributes:
+        hours: of training, after which it ends; None for no limit.
+        epochs: after which it ends.
+        max_steps: updates after which it ends; None for no limit.
+        checkpoint_minutes: between checkpoints.
+        keep_bytes: of hidden states on the disk.
+    """
+
+    hours: float | None
+    epochs: int
+    max_steps: int | None
+    checkpoint_minutes: float
+    keep_bytes: int = 20 << 30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        step: updates done.
+        share: of the whole that is done, 0 to 1.
+        seconds: of training so far, those before an interruption included.
+        tokens: of training rows seen.
+        accepted: share of the held-out positions at which the target's best token was drafted at
+            this and all earlier steps of the training-time test, when last measured; else empty.
+        loss: held-out loss then.
+    """
+
+    step: int
+    share: float
+    seconds: float
+    tokens: int
+    accepted: list[float]
+    loss: float
+
+
+def split(rows: Sequence[Row], held_out: float) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, by whole conversations, at least one of each.
+
+    Raises:
+        TrainingError: there is only one conversation.
+    """
+    numbers = sorted({row.conversation for row in rows})
+    if len(numbers) < 2:
+        raise TrainingError(
+            "the data hold one conversation, but one must be held out; give more prompts"
+        )
+    # Spread over the file, which may be sorted.
+    count = min(len(numbers) - 1, max(1, round(held_out * len(numbers))))
+    chosen = {numbers[i * len(numbers) // count] for i in range(count)}
+    return (
+        [row for row in rows if row.conversation not in chosen],
+        [row for row in rows if row.conversation in chosen],
+    )
+
+
+def make_dataset(rows: Sequence[Row], settings: TrainSettings, folder: Path) -> int:
+    """Write speculators' dataset and its token counts; returns how many rows are to train on.
+
+    Raises:
+        TrainingError: the folder cannot be written, or no row is left.
+    """
+    parts = split(rows, settings.held_out)
+    try:
+        made = [
+            build_speculator_training_dataset(
+                Dataset.from_list(
+                    [{"input_ids": r.input_ids, "loss_mask": r.loss_mask} for r in part]
+                ),
+                None,
+                max_length=settings.batch_tokens,
+                num_proc=None,
+            )
+            for part in parts
+        ]
+        if not all(len(part) for part in made):
+            raise TrainingError(
+                f"no answer begins within {settings.batch_tokens} tokens; raise --batch-tokens"
+            )
+        writing = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(writing, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        concatenate_datasets(made).save_to_disk(writing)
+        save_token_frequency_distribution(made[0], writing / "token_freq.pt")
+        write_json(writing / "split.json", {"train": len(made[0]), "held_out": len(made[1])})
+        writing.replace(folder)
+    except OSError as error:
+        raise TrainingError(unwritable(folder, error)) from None
+    return len(made[0])
+
+
+def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> Eagle3DraftModel:
+    """speculators' model of the head, with its first weights.
+
+    Args:
+        settings: of the training.
+        token_counts: of the answers' tokens, for the draft vocabulary; not needed with `init`.
+
+    Raises:
+        TrainingError: the target's config does not do, or `init` does not fit it.
+    """
+    torch.manual_seed(settings.seed)
+    # A file of its own names the output layer "lm_head.weight" in tied targets too; a warning says
+    # so for each of them.
+    logging.getLogger("speculators").setLevel(logging.ERROR)
+    _quiet_loguru()
+    try:
+        layer = create_transformer_layer_config(
+            settings.target,
+            num_layers=1,
+            draft_arch="llama",
+            hidden_act=None,
+            sliding_window=0,
+            full_attention_indices=[0],
+        )
+    except Exception as error:
+        raise TrainingError(
+            f"TARGET {settings.target} has no config that a head can be made for "
+            f"({str(error).strip().splitlines()[0]}); Llama and Qwen3 are known to work"
+        ) from None
+    tensors: dict[str, torch.Tensor] = {}
+    draft_vocab = min(settings.draft_vocab, layer.vocab_size)
+    if settings.init is not None:
+        tensors = head.read_weights(Path(settings.init))
+        config = head.read_config(Path(settings.init))
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            setattr(layer, name, config[name])
+        draft_vocab = config["draft_vocab_size"]
+    elif settings.intermediate_size is not None:
+        layer.intermediate_size = settings.intermediate_size
+    maps = {}
+    if draft_vocab < layer.vocab_size:
+        if "d2t" in tensors:
+            maps = {"d2t": tensors["d2t"], "t2d": tensors["t2d"]}
+        else:
+            d2t, t2d = build_vocab_mappings_from_distribution(
+                token_counts or {}, draft_vocab, layer.vocab_size
+            )
+            maps = {"d2t": d2t, "t2d": t2d}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Eagle3DraftModel.from_training_args(
+            layer,
+            **maps,
+            draft_vocab_size=draft_vocab,
+            norm_before_residual=False,
+            ttt_steps=settings.ttt_steps,
+            verifier_name_or_path=settings.target,
+            target_layer_ids=settings.aux_layers,
+            draft_attn_impl="simple_flex_attention" if torch.cuda.is_available() else "sdpa",
+        ).float()
+    if tensors:
+        head.load_weights(model, tensors, f"--init {settings.init}")
+    model.lm_head.weight.requires_grad_(settings.lm_head == "trained")
+    return model
+
+
+def _quiet_loguru() -> None:
+    from loguru import logger
+
+    logger.disable("speculators")
+
+
+class WholeCheckpointer(SingleGPUCheckpointer):  # type: ignore[misc]
+    """Checkpoints that are there whole or not at all, in float32, the last one only."""
+
+    WRITING = "writing"
+    OLD = "old"
+
+    def __init__(self, path: Path) -> None:
+        # A process killed between the two renames of `publish`.
+        old = path / self.OLD
+        if old.is_dir() and not any(child.name.isdigit() for child in path.iterdir()):
+            state = json.loads((old / "training_state.json").read_text(encoding="utf-8"))
+            old.replace(path / str(state["epoch"]))
+        super().__init__(path)
+
+    def publish(self, epoch: int) -> None:
+        """Put the folder `writing` in the place of all checkpoints."""
+        shutil.rmtree(self.path / self.OLD, ignore_errors=True)
+        for child in self.path.iterdir():
+            if child.name.isdigit():
+                child.replace(self.path / self.OLD)
+        (self.path / self.WRITING).replace(self.path / str(epoch))
+        shutil.rmtree(self.path / self.OLD, ignore_errors=True)
+
+    def load_model_state_dict(self, model: Any, float_dtype: torch.dtype | None = None) -> None:
+        tensors = load_file(self.model_path(self.previous_epoch))
+        model.load_state_dict(tensors, strict=False)
+
+    def load_optimizer_state_dict(
+        self, model: Any, optimizer: Any, float_dtype: torch.dtype | None = None
+    ) -> None:
+        states = torch.load(
+            self.optimizer_path(self.previous_epoch), weights_only=True, map_location="cpu"
+        )
+        for one, state in zip(optimizer, [states], strict=True):
+            one.load_state_dict(state)
+
+
+class TimeIsUp(Exception):
+    """Ends speculators' loop over the batches."""
+
+
+class HeadTrainer(Trainer):  # type: ignore[misc]
+    """speculators' trainer, also on a CPU, with an end in time and whole checkpoints."""
+
+    def __init__(
+        self,
+        model: Eagle3DraftModel,
+        config: TrainerConfig,
+        loaders: Sequence[Any],
+        limits: Limits,
+        on_progress: Callable[[Progress], None],
+        on_best: Callable[[Progress], None],
+        *,
+        judge_first: bool,
+    ) -> None:
+        """
+        Args:
+            model: of the head.
+            config: of speculators' trainer.
+            loaders: of the training rows and of those held out.
+            limits: when it ends.
+            on_progress: called after each update.
+            on_best: called when the held-out loss is the lowest so far, with the weights in place.
+            judge_first: whether the weights to begin with may be the best.
+        """
+        self.limits = limits
+        self._judge_first = judge_first
+        self._on_progress = on_progress
+        self._on_best = on_best
+        self.seconds = 0.0
+        self.tokens = 0
+        self.accepted: list[float] = []
+        self.loss = math.nan
+        self._epoch = self._local_step = 0
+        super().__init__(model, config, *loaders)
+        self._total_steps = config.num_epochs * len(self.train_loader)
+        if limits.max_steps is not None:
+            self._total_steps = min(self._total_steps, limits.max_steps)
+        self.interrupted = False
+        self._set_rate()
+        # Before the model computes: the loop shows its batches to nobody else.
+        self.model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+
+    # --- what speculators calls ---
+
+    def setup_trainer(self) -> None:
+        self.rank = -1  # Rank 0 draws bars; the command has a progress line of its own.
+        if torch.accelerator.current_accelerator() is None:
+            self.local_rank = torch.device("cpu")
+            self.device_type = "cpu"
+        self.checkpointer: Any = WholeCheckpointer(Path(self.config.save_path))
+        super().setup_trainer()
+        state = self._load_training_state() if self.resume_from_checkpoint else {}
+        self.seconds = state.get("seconds", 0.0)
+        self.tokens = state.get("tokens", 0)
+        self.accepted = state.get("accepted", [])
+        self.loss = state.get("loss", math.nan)
+        self.best = Progress(**state["best"]) if state.get("best") else None
+        if self.best is not None:
+            self.best_val_loss = self.best.loss
+
+    def train_epoch(self, epoch: int, *, step_callback: Callable[[], None] | None = None) -> None:
+        self._epoch = epoch
+        self._local_step = self._resume_local_step if epoch == self.current_epoch else 0
+        self._lap = self._last_checkpoint = time.monotonic()
+        super().train_epoch(epoch, step_callback=self._after_step)
+
+    def maybe_save_checkpoint(self, epoch: int | str, local_step: int = 0) -> None:
+        # From speculators' handler of Ctrl-C; the batch that it broke is done again. At the end of
+        # an epoch `maybe_update_best` saves.
+        if epoch == "interrupted":
+            self.interrupted = True
+            self._save(self._local_step)
+
+    def maybe_update_best(self, epoch: int, val_metrics: dict[str, float] | None) -> None:
+        self._judge(val_metrics)
+        self._save(0)
+
+    # --- our own ---
+
+    def progress(self) -> Progress:
+        """Where the training stands."""
+        return Progress(
+            step=self.global_step,
+            share=self._share(),
+            seconds=self.seconds,
+            tokens=self.tokens,
+            accepted=self.accepted,
+            loss=self.loss,
+        )
+
+    def run(self) -> None:
+        """Train to the end; the best weights have gone to `on_best` when this returns."""
+        if self._share() >= 1:
+            return
+        try:
+            if self.best is None and self._judge_first:
+                self._judge(self.val_epoch(0))
+            self.run_training()
+        except TimeIsUp:
+            self._judge(self.val_epoch(self._epoch))
+            self._save(self._local_step)
+
+    def _share(self) -> float:
+        share = float(self.global_step / self._total_steps)
+        if self.limits.hours is not None:
+            share = max(share, self.seconds / (3600 * self.limits.hours))
+        return min(share, 1.0)
+
+    def _set_rate(self) -> None:
+        share = self._share()
+        if share < WARM_UP:
+            factor = max(share, 1 / self._total_steps) / WARM_UP
+        else:
+            cosine = (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
+            factor = FINAL_RATE + (1 - FINAL_RATE) * cosine
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * min(factor, 1.0)
+
+    def _count_tokens(self, module: Any, args: Any, batch: dict[str, Any]) -> None:
+        if module.training:
+            self.tokens += int((batch["document_ids"] >= 0).sum())
+
+    def _after_step(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._lap
+        self._lap = now
+        self._local_step += 1
+        self._set_rate()
+        self._on_progress(self.progress())
+        if self._share() >= 1:
+            raise TimeIsUp
+        if now - self._last_checkpoint >= 60 * self.limits.checkpoint_minutes:
+            self._judge(self.val_epoch(self._epoch))
+            self.model.train()
+            self._save(self._local_step)
+            self._lap = self._last_checkpoint = time.monotonic()
+
+    def _judge(self, metrics: dict[str, float] | None) -> None:
+        assert metrics is not None
+        self.loss = metrics["loss_epoch"]
+        steps = self.config.val_call_kwargs["ttt_steps"]
+        self.accepted = [metrics[f"full_acc_{step}_epoch"] for step in range(steps)]
+        if self.loss < self.best_val_loss:
+            self.best_val_loss = self.loss
+            self.best = self.progress()
+            self._on_best(self.best)
+
+    def _save(self, local_step: int) -> None:
+        """A whole checkpoint; `local_step` 0 means that the epoch is done."""
+        writing = self.checkpointer.path / WholeCheckpointer.WRITING
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            self.checkpointer.save_checkpoint(
+                self.model, self.optimizers, WholeCheckpointer.WRITING, torch.float32
+            )
+            write_json(
+                writing / "training_state.json",
+                {
+                    "epoch": self._epoch,
+                    "local_step": local_step,
+                    "global_step": self.global_step,
+                    "seconds": self.seconds,
+                    "tokens": self.tokens,
+                    "accepted": self.accepted,
+                    "loss": self.loss,
+                    "best": None if self.best is None else asdict(self.best),
+                },
+            )
+            self.checkpointer.publish(self._epoch)
+        except OSError as error:
+            raise TrainingError(unwritable(writing, error)) from None
+        except (SafetensorError, RuntimeError) as error:  # How these two report a full disk.
+            raise TrainingError(
+                f"{writing} cannot be written ({error}); free or choose another place, and run the "
+                "same command with --resume"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to: where it stands, and facts about its data."""
+
+    progress: Progress
+    best: Progress | None
+    interrupted: bool
+    train_rows: int
+    held_out_rows: int
+    computed_tokens: int
+
+
+def train(
+    settings: TrainSettings,
+    limits: Limits,
+    rows: Sequence[Row],
+    folders: tuple[Path, Path],
+    head_folder: Path,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Trained:
+    """Train a head, from the last checkpoint if there is one; the best goes to its folder.
+
+    Args:
+        settings: as in an interrupted training, if this is to continue one.
+        limits: when it ends.
+        rows: of the data stage.
+        folders: for the dataset with the hidden states, and for checkpoints.
+        head_folder: for the head; written whenever the held-out loss is the lowest so far.
+        on_progress: called after every update.
+
+    Raises:
+        TrainingError: the target, the data or the folders do not do.
+    """
+    # Of torch.autocast, which has nothing to do in float32, and of pinning memory for no GPU.
+    warnings.filterwarnings("ignore", message=".*(autocast|pin_memory|layer IDs|target_layer).*")
+    dataset_folder, checkpoints = folders
+    if not (dataset_folder / "split.json").is_file():
+        make_dataset(rows, settings, dataset_folder)
+    parts = json.loads((dataset_folder / "split.json").read_text(encoding="utf-8"))
+    total = parts["train"] + parts["held_out"]
+    on_gpu = torch.cuda.is_available()
+    dtype = getattr(torch, settings.dtype)
+    target = Target(settings.target, settings.aux_layers, dtype, "cuda" if on_gpu else "cpu")
+    dataset = load_from_disk(dataset_folder)
+    kept = dataset_folder / "hidden_states"
+    states = KeptStates(kept, target, dataset, limits.keep_bytes)
+    counts = torch.load(dataset_folder / "token_freq.pt", weights_only=True)
+    model = make_model(settings, counts)
+    config = target_config(settings.target)
+    loaders = create_train_val_loaders(
+        data_path=str(dataset_folder),
+        total_seq_len=settings.batch_tokens,
+        # Of what the model reads. Weights and their gradients are float32 on every device.
+        hidden_states_dtype=torch.bfloat16 if on_gpu else torch.float32,
+        transfer=states,
+        vllm_endpoint="",
+        on_missing="raise",
+        verifier_name_or_path=settings.target,
+        request_timeout=None,
+        max_retries=0,
+        generation_validation_retries=0,
+        max_consecutive_generation_failures=1,
+        hidden_size=config.hidden_size,
+        num_target_layers=len(settings.aux_layers),
+        num_workers=0,  # The target lives in this process.
+        prefetch_factor=1,
+        preprocess=shift_batch,
+        train_data_ratio=(parts["train"] + 0.5) / total,
+        seed=settings.seed,
+    )
+    try:
+        train_kwargs, val_kwargs = Eagle3DraftModel.get_trainer_kwargs(
+            loss_fn=settings.loss,
+            loss_implementation="fused" if on_gpu else "eager",
+            ttt_steps=settings.ttt_steps,
+            ttt_step_loss_decay=settings.step_decay,
+        )
+    except ValueError as error:
+        raise TrainingError(f"--loss {settings.loss}: {error}") from None
+    trainer_config = TrainerConfig(
+        lr=settings.learning_rate,
+        num_epochs=limits.epochs,
+        save_path=str(checkpoints),
+        resume_from_checkpoint=True,
+        train_call_kwargs=train_kwargs,
+        val_call_kwargs=val_kwargs,
+        scheduler_type="none",
+        hidden_states_dtype=torch.bfloat16 if on_gpu else torch.float32,
+        log_freq=math.nan,  # No step is a multiple: its timers need an accelerator.
+    )
+    ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
+
+    def keep(progress: Progress) -> None:
+        head.export_head(
+            model,
+            head_folder,
+            dtype=getattr(torch, resolve_dtype(settings.target, "auto")),
+            bos_and_eos={name: value for name, value in ids.items() if isinstance(value, int)},
+        )
+
+    trainer = HeadTrainer(
+        model,
+        trainer_config,
+        loaders,
+        limits,
+        on_progress,
+        keep,
+        judge_first=settings.init is not None,
+    )
+    trainer.run()
+    return Trained(
+        progress=trainer.progress(),
+        best=trainer.best,
+        interrupted=trainer.interrupted,
+        train_rows=parts["train"],
+        held_out_rows=parts["held_out"],
+        computed_tokens=states.computed_tokens,
+    )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The files of a training: where they lie, and how one is written so that it is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class TrainingError(ValueError):
+    """One sentence on what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder beside a head that holds what its training needs again after an interruption.
+
+    It is not inside the head's folder, so that this holds nothing but the head, and can be removed
+    when the head is done.
+    """
+
+    head: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.head.with_name(self.head.name + ".work")
+
+    @property
+    def data(self) -> Path:
+        """What the data stage has made: settings, counts. There only once the data are whole."""
+        return self.folder / "data.json"
+
+    @property
+    def data_plan(self) -> Path:
+        """The settings with which the data stage was begun."""
+        return self.folder / "data_plan.json"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts that the target has written itself."""
+        return self.folder / "self_prompts.jsonl"
+
+    @property
+    def dataset(self) -> Path:
+        """The rows as speculators reads them, an Arrow dataset, and `hidden_states/` in it."""
+        return self.folder / "dataset"
+
+    @property
+    def train_plan(self) -> Path:
+        return self.folder / "train_plan.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            TrainingError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(unwritable(self.folder, error)) from None
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """The sentence for a file that could not be written."""
+    return (
+        f"{error.filename or path} cannot be written ({error.strerror or error}); free or choose "
+        "another place, and run the same command with --resume"
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is there whole or as it was before.
+
+    Raises:
+        TrainingError: it could not be written.
+    """
+    writing = path.with_name(path.name + ".writing")
+    try:
+        with writing.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        writing.replace(path)
+    except OSError as error:
+        writing.unlink(missing_ok=True)
+        raise TrainingError(unwritable(path, error)) from None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None if there is none.
+
+    Raises:
+        TrainingError: the file is not what it should be.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); remove it and run again") from None
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} holds no JSON object; remove it and run again")
+    return content

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Counts in the real engine how many of a head's drafts are accepted, for several ways to draft."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAMES = ("num_drafts", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one engine counted on one set of prompts.
+
+    Attributes:
+        drafts: chains or trees that were verified.
+        accepted_tokens: of them.
+        accepted: drafts that were accepted at least to each position (of a tree: depth).
+        tokens: generated.
+    """
+
+    drafts: int
+    accepted_tokens: int
+    accepted: list[int]
+    tokens: int
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of a step, the bonus token included."""
+        return 1 + self.accepted_tokens / max(self.drafts, 1)
+
+    @property
+    def per_position(self) -> list[float]:
+        """Share of the drafts accepted at least to each position, without zeros at the end."""
+        shares = [count / max(self.drafts, 1) for count in self.accepted]
+        while shares and shares[-1] == 0:
+            shares.pop()
+        return shares
+
+
+def chain_of(head: str, length: int, method: str) -> dict[str, Any]:
+    """vLLM's speculative_config of a chain.
+
+    Args:
+        head: a folder.
+        length: tokens drafted.
+        method: "eagle3", vLLM's own, or "echo".
+    """
+    config: dict[str, Any] = {"method": method, "model": head, "num_speculative_tokens": length}
+    return config | ({"echo": {"policy": "chain"}} if method == "echo" else {})
+
+
+def tree_of(head: str, nodes: int, max_depth: int = 6, top_k: int = 4) -> dict[str, Any]:
+    """vLLM's speculative_config of a tree of the most probable candidates."""
+    section = {"policy": "topn", "max_depth": max_depth, "top_k": top_k}
+    return {"method": "echo", "model": head, "num_speculative_tokens": nodes, "echo": section}
+
+
+def measure(
+    model: str,
+    speculation: Mapping[str, Any],
+    prompt_sets: Mapping[str, Sequence[list[int]]],
+    temperatures: Sequence[float],
+    *,
+    max_tokens: int,
+    dtype: str,
+    max_model_len: int | None,
+    concurrency: int,
+    on_set: Callable[[], None] = lambda: None,
+) -> dict[tuple[str, float], Counted]:
+    """Run an engine of this process on all prompts, set by set, and end it.
+
+    Args:
+        model: the target.
+        speculation: vLLM's speculative_config.
+        prompt_sets: token ids of prompts, by the set's name.
+        temperatures: each set runs at each of them.
+        max_tokens: of an answer.
+        dtype: as in vLLM.
+        max_model_len: tokens of a request; None for the model's own.
+        concurrency: requests at once.
+        on_set: called after each set at each temperature.
+
+    Raises:
+        ValueError, OSError, RuntimeError: vLLM's own, if target or head do not load.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        model,
+        speculative_config=dict(speculation),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=concurrency,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+    )
+    found = {}
+    try:
+        for name, prompts in prompt_sets.items():
+            for temperature in temperatures:
+                before = _counters(llm)
+                outputs = llm.generate(
+                    [{"prompt_token_ids": ids} for ids in prompts],
+                    [
+                        SamplingParams(
+                            temperature=temperature,
+                            max_tokens=max_tokens,
+                            seed=number if temperature > 0 else None,
+                            detokenize=False,
+                        )
+                        for number in range(len(prompts))
+                    ],
+                    use_tqdm=False,
+                )
+                after = _counters(llm)
+                found[name, temperature] = Counted(
+                    drafts=after[NAMES[0]][0] - before[NAMES[0]][0],
+                    accepted_tokens=after[NAMES[1]][0] - before[NAMES[1]][0],
+                    accepted=[
+                        b - a for a, b in zip(before[NAMES[2]], after[NAMES[2]], strict=True)
+                    ],
+                    tokens=sum(len(output.outputs[0].token_ids) for output in outputs),
+                )
+                on_set()
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return found
+
+
+def _counters(llm: Any) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix("vllm:spec_decode_")
+        if name in NAMES:
+            values = getattr(metric, "values", None)
+            found[name] = [int(metric.value)] if values is None else [int(v) for v in values]
+    return found
