@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -14,6 +16,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from echo_vllm.engine.attention.cpu import EchoCPUAttentionBackend
 from echo_vllm.engine.model_runner import EchoRunnerMixin
 from echo_vllm.engine.worker import EchoWorkerMixin
+from echo_vllm.machine import fast_dtype
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
@@ -27,6 +32,12 @@ class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
     """vLLM's CPU worker with `EchoCPUModelRunner`."""
 
     def init_device(self) -> None:
+        is_bfloat16 = self.model_config.dtype == torch.bfloat16
+        if self.rank == 0 and is_bfloat16 and fast_dtype() == "float32":
+            logger.warning(
+                "This CPU has no bfloat16 instructions: a row of a forward takes several times "
+                "as long as in float32, and speculation gains nothing; serve with --dtype float32."
+            )
         # vLLM names its runner class inside this method; building that one first and replacing it
         # would allocate everything twice.
         with patch.object(cpu_worker, "CPUModelRunner", EchoCPUModelRunner):
