@@ -58,7 +58,7 @@ class EchoScheduler(Scheduler):
         if self._echo.k_max is not None:
             self._trim_drafts(self._echo.k_max)
         output = super().schedule(*args, **kwargs)
-        output.echo_plan = self._plan()
+        output.echo_plan = self._plan(output)
         return output
 
     def _trim_drafts(self, budget: int) -> None:
@@ -75,7 +75,7 @@ class EchoScheduler(Scheduler):
             total -= len(request.spec_token_ids) - kept
             request.spec_token_ids = request.spec_token_ids[:kept]
 
-    def _plan(self) -> DraftPlan:
+    def _plan(self, output: Any) -> DraftPlan:
         """What the worker is told for the drafting at the end of this step."""
         if self._forecaster is None and self._elastic is None:
             return DraftPlan()
@@ -90,8 +90,22 @@ class EchoScheduler(Scheduler):
             prefill_tokens,
             self._cost.with_trees(),
             self._cost.current(),
-            waiting=self._waiting,
+            waiting=self._waiting + self._deferrable(output),
+            left=self._left(),
         )
+
+    def _deferrable(self, output: Any) -> int:
+        """Prompt tokens of this step that pass the drafter now only if it drafts."""
+        if self.cache_config.enable_prefix_caching:
+            return 0
+        drafts = output.scheduled_spec_decode_tokens
+        scheduled = output.num_scheduled_tokens.items()
+        return sum(count - 1 - len(drafts.get(request, ())) for request, count in scheduled)
+
+    def _left(self) -> float:
+        """Tokens that a running request may still generate, on average."""
+        left = [request.max_tokens - request.num_output_tokens for request in self.running]
+        return sum(left) / max(1, len(left))
 
     def _next_load(self) -> tuple[int, int]:
         """Requests that the next step will decode, and prompt tokens that it will prefill."""

@@ -14,6 +14,7 @@ resulting `DraftPlan`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,8 @@ MARGIN = 0.01
 """How far the prediction must be beyond that on the other side before the decision changes."""
 
 HORIZON = 64
-"""Steps in which catching up with what waits for the drafter must pay for itself."""
+"""Steps, or tokens that are left if those are fewer, in which catching up with what waits for the
+drafter must pay for itself."""
 
 PROBE_STEPS = 32
 """Steps between drafts of a few requests to full depth while others draft less deep."""
@@ -155,6 +157,7 @@ class Forecaster:
         cost: StepCost | None,
         plain_cost: StepCost | None = None,
         waiting: int = 0,
+        left: float = math.inf,
     ) -> DraftPlan:
         """The plan of the next drafting.
 
@@ -164,7 +167,9 @@ class Forecaster:
             cost: predicted times of steps with trees, None before they are known.
             plain_cost: the same for steps without, if it is known apart: the same number of rows
                 takes longer where some of them are trees.
-            waiting: tokens that the drafter has to catch up with before it drafts again.
+            waiting: tokens that the drafter has to catch up with if it drafts now, and need not if
+                it rests.
+            left: tokens that a request of the batch may still generate, on average.
         """
         self._step += 1
         plan = DraftPlan(
@@ -181,9 +186,9 @@ class Forecaster:
             return replace(plan, probes=2 * PROBES)
         best = self._forecast(num_decoding, prefill_tokens, cost, plain_cost)
         wanted = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
-        if not self._drafting and waiting > num_decoding:
+        if waiting > num_decoding:
             step = (plain_cost or cost).plain_step(num_decoding, prefill_tokens)
-            wanted += cost.catch_up(waiting) / (HORIZON * step)
+            wanted += cost.catch_up(waiting) / (max(1.0, min(HORIZON, left)) * step)
         self._drafting = best.depth > 0 and best.speed > wanted * best.plain
         depth = best.depth if self._drafting else 0
         probes = 0
@@ -192,8 +197,10 @@ class Forecaster:
             return replace(plan, price=best.plain)
         if depth < self.max_depth and self._step >= self._next_probe:
             probes = PROBES
-            if depth or best.speed > NEARLY * best.plain:
+            if depth:
                 self._probe_steps = PROBE_STEPS
+            elif best.speed > NEARLY * best.plain:
+                self._probe_steps = 2 * PROBE_STEPS
             else:
                 self._probe_steps = min(2 * self._probe_steps, SLOWEST_PROBE_STEPS)
             self._next_probe = self._step + self._probe_steps

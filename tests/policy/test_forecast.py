@@ -131,3 +131,17 @@ def test_prefill_is_part_of_the_load() -> None:
     alone, crowded = (found.forecast(8, prefill, cost(64)) for prefill in (0, 2000))
     assert crowded.plain < alone.plain
     assert crowded.speed < alone.speed
+
+
+def test_catching_up_must_pay_in_the_tokens_that_are_left() -> None:
+    """A little gain is worth a long prompt's pass through the drafter only to a long answer."""
+    load = (8, 0, cost(16, drafter=0.02))
+    best = forecaster(0.7).forecast(*load)
+    assert best.speed / best.plain > 1.04
+    drafts = {
+        (waiting, left): (forecaster(0.7).plan(*load, waiting=waiting, left=left).max_depth or 0)
+        for waiting, left in [(0, 4.0), (8000, 4.0), (8000, 400.0)]
+    }
+    assert drafts[0, 4.0] > 0
+    assert drafts[8000, 4.0] == 0
+    assert drafts[8000, 400.0] > 0
