@@ -137,21 +137,18 @@ def link(settings: dict[str, Any], nvcc: str, units: list[Unit], folder: Path) -
     """The extension with all kernels, from what was compiled here and by setup.py."""
     import torch
 
-    of_cpu = []
-    for name in settings["compile_units"]():
-        found = sorted(ROOT.glob(f"build/temp*/{name}.{torch.__version__}.o"))
-        if not found:
-            raise SystemExit(
-                f"cuda-check --link: build/ has no object of {name}: run "
-                "`python setup.py build_ext --inplace`"
-            )
-        of_cpu.append(found[-1])
+    names = [f"{name}.{torch.__version__}.o" for name in settings["compile_units"]()]
+    of_cpu = [sorted(ROOT.glob(f"build/temp*/{name}")) for name in names]
+    if not all(of_cpu):  # An editable installation keeps no objects.
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib")]
+        subprocess.run(build, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        of_cpu = [sorted(ROOT.glob(f"build/temp*/{name}")) for name in names]
     operators = folder / "ops.o"
     source = ROOT / "csrc" / "cuda" / "ops.cpp"
     command = [*settings["cuda_operators_command"](nvcc), "-c", str(source), "-o", str(operators)]
     subprocess.run(command, check=True)
     library = folder / "_C_cuda.abi3.so"
-    objects = [*of_cpu, operators, *(unit.object for unit in units)]
+    objects = [*(found[-1] for found in of_cpu), operators, *(unit.object for unit in units)]
     subprocess.run(settings["link_command"](objects, library, nvcc), check=True)
     return library
 
