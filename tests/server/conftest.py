@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from echo_vllm.machine import fast_dtype
 from tests.conftest import ROOT, Server, ServerFactory
 from tests.engine.prompts import project_prompts
 from tests.server.metrics import Metrics, wait_until_idle
@@ -26,12 +27,12 @@ ENV = {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
 
 @pytest.fixture
 def served(server: ServerFactory, demo_target: Path, demo_head: Path) -> Server:
-    """The demo target in bfloat16 with `examples/topn.json`, under the name MODEL."""
+    """The demo target, in bfloat16 where the CPU has it, with `examples/topn.json`, as MODEL."""
     return server(
         demo_target,
         *("--speculative-config", str(CONFIG)),
         *("--served-model-name", MODEL),
-        *("--dtype", "bfloat16"),
+        *("--dtype", fast_dtype()),
         *("--max-model-len", str(MAX_MODEL_LEN)),
         # As many as the tests have in flight, so that `n` of 2 makes some wait.
         *("--max-num-seqs", "16"),

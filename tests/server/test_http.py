@@ -4,7 +4,7 @@
 
 One file, because the runner hands out tests by file and all of these share one server. Up to the
 part on load, requests are sent one at a time, so that a repeated request meets the same batch and
-its answer can be compared byte for byte although the model computes in bfloat16.
+its answer can be compared byte for byte although the model may compute in bfloat16.
 """
 
 from __future__ import annotations
