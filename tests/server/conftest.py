@@ -63,7 +63,7 @@ def prompts() -> list[str]:
 @pytest.fixture
 def client(served: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120
+        base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=600
     ) as client:
         yield client
 
@@ -78,7 +78,7 @@ def async_client(served: Server) -> AsyncClient:
     @asynccontextmanager
     async def connect() -> AsyncIterator[openai.AsyncOpenAI]:
         async with openai.AsyncOpenAI(
-            base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=180
+            base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=600
         ) as client:
             yield client
 

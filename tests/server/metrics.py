@@ -56,7 +56,7 @@ class Metrics:
         }
 
 
-def wait_until_idle(server: Server, timeout_s: float = 60) -> Metrics:
+def wait_until_idle(server: Server, timeout_s: float = 300) -> Metrics:
     """Wait until no request runs or waits and every KV block is free.
 
     The engine publishes with every step, and an abort makes none: a request of one token

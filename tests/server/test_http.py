@@ -424,6 +424,7 @@ def test_structured_output_is_valid_and_has_no_drafts(
 # ---- Load ----
 
 
+@pytest.mark.timeout(1800)
 def test_two_hundred_requests_of_all_kinds_leave_nothing_behind(
     async_client: AsyncClient,
     settled: Callable[[], Metrics],
