@@ -8,7 +8,7 @@ Prints a table of what each kernel takes of a multiprocessor, and fails if one s
 attention kernels of rare head sizes may, with a warning. Where there is no nvcc it says so and
 succeeds. What compiled is kept, object and log, under a name made from all that went into it; only
 what changed is compiled again. `--link` also makes the library that a CUDA build of torch would
-get, with the CPU kernels that `setup.py` left, and says how large it is. Called by
+get, with the CPU kernels of `setup.py`, and says how large it is. Called by
 `make cuda-check`.
 """
 
