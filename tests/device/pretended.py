@@ -142,9 +142,6 @@ class Waits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.pin_memory:
-            self._pinned.append(args[0].clone())
-            return self._pinned[-1]
         if func in FACTORIES and _is_gpu(kwargs.get("device")):
             if func is torch.tensor:
                 self.count("torch.tensor")
@@ -163,6 +160,10 @@ class Waits(TorchFunctionMode):
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(args[0], OnGPU):
             raise TypeError("a tensor of the GPU has no numpy view")
         return func(*args, **kwargs)
+
+    def pin(self, values: torch.Tensor) -> torch.Tensor:
+        self._pinned.append(values.clone())
+        return self._pinned[-1]
 
     def _upload(self, args: Any, kwargs: Any) -> torch.Tensor:
         (dtype,) = [x for x in [*args[1:], *kwargs.values()] if isinstance(x, torch.dtype)] or [
@@ -190,6 +191,8 @@ def pretended_gpu() -> Iterator[Waits]:
             lambda op, is_cuda, *features: getattr(torch.ops.echo_vllm, op).default,
         )
         waits = Waits()
+        # Not by the mode: vLLM's CPU runner, once imported, has replaced this method for good.
+        patch.setattr(torch.Tensor, "pin_memory", lambda values: waits.pin(values))
         Waits.active.append(waits)
         try:
             with torch.inference_mode(False), torch.no_grad(), waits:

@@ -61,6 +61,13 @@ def test_what_does_not_wait_is_not_counted() -> None:
     assert waits.total == 0, waits.places
 
 
+def test_pinning_is_seen_after_vllm_has_replaced_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values, device=None: values)
+    with pretended_gpu() as waits:
+        assert held(upload(torch.arange(4), GPU)).tolist() == [0, 1, 2, 3]
+    assert waits.total == 0, waits.places
+
+
 def test_a_download_brings_everything_at_once() -> None:
     given = (
         torch.tensor([True, False, True]),
