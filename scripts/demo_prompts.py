@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable
 
 TOPICS = """
 tides; photosynthesis; the water cycle; volcanoes; black holes; inflation; supply and demand; compound interest;
@@ -250,9 +249,23 @@ FINISH = [
     "Here is a function without a body. Complete it.\n\n{code}",
 ]
 SECOND = {
-    "questions": ["Give an example.", "Explain it in simpler words.", "Now in one sentence.", "What else?"],
-    "writing": ["Make it shorter.", "Now make it funny.", "Rewrite it for children.", "Add a title."],
-    "editing": ["Explain your answer.", "Do it again, differently.", "Now translate it into Spanish."],
+    "questions": [
+        "Give an example.",
+        "Explain it in simpler words.",
+        "Now in one sentence.",
+        "What else?",
+    ],
+    "writing": [
+        "Make it shorter.",
+        "Now make it funny.",
+        "Rewrite it for children.",
+        "Add a title.",
+    ],
+    "editing": [
+        "Explain your answer.",
+        "Do it again, differently.",
+        "Now translate it into Spanish.",
+    ],
     "sums": ["Explain the steps once more.", "What if all numbers were doubled?", "Are you sure?"],
     "code": ["Add error handling.", "Explain how it works.", "Can it be made faster?"],
 }
@@ -261,7 +274,6 @@ SECOND = {
 def function_stub(line: str, draw: random.Random) -> str:
     """A signature with a docstring, in one of three styles."""
     name, arguments, what, *examples = [part.strip() for part in line.split("|")]
-    result = ""
     if draw.random() < 0.5:
         arguments = ", ".join(argument.partition(":")[0] for argument in arguments.split(","))
     calls = [tuple(example.split(" -> ")) for example in examples]
@@ -269,7 +281,7 @@ def function_stub(line: str, draw: random.Random) -> str:
         body = "".join(f"    >>> {call}\n    {value}\n" for call, value in calls)
     else:
         body = "".join(f"    {call} == {value}\n" for call, value in calls)
-    return f'def {name}({arguments}){result}:\n    """\n    {what}\n{body}    """\n'
+    return f'def {name}({arguments}):\n    """\n    {what}\n{body}    """\n'
 
 
 def make_prompts(count: int, seed: int) -> list[dict[str, object]]:
@@ -324,12 +336,10 @@ def make_prompts(count: int, seed: int) -> list[dict[str, object]]:
         ("code", CODE, 10),
         ("code", FINISH, 18),
     ]
-    pick: Callable[[], tuple[str, list[str], int]] = lambda: draw.choices(  # noqa: E731
-        kinds, [share for *_, share in kinds]
-    )[0]
+    shares = [share for *_, share in kinds]
     found: dict[str, dict[str, object]] = {}
     while len(found) < count:
-        category, templates, _ = pick()
+        category, templates, _ = draw.choices(kinds, shares)[0]
         prompt = fill(draw.choice(templates))
         turns = [prompt]
         if draw.random() < 0.15:

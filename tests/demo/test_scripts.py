@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -120,3 +121,17 @@ def test_setup_without_a_network_names_the_remedy(tmp_path: Path) -> None:
     )
     assert result.returncode != 0
     assert "the packages could not be fetched: check the network" in result.stderr
+
+
+def test_the_prompts_of_the_demos_training_are_the_same_each_time_and_none_twice() -> None:
+    def prompts(seed: str) -> list[list[str]]:
+        output = subprocess.check_output(
+            [sys.executable, ROOT / "scripts" / "demo_prompts.py", "--count", "200", "--seed", seed],
+            text=True,
+        )
+        return [json.loads(line)["turns"] for line in output.splitlines()]
+
+    first = prompts("0")
+    assert first == prompts("0") != prompts("1")
+    assert len({turns[0] for turns in first}) == 200
+    assert not any("{" in turns[0] and "}" in turns[0] for turns in first if "def " not in turns[0])
