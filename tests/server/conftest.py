@@ -13,11 +13,12 @@ import openai
 import pytest
 
 from echo_vllm.machine import fast_dtype
-from tests.conftest import ROOT, Server, ServerFactory
+from tests.conftest import Server, ServerFactory
 from tests.engine.prompts import project_prompts
 from tests.server.metrics import Metrics, wait_until_idle
 
-CONFIG = ROOT / "examples" / "topn.json"
+# Eight nodes a request: verifying sixteen takes two slow cores twice as long.
+CONFIG = Path(__file__).with_name("echo.json")
 MAX_MODEL_LEN = 1024
 MODEL = "demo"
 # The log has a line of statistics every second. The server must not close an idle connection just
@@ -27,7 +28,7 @@ ENV = {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
 
 @pytest.fixture
 def served(server: ServerFactory, demo_target: Path, demo_head: Path) -> Server:
-    """The demo target, in bfloat16 where the CPU has it, with `examples/topn.json`, as MODEL."""
+    """The demo target, in bfloat16 where the CPU has it, with trees, as MODEL."""
     return server(
         demo_target,
         *("--speculative-config", str(CONFIG)),
