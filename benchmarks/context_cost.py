@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Whether the cost of a step depends on the context length enough to be an axis of the cost model.
+
+    python -m benchmarks.context_cost [--requests 1,8] [--contexts 64,256,1024,2048] [--json FILE]
+
+One engine without speculation and one whose requests all verify a fixed tree, in one process, one
+after the other; random prompts of one length, then steps in which all requests decode. A table of
+the median step time at each context over that at the shortest. Every context is measured in every
+round, so that a slow minute of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command_line import integers
+from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET
+from echo_vllm.bench.report import markdown
+from echo_vllm.machine import fast_dtype
+
+TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]
+
+
+def step_times(engine: Any, requests: int, context: int, steps: int, name: str) -> list[float]:
+    """Seconds of `steps` decoding steps of `requests` requests of `context` tokens."""
+    from vllm import SamplingParams
+
+    draw = random.Random(context)
+    ids = [f"{name}-{context}-{i}" for i in range(requests)]
+    for request in ids:
+        tokens = [draw.randrange(100, 40_000) for _ in range(context)]
+        params = SamplingParams(temperature=0, max_tokens=10_000, ignore_eos=True)
+        engine.add_request(request, {"prompt_token_ids": tokens}, params)
+    seen: set[str] = set()
+    while len(seen) < requests:  # Until every prompt is read.
+        seen.update(o.request_id for o in engine.step() if o.outputs[0].token_ids)
+    engine.step()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - start)
+    engine.abort_request(ids)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return times
+
+
+def measure(args: argparse.Namespace, speculation: dict[str, Any] | None) -> dict[str, Any]:
+    """Median step time by requests and context."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(DEMO_TARGET),
+        speculative_config=speculation,
+        dtype=args.dtype,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_num_seqs=max(args.requests),
+        max_model_len=max(args.contexts) + 8 * args.steps,
+    )
+    times: dict[tuple[int, int], list[float]] = {}
+    for round_ in range(args.rounds):
+        for requests in args.requests:
+            for context in args.contexts:
+                times.setdefault((requests, context), []).extend(
+                    step_times(llm.llm_engine, requests, context, args.steps, f"r{round_}")
+                )
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return {f"{r} requests, {c} tokens": statistics.median(t) for (r, c), t in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=integers, default=[1, 8])
+    parser.add_argument("--contexts", type=integers, default=[64, 256, 1024, 2048])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=fast_dtype())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    tree = {
+        "method": "echo",
+        "model": str(DEMO_HEAD),
+        "num_speculative_tokens": len(TREE),
+        "echo": {"policy": "static", "tree": TREE},
+    }
+    found = {"plain": measure(args, None), f"tree of {len(TREE)}": measure(args, tree)}
+    rows = []
+    for name, medians in found.items():
+        for requests in args.requests:
+            of = [medians[f"{requests} requests, {context} tokens"] for context in args.contexts]
+            rows.append([name, str(requests), *(f"{seconds / of[0]:.2f}" for seconds in of)])
+    header = ["step", "requests", *(f"{context} tokens" for context in args.contexts)]
+    print(markdown(header, rows))
+    if args.json:
+        report = {"command": " ".join(sys.argv), "dtype": args.dtype, "seconds": found}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
