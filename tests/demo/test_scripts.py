@@ -126,7 +126,7 @@ def test_setup_without_a_network_names_the_remedy(tmp_path: Path) -> None:
 def test_the_prompts_of_the_demos_training_are_the_same_each_time_and_none_twice() -> None:
     def prompts(seed: str) -> list[list[str]]:
         script = ROOT / "scripts" / "demo_prompts.py"
-        command = [sys.executable, script, "--count", "200", "--seed", seed]
+        command = [sys.executable, str(script), "--count", "200", "--seed", seed]
         output = subprocess.check_output(command, text=True)
         return [json.loads(line)["turns"] for line in output.splitlines()]
 
