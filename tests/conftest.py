@@ -69,7 +69,6 @@ LONGEST = (
     "engine/test_demo_exactness.py",
     "engine/test_exactness.py",
     "server/test_http.py",
-    "training/test_train_drafter.py",
     "engine/test_distribution.py",
     "engine/test_elastic_engine.py",
     "bench/test_results.py",
