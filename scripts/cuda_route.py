@@ -26,15 +26,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = "libcuda.so.1"
 STUBBED = "ECHO_VLLM_STUB_DRIVER"
-OPS = (
-    "accept_path",
-    "build_super_tree",
-    "commit_kv",
-    "merge_attention",
-    "select_budget",
-    "suffix_attention",
-    "tree_attention",
-)
 
 
 def has_driver() -> bool:
@@ -74,13 +65,16 @@ def check_operators() -> None:
     import torch
 
     from echo_vllm import ops
+    from echo_vllm.ops.dispatch import ORDER
 
     assert torch.version.cuda, f"torch {torch.__version__} is no CUDA build"
     ops.load_library()
-    for name in OPS:
+    names = sorted(ORDER)
+    for name in names:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"echo_vllm::{name}", "CUDA")
         assert registered, f"echo_vllm::{name} has no CUDA kernel"
-    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: CUDA kernels of {', '.join(OPS)}")
+    cuda = torch.version.cuda
+    print(f"torch {torch.__version__}, CUDA {cuda}: CUDA kernels of {', '.join(names)}")
 
 
 def check_engine_config() -> None:

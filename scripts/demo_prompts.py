@@ -289,6 +289,7 @@ def make_prompts(count: int, seed: int) -> list[dict[str, object]]:
     draw = random.Random(seed)
     topics, people, places = _list(TOPICS), _list(PEOPLE), _list(PLACES)
     things, ideas, functions = _list(THINGS), _list(CODE_IDEAS), _lines(FUNCTIONS)
+    languages, formats, tones = _list(LANGUAGES), _list(FORMATS), _list(TONES)
     sentences, passages = _lines(SENTENCES), _lines(PASSAGES)
     countries = topics[topics.index("Japan") : topics.index("Italy") + 1]
     names = ["Anna", "Ben", "Chen", "Dana", "Emil", "Fatima", "Gina", "Hugo", "Ines", "Jack"]
@@ -308,9 +309,9 @@ def make_prompts(count: int, seed: int) -> list[dict[str, object]]:
             country=draw.choice(countries),
             sentence=draw.choice(sentences),
             passage=draw.choice(passages),
-            language=draw.choice(_list(LANGUAGES)),
-            format=draw.choice(_list(FORMATS)),
-            tone=draw.choice(_list(TONES)),
+            language=draw.choice(languages),
+            format=draw.choice(formats),
+            tone=draw.choice(tones),
             idea=draw.choice(ideas),
             coding=draw.choice(["Java", "C++", "JavaScript", "C", "Go"]),
             code=function_stub(draw.choice(functions), draw),

@@ -308,11 +308,7 @@ def test_min_p_of_one_is_greedy(
     assert max(regrets(complete(**fields, temperature=1.0))) > 0, "min_p made no difference"
 
 
-def test_bad_words_do_not_appear(complete: Callable[..., Completion], demo_target: Path) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(demo_target / "tokenizer.json"))
-
+def test_bad_words_do_not_appear(complete: Callable[..., Completion], tokenizer: Tokenizer) -> None:
     def tokens(**more: Any) -> list[str]:
         logprobs = complete(max_tokens=48, logprobs=1, **more).choices[0].logprobs
         assert logprobs is not None
