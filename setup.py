@@ -4,8 +4,8 @@
 
 The library uses torch's stable ABI only: it needs torch's headers and libtorch to build, g++, and
 neither Python's headers nor ninja. One copy serves every Python and every torch from 2.11 on.
-The attention kernel is compiled once per instruction set from one source; the right one is chosen
-when it runs, so a library built on one machine runs on another.
+Kernels of much arithmetic are compiled once per instruction set from one source; the right one is
+chosen when it runs, so a library built on one machine runs on another.
 
 Where torch is a CUDA build and nvcc is there, the CUDA kernels go into the same library: nvcc
 compiles `csrc/cuda/*.cu`, which do not include torch, and links its runtime statically, so that the
@@ -54,6 +54,8 @@ SOURCES = [
     "csrc/cpu/commit_kv.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/merge_attention.cpp",
+    "csrc/cpu/packed_linear.cpp",
+    "csrc/cpu/packed_linear_portable.cpp",
     "csrc/cpu/select_budget.cpp",
     "csrc/cpu/super_tree.cpp",
     "csrc/cpu/tree_attention.cpp",
@@ -95,6 +97,8 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 # Only these files may use more than the baseline instruction set.
 X86_SOURCES = {
+    "csrc/cpu/packed_linear_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/cpu/packed_linear_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/tree_attention_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_amx.cpp": [

@@ -13,7 +13,6 @@ round, so that a slow minute of the machine meets all of them.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -26,7 +25,10 @@ from typing import Any
 from benchmarks.command_line import integers
 from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET
 from echo_vllm.bench.report import markdown
+from echo_vllm.engine.local import local_llm
 from echo_vllm.machine import fast_dtype
+
+Medians = dict[tuple[int, int], float]
 
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]
 
@@ -56,32 +58,24 @@ def step_times(engine: Any, requests: int, context: int, steps: int, name: str) 
     return times
 
 
-def measure(args: argparse.Namespace, speculation: dict[str, Any] | None) -> dict[str, Any]:
-    """Median step time by requests and context."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(
-        str(DEMO_TARGET),
-        speculative_config=speculation,
-        dtype=args.dtype,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_num_seqs=max(args.requests),
-        max_model_len=max(args.contexts) + 8 * args.steps,
-    )
+def measure(args: argparse.Namespace, speculation: dict[str, Any] | None) -> Medians:
+    """Median step time in seconds by (requests, context)."""
     times: dict[tuple[int, int], list[float]] = {}
-    for round_ in range(args.rounds):
-        for requests in args.requests:
-            for context in args.contexts:
-                times.setdefault((requests, context), []).extend(
-                    step_times(llm.llm_engine, requests, context, args.steps, f"r{round_}")
-                )
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return {f"{r} requests, {c} tokens": statistics.median(t) for (r, c), t in times.items()}
+    options = {
+        "speculative_config": speculation,
+        "dtype": args.dtype,
+        "enable_prefix_caching": False,
+        "max_num_seqs": max(args.requests),
+        "max_model_len": max(args.contexts) + (1 + len(TREE)) * (args.steps + 2),
+    }
+    with local_llm(DEMO_TARGET, **options) as llm:
+        for round_ in range(args.rounds):
+            for requests in args.requests:
+                for context in args.contexts:
+                    times.setdefault((requests, context), []).extend(
+                        step_times(llm.llm_engine, requests, context, args.steps, f"r{round_}")
+                    )
+    return {load: statistics.median(seconds) for load, seconds in times.items()}
 
 
 def main() -> int:
@@ -95,10 +89,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=fast_dtype())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     tree = {
         "method": "echo",
         "model": str(DEMO_HEAD),
@@ -109,12 +100,16 @@ def main() -> int:
     rows = []
     for name, medians in found.items():
         for requests in args.requests:
-            of = [medians[f"{requests} requests, {context} tokens"] for context in args.contexts]
+            of = [medians[requests, context] for context in args.contexts]
             rows.append([name, str(requests), *(f"{seconds / of[0]:.2f}" for seconds in of)])
     header = ["step", "requests", *(f"{context} tokens" for context in args.contexts)]
     print(markdown(header, rows))
     if args.json:
-        report = {"command": " ".join(sys.argv), "dtype": args.dtype, "seconds": found}
+        seconds = {
+            name: [[*load, median] for load, median in medians.items()]
+            for name, medians in found.items()
+        }
+        report = {"command": " ".join(sys.argv), "dtype": args.dtype, "seconds": seconds}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -10,6 +10,8 @@
 
 STABLE_TORCH_LIBRARY(echo_vllm, m) {
   echo_vllm::define_schemas(m);
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, int num_columns, Tensor? bias=None) -> Tensor");
   m.def("supported_cpu_isas() -> str");
 }
 
@@ -21,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CPU, m) {
   m.impl("build_super_tree", TORCH_BOX(&echo_vllm::cpu::build_super_tree));
   m.impl("accept_path", TORCH_BOX(&echo_vllm::cpu::accept_path));
   m.impl("select_budget", TORCH_BOX(&echo_vllm::cpu::select_budget));
+  m.impl("pack_linear", TORCH_BOX(&echo_vllm::cpu::pack_linear));
+  m.impl("packed_linear", TORCH_BOX(&echo_vllm::cpu::packed_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CompositeExplicitAutograd, m) {

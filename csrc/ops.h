@@ -49,6 +49,11 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
                                          const Tensor& parents, int64_t budget,
                                          int64_t max_per_request);
 
+Tensor pack_linear(const Tensor& weight);
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
+                     const std::optional<Tensor>& bias);
+
 // The instruction sets this machine can run, slowest first, separated by commas.
 std::string supported_isas_text();
 

@@ -35,6 +35,7 @@ _DEPTH_NAMES = frozenset(str(depth) for depth in range(1, MAX_DEPTH + 1))
 
 Policy = Literal["chain", "static", "topn", "echo", "auto"]
 Share = Literal["batch", "equal"]
+LinearLayers = Literal["auto", "stock"]
 
 ELASTIC = ("echo", "auto")
 """Policies that share one budget over the batch; the fields below `tree` are theirs."""
@@ -189,6 +190,15 @@ class EchoConfig(BaseModel):
             "For `echo` and `auto`: the calibration written by `echo-vllm calibrate`. Default "
             "null: echo_profile.json in the head's folder, and without it built-in values, with a "
             "warning."
+        ),
+    )
+    linear: LinearLayers = Field(
+        default="auto",
+        description=(
+            "Linear layers of target and drafter: `auto`, this project's product for few rows "
+            "where it is the faster one (float32 on a CPU with AVX2), or `stock`, vLLM's "
+            "everywhere. "
+            'Default "auto".'
         ),
     )
     trace: str | None = Field(
@@ -478,6 +488,8 @@ def _first_sentence(error: ValidationError) -> str:
         )
     if name == "share":
         return f'{path} must be "batch" or "equal", got {got}; set it to one of them.'
+    if name == "linear":
+        return f'{path} must be "auto" or "stock", got {got}; set it to one of them.'
     if name == "online":
         return f"{path} must be true or false, got {got}; set it to one of them."
     if name in ("profile", "trace"):

@@ -70,6 +70,7 @@ LONGEST = (
     "engine/test_exactness.py",
     "server/test_http.py",
     "engine/test_distribution.py",
+    "training/test_train_drafter.py",
     "engine/test_elastic_engine.py",
     "bench/test_results.py",
     "engine/test_requests.py",

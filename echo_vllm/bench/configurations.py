@@ -96,6 +96,7 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
         "echo-no-scheduler": elastic("echo", share="equal"),
         "echo-no-width": elastic("echo", width=TOP_K),
         "auto-no-online": elastic("auto", online=False),
+        "auto-stock-linear": elastic("auto", linear="stock"),
     }
     return {
         "plain": PLAIN,

@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from echo_vllm.engine.local import local_llm
 
 NAMES = ("num_drafts", "num_accepted_tokens", "num_accepted_tokens_per_pos")
 
@@ -90,26 +89,18 @@ def measure(
     Raises:
         ValueError, OSError, RuntimeError: vLLM's own, if target or head do not load.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(
-        model,
-        speculative_config=dict(speculation),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=concurrency,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    )
+    options = {
+        "speculative_config": dict(speculation),
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": concurrency,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
     found = {}
-    try:
+    with local_llm(model, **options) as llm:
+        from vllm import SamplingParams
+
         for name, prompts in prompt_sets.items():
             for temperature in temperatures:
                 before = _counters(llm)
@@ -136,11 +127,6 @@ def measure(
                     tokens=sum(len(output.outputs[0].token_ids) for output in outputs),
                 )
                 on_set()
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
     return found
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from echo_vllm.engine.attention.cpu import EchoCPUAttentionBackend
+from echo_vllm.engine.linear import packed_linears
 from echo_vllm.engine.model_runner import EchoRunnerMixin
 from echo_vllm.engine.worker import EchoWorkerMixin
 from echo_vllm.machine import fast_dtype
@@ -42,6 +44,11 @@ class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
         # would allocate everything twice.
         with patch.object(cpu_worker, "CPUModelRunner", EchoCPUModelRunner):
             super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        own = self.vllm_config.speculative_config.echo.linear == "auto"
+        with packed_linears() if own else nullcontext():
+            super().load_model(*args, **kwargs)
 
     def tree_backend(self) -> tuple[AttentionBackendEnum, type]:
         return AttentionBackendEnum.CPU_ATTN, EchoCPUAttentionBackend

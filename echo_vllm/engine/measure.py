@@ -57,7 +57,10 @@ def measured_cost(runner: Any) -> StepCost:
     key = CostKey(
         target=config.model_config.model,
         drafter=spec.model,
-        dtype=f"{config.model_config.dtype}, {config.compilation_config.mode}",
+        dtype=(
+            f"{config.model_config.dtype}, {config.compilation_config.mode}, "
+            f"linear {spec.echo.linear}"
+        ),
         hardware=f"{_describe(runner.device)}, {config.parallel_config.tensor_parallel_size} ranks",
         threads=torch.get_num_threads(),
         vllm_version=vllm_version,

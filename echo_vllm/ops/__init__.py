@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The operators: tree attention, K/V commit, the forest's mask and walk, and the budget's choice.
+"""The operators: tree attention, K/V commit, the forest's mask and walk, the budget's choice, and
+on a CPU the linear layers.
 
 Called by `echo_vllm.acceptance`, `echo_vllm.policy` and `echo_vllm.engine`; knows tensors only, no
 vLLM. Each function runs the best implementation for the device of its tensors (`dispatch.py` has
@@ -31,6 +32,8 @@ __all__ = [
     "commit_kv",
     "load_library",
     "merge_attention",
+    "pack_linear",
+    "packed_linear",
     "select_budget",
     "suffix_attention",
     "supported_cpu_isas",
@@ -323,3 +326,45 @@ def select_budget(
         scores, tiers, parents, budget, max_per_request
     )
     return columns, cu_nodes
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """A linear layer's weight in the order in which `packed_linear` reads it. CPU only.
+
+    Args:
+        weight: float32 [N, K], contiguous.
+
+    Returns:
+        [ceil(N / p), K, p], p being two vectors of the instruction set that runs here: bfloat16
+        where every weight is one (half the memory traffic, and the same products), else float32.
+
+    Raises:
+        RuntimeError: shape, dtype or stride does not fit.
+    """
+    load_library()
+    packed: Tensor = torch.ops.echo_vllm.pack_linear(weight)
+    return packed
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, num_columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias` for a weight of `pack_linear`. CPU only; made for few rows.
+
+    A row of the result does not depend on the other rows, to the last bit.
+
+    Args:
+        x: float32 [M, K], last dim contiguous.
+        packed: of `pack_linear`, on a machine with the same instruction sets.
+        num_columns: N.
+        bias: None or float32 [N].
+
+    Returns:
+        float32 [M, N].
+
+    Raises:
+        RuntimeError: shapes, dtypes or strides do not fit.
+    """
+    load_library()
+    out: Tensor = torch.ops.echo_vllm.packed_linear(x, packed, num_columns, bias)
+    return out

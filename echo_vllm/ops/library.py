@@ -76,6 +76,12 @@ def _fake_select_budget(
     )
 
 
+def _fake_packed_linear(
+    x: Tensor, packed: Tensor, num_columns: int, bias: Tensor | None = None
+) -> Tensor:
+    return x.new_empty((x.shape[0], num_columns))
+
+
 _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "tree_attention": _writes_in_place,
     "suffix_attention": _writes_in_place,
@@ -84,4 +90,5 @@ _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "build_super_tree": _fake_build_super_tree,
     "accept_path": _fake_accept_path,
     "select_budget": _fake_select_budget,
+    "packed_linear": _fake_packed_linear,
 }

@@ -126,6 +126,11 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             f'{FIELD}.share must be "batch" or "equal", got "fair"; set it to one of them.',
         ),
         (
+            {"linear": "onednn"},
+            16,
+            f'{FIELD}.linear must be "auto" or "stock", got "onednn"; set it to one of them.',
+        ),
+        (
             {"policy": "auto", "online": 1},
             16,
             f"{FIELD}.online must be true or false, got 1; set it to one of them.",
@@ -324,6 +329,7 @@ SECTIONS = st.fixed_dictionaries(
         | JSON_VALUES,
         "floor": st.integers(-1, 300) | JSON_VALUES,
         "share": st.sampled_from(["batch", "equal"]) | JSON_VALUES,
+        "linear": st.sampled_from(["auto", "stock"]) | JSON_VALUES,
         "max_depth": st.integers(0, 34) | JSON_VALUES,
         "top_k": st.integers(0, 18) | JSON_VALUES,
         "tree": TREES | JSON_VALUES,

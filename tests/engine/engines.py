@@ -4,34 +4,25 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from echo_vllm.engine.local import local_llm
+
 
 @contextmanager
 def engine(model: Path, spec: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
     """A `vllm.LLM` that is torn down at the end."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     options = {
         "dtype": "float32",
-        "enforce_eager": True,
         "max_num_seqs": 16,
         "disable_log_stats": False,
         **options,
     }
-    llm = LLM(str(model), speculative_config=spec, **options)
-    try:
+    with local_llm(model, speculative_config=spec, **options) as llm:
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def echo(head: Path, num_nodes: int, **section: Any) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""An engine with trees has packed linear layers in float32, and no other engine has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from echo_vllm import ops
+from echo_vllm.engine.linear import packed_linear_is_faster, packed_linears
+from tests.engine.conftest import TinyModel
+from tests.engine.engines import echo, engine, generate, runner
+from tests.engine.test_exactness import greedy, tiny_prompts
+
+HAS_AVX2 = "avx2" in ops.supported_cpu_isas()
+OURS = "echo_vllm.engine.linear"
+
+
+def makers(llm: Any) -> set[str]:
+    """The modules that made the linear layers of target and drafter."""
+    made = runner(llm)
+    models = [made.model] + ([made.drafter.model] if hasattr(made, "drafter") else [])
+    layers = [m for model in models for m in model.modules() if hasattr(m, "cpu_linear")]
+    assert len(layers) >= 4
+    return {layer.cpu_linear.__module__ for layer in layers}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not HAS_AVX2, reason="this processor has no AVX2: vLLM's layers stay")
+def test_only_engines_with_trees_have_packed_layers(tiny: TinyModel) -> None:
+    options = {"skip_tokenizer_init": True, "max_model_len": 256}
+    prompts = tiny_prompts(8)
+    texts, found = [], []
+    for spec in (
+        echo(tiny.head, 8, max_depth=3, top_k=3),
+        echo(tiny.head, 8, max_depth=3, top_k=3, linear="stock"),
+        None,
+    ):
+        with engine(tiny.target, spec, **options) as llm:
+            found.append(makers(llm))
+            texts.append(generate(llm, prompts, greedy(40)))
+    assert found[0] == {OURS}
+    assert OURS not in found[1] | found[2]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_other_weights_stay_with_vllm() -> None:
+    assert packed_linear_is_faster(torch.zeros(4, 4)) == HAS_AVX2
+    for other in (
+        torch.zeros(4, 4).bfloat16(),
+        torch.zeros(4, 4, 4),
+        torch.zeros(4, 4, device="meta"),
+    ):
+        assert not packed_linear_is_faster(other)
+
+
+@pytest.mark.skipif(not HAS_AVX2, reason="this processor has no AVX2: vLLM's layers stay")
+def test_a_layer_gives_what_it_gave_and_keeps_its_shape() -> None:
+    from vllm.model_executor.layers import utils
+
+    layer = torch.nn.Linear(48, 20)
+    layer.requires_grad_(False)
+    x = torch.randn(2, 3, 48)
+    wanted = layer(x)
+    with packed_linears():
+        utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert layer.weight.numel() == 0
+    found = utils.cpu_unquantized_gemm(layer, x, layer.weight, layer.bias)
+    torch.testing.assert_close(found, wanted)

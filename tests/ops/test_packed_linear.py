@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""packed_linear against float64, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from echo_vllm import ops
+
+ISAS = [isa for isa in ops.supported_cpu_isas() if isa != "amx"]  # amx has no kernel of its own
+SHAPES = [(960, 576), (576, 1536), (37, 48), (1, 1), (31, 2500), (64, 1024), (65, 1025)]
+"""(N, K): whole panels and not, one depth range and several."""
+
+
+def weights(shape: tuple[int, int], *, lossless: bool, seed: int = 0) -> torch.Tensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return weight.bfloat16().float() if lossless else weight
+
+
+def rows(count: int, depth: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, depth, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    monkeypatch.setenv("ECHO_VLLM_CPU_ISA", name)
+    return name
+
+
+@pytest.mark.parametrize("lossless", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_the_product(isa: str, shape: tuple[int, int], lossless: bool) -> None:
+    weight = weights(shape, lossless=lossless)
+    packed = ops.pack_linear(weight)
+    assert packed.dtype == (torch.bfloat16 if lossless else torch.float32)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2))
+    for count in (1, 2, 3, 5, 6, 7, 11, 12, 13, 24, 25, 97, 200):
+        x = rows(count, shape[1])
+        wanted = x.double() @ weight.double().T
+        # Of a sum of K products the rounding grows with the root of K at most.
+        scale = x.double().abs() @ weight.double().abs().T + bias.abs()
+        for added in (None, bias):
+            found = ops.packed_linear(x, packed, shape[0], added)
+            assert found.shape == (count, shape[0])
+            error = (found - (wanted if added is None else wanted + bias)).abs() / scale
+            assert error.max() < 1e-6, (count, added is None)
+
+
+@pytest.mark.parametrize("lossless", [True, False], ids=["bfloat16", "float32"])
+def test_a_row_does_not_depend_on_the_others(isa: str, lossless: bool) -> None:
+    packed = ops.pack_linear(weights((100, 1300), lossless=lossless))
+    x = rows(130, 1300)
+    whole = ops.packed_linear(x, packed, 100)
+    for count in range(1, 31):
+        assert torch.equal(ops.packed_linear(x[7 : 7 + count], packed, 100), whole[7 : 7 + count])
+
+
+def test_half_the_memory_gives_the_same_bits(isa: str) -> None:
+    """One weight that is no bfloat16, in a column of its own, makes the whole weight float32."""
+    weight = weights((64, 300), lossless=True)
+    spoilt = torch.cat([weight, torch.full((1, 300), 0.1)])
+    halves, floats = ops.pack_linear(weight), ops.pack_linear(spoilt)
+    assert (halves.dtype, floats.dtype) == (torch.bfloat16, torch.float32)
+    x = rows(9, 300)
+    found = ops.packed_linear(x, halves, 64)
+    assert torch.equal(found, ops.packed_linear(x, floats, 65)[:, :64])
+
+
+def test_rows_may_be_apart_and_none() -> None:
+    packed = ops.pack_linear(weights((48, 64), lossless=True))
+    wide = rows(5, 200)
+    apart = wide[:, 100:164]
+    assert torch.equal(
+        ops.packed_linear(apart, packed, 48), ops.packed_linear(apart.contiguous(), packed, 48)
+    )
+    assert ops.packed_linear(wide[:0, :64], packed, 48).shape == (0, 48)
+
+
+def test_special_numbers_pass() -> None:
+    weight = torch.ones(3, 4)
+    weight[1, 2] = float("inf")
+    weight[2, 0] = float("nan")
+    found = ops.packed_linear(torch.ones(1, 4), ops.pack_linear(weight), 3)[0]
+    assert found[0] == 4
+    assert found[1] == float("inf")
+    assert found[2].isnan()
+
+
+def test_a_weight_packed_for_another_instruction_set_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, x = weights((40, 50), lossless=False), rows(4, 50)
+    for isa in ISAS:
+        monkeypatch.setenv("ECHO_VLLM_CPU_ISA", isa)
+        packed = ops.pack_linear(weight)
+        monkeypatch.delenv("ECHO_VLLM_CPU_ISA")
+        torch.testing.assert_close(ops.packed_linear(x, packed, 40), x @ weight.T)
+
+
+def test_opcheck() -> None:
+    packed = ops.pack_linear(weights((40, 50), lossless=False))
+    op = torch.ops.echo_vllm.packed_linear.default
+    for bias in (None, torch.randn(40)):
+        assert torch.library.opcheck(op, (rows(4, 50), packed, 40, bias))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 4)}, "x must have 2 dimensions"),
+        ({"x": torch.zeros(2, 50).double()}, "x must be Float"),
+        ({"x": torch.zeros(50, 2).T}, "the last dimension of x must be contiguous"),
+        ({"x": torch.zeros(2, 49)}, r"packed.shape\[1\] must be 49"),
+        ({"packed": torch.zeros(3, 50, 7)}, r"packed.shape\[2\] must be a panel .* got 7"),
+        ({"packed": torch.zeros(3, 50, 16).int()}, "packed must be Float or BFloat16"),
+        ({"num_columns": 400}, "num_columns must fit"),
+        ({"num_columns": 0}, "num_columns must fit"),
+        ({"bias": torch.zeros(41)}, r"bias.shape\[0\] must be 40"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    packed = ops.pack_linear(weights((40, 50), lossless=False))
+    arguments = {"x": torch.zeros(2, 50), "packed": packed, "num_columns": 40, **change}
+    with pytest.raises(RuntimeError, match=message):
+        ops.packed_linear(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_weight_that_does_not_fit_is_refused() -> None:
+    for weight, message in (
+        (torch.zeros(4), "2 dimensions"),
+        (torch.zeros(4, 4).half(), "must be Float"),
+        (torch.zeros(4, 8)[:, ::2], "contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.pack_linear(weight)
