@@ -23,8 +23,9 @@ from echo_vllm.bench.engine_process import EngineError, EngineOptions, EnginePro
 from echo_vllm.bench.server import ServerProcess
 
 Kind = Literal["server", "in-process"]
-WORKER_BYTES = 1 << 30
-"""Memory of a worker beside its weights and its KV cache: vLLM, torch and what they import."""
+WORKER_BYTES: dict[Kind, int] = {"server": 5 << 29, "in-process": 5 << 28}
+"""Memory of a worker beside its weights and its KV cache: vLLM, torch and what they import, which a
+server holds three times (front end, engine core, worker)."""
 SPARE_BYTES = 2 << 30
 
 T = TypeVar("T")
@@ -52,12 +53,15 @@ def launcher(kind: Kind, options: EngineOptions) -> Launch:
     return lambda configuration, log: make(configuration, options, log)
 
 
-def workers_that_fit(options: EngineOptions) -> int:
-    """How many workers the free memory holds, at least one."""
+def workers_that_fit(kind: Kind, options: EngineOptions) -> int:
+    """How many workers of a kind the free memory holds, at least one."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     available = int(found[1]) * 1024 if found else 0
     weights = sum(path.stat().st_size for path in Path(options.model).glob("*.safetensors"))
-    return max(1, (available - SPARE_BYTES) // (WORKER_BYTES + weights + options.kv_cache_bytes))
+    if options.dtype == "float32":
+        weights *= 2  # Files are mostly in 16 bits.
+    each = WORKER_BYTES[kind] + weights + options.kv_cache_bytes
+    return max(1, (available - SPARE_BYTES) // each)
 
 
 def exit_on_sigterm() -> None:

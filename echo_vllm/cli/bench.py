@@ -159,7 +159,7 @@ def bench(
         options,
         given["engine"],
         conversations,
-        keep_alive or workers_that_fit(options),
+        keep_alive or workers_that_fit(given["engine"], options),
         logs,
         frozen=output.with_name(output.name + ".turns.json"),
     )

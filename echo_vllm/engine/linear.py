@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -50,13 +51,14 @@ def packed_linears() -> Iterator[None]:
     """
     stock = utils.dispatch_cpu_unquantized_gemm
 
-    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
-        if not packed_linear_is_faster(layer.weight):
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        weight: torch.Tensor = layer.weight
+        if not packed_linear_is_faster(weight):
             stock(layer, remove_weight)
             return
-        layer.cpu_linear = packed(layer.weight)
+        layer.cpu_linear = packed(weight)
         if remove_weight:
-            nothing = torch.empty(0, dtype=layer.weight.dtype)
+            nothing = torch.empty(0, dtype=weight.dtype)
             layer.weight = torch.nn.Parameter(nothing, requires_grad=False)
 
     with patch.object(utils, "dispatch_cpu_unquantized_gemm", dispatch):
