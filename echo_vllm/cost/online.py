@@ -40,6 +40,15 @@ PRIOR = 4.0
 REACH = 3.0
 """Octaves outside of what was observed in which a correction fades to its half."""
 
+FEW = 8
+"""Observations below which nothing is said of a fixed part."""
+
+DIFFERENT = 1.25
+"""Ratio of long to short predictions above which they say how seconds grow with them."""
+
+STEEPEST = 2.0
+"""Limit of that growth: seconds a predicted second, and its inverse."""
+
 REFRESH = 48
 """Observations of a curve after which it is worked out again, at the latest."""
 
@@ -128,6 +137,38 @@ class CurveCorrection:
         return CostCurve.from_valid(counts, seconds)
 
 
+class FixedPart:
+    """What observations take beyond what grows with their predictions, in seconds.
+
+    The intercept of a resistant line through the last WINDOW pairs of prediction and time: its
+    slope is that between the medians of the lowest and the highest third. Where all predictions
+    are alike, the slope is 1: what was measured at start-up is believed, and the rest is fixed.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._pending = 0
+
+    def observe(self, predicted: float, seconds: float) -> None:
+        self._recent.append((predicted, seconds))
+        self._pending += 1
+        if self._pending >= FEW:
+            self._pending = 0
+            self.seconds = self._intercept()
+
+    def _intercept(self) -> float:
+        pairs = np.array(sorted(self._recent))
+        third = max(1, len(pairs) // 3)
+        low, high = np.median(pairs[:third], axis=0), np.median(pairs[-third:], axis=0)
+        slope = 1.0
+        if high[0] > DIFFERENT * low[0]:
+            slope = float((high[1] - low[1]) / (high[0] - low[0]))
+            slope = min(max(slope, 1 / STEEPEST), STEEPEST)
+        intercept = float(np.median(pairs[:, 1] - slope * pairs[:, 0]))
+        return max(0.0, intercept) * len(pairs) / (len(pairs) + PRIOR)
+
+
 class OnlineCost:
     """A StepCost that learns from real steps. Not thread-safe.
 
@@ -136,7 +177,9 @@ class OnlineCost:
 
     Corrections are factors: where nothing was observed within REACH octaves they fade to 1, and
     with few observations they are closer to 1 (PRIOR). A drafting time is one number for several
-    forwards, so its ratio corrects the levels and the catch-up forward alike.
+    forwards and for what the policy does: what is fixed of it is told apart (`FixedPart`), because
+    it must not make one level more seem dear, and the ratio of the rest corrects the levels and the
+    catch-up forward alike.
 
     The result depends on timing: where several processes must decide alike, one of them owns the
     OnlineCost and sends `current().to_dict()` to the others.
@@ -152,6 +195,7 @@ class OnlineCost:
         self._draft_level = CurveCorrection(base.draft_level)
         self._catch_up = CurveCorrection(base.catch_up)
         self._other = RunningMedian()
+        self._draft_fixed = FixedPart()
         self._current = base
         self._with_trees: tuple[StepCost, StepCost] | None = None
 
@@ -169,9 +213,14 @@ class OnlineCost:
 
     def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
         """Drafting took `seconds`: a catch-up over `committed` tokens and these levels."""
-        ratio = _log_ratio(seconds / self.pace, self.base.draft(level_rows, committed))
-        if ratio is None:
+        predicted = self.base.draft(level_rows, committed)
+        if _log_ratio(seconds, predicted) is None:
             return
+        taken = seconds / self.pace
+        self._draft_fixed.observe(predicted, taken)
+        # Never all of it: the fixed part is a median, and some draftings take less.
+        taken = max(taken - self._draft_fixed.seconds, taken / 8)
+        ratio = math.log(taken / predicted)
         if committed > 0:
             self._catch_up.observe(committed, ratio)
         # Once an octave, however many levels it has.
@@ -222,6 +271,7 @@ class OnlineCost:
             other = self.base.other
             other += (self._other.median() - other) * seen / (seen + PRIOR)
             now = replace(now, other=other)
+        now = replace(now, draft_fixed=self._draft_fixed.seconds)
         self._current = now
         return now
 

@@ -23,19 +23,23 @@ class StepCost:
         draft_level: one drafter level, over its rows (the frontier nodes of all requests).
         catch_up: the drafter's first forward, over the tokens committed since the last one.
         other: seconds that a step spends outside of these (scheduler, output).
+        draft_fixed: seconds of a drafting that its forwards do not explain (choosing the nodes,
+            making the forest).
     """
 
     verify: CostCurve
     draft_level: CostCurve
     catch_up: CostCurve
     other: float = 0.0
+    draft_fixed: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.other < float("inf")):
-            raise CostError(
-                f"the seconds outside of the forwards must be finite and >= 0, got {self.other}; "
-                "measure again."
-            )
+        for seconds in (self.other, self.draft_fixed):
+            if not (0.0 <= seconds < float("inf")):
+                raise CostError(
+                    f"the seconds outside of the forwards must be finite and >= 0, got {seconds}; "
+                    "measure again."
+                )
 
     @overload
     def plain_step(self, requests: float, prefill: float = 0) -> float: ...
@@ -57,9 +61,9 @@ class StepCost:
 
         Args:
             levels: rows of each level behind the catch-up forward; a level without rows is free.
-            committed: tokens of the catch-up forward; 0: it does not run.
+            committed: tokens of the catch-up forward; 0: nothing is drafted.
         """
-        seconds = self.catch_up(committed) if committed > 0 else 0.0
+        seconds = self.catch_up(committed) + self.draft_fixed if committed > 0 else 0.0
         level = self.draft_level
         return seconds + sum(level(rows) for rows in levels if rows > 0)
 
@@ -87,6 +91,7 @@ class StepCost:
             "draft_level": self.draft_level.to_dict(),
             "catch_up": self.catch_up.to_dict(),
             "other": self.other,
+            "draft_fixed": self.draft_fixed,
         }
 
     @classmethod
@@ -102,6 +107,7 @@ class StepCost:
                 draft_level=CostCurve.from_dict(data["draft_level"]),
                 catch_up=CostCurve.from_dict(data["catch_up"]),
                 other=float(data["other"]),
+                draft_fixed=float(data.get("draft_fixed", 0.0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CostError):

@@ -53,6 +53,22 @@ def test_corrections_converge_to_a_scaled_machine(scale: float, outliers: float)
     assert online.pace * found.other == pytest.approx(scale * BASE.other, rel=0.1)
 
 
+@pytest.mark.parametrize("levels", [[[4]], [[], [4], [4, 4], [4, 4, 4]]], ids=["alike", "varied"])
+def test_what_is_fixed_does_not_make_levels_dear(levels: list[list[int]]) -> None:
+    """Every drafting takes 4 ms more than its forwards, which take what was measured."""
+    online = OnlineCost(BASE)
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        chosen = levels[i % len(levels)]
+        noise = np.exp(rng.normal(0, 0.05))
+        online.observe_verify(8, BASE.verify(8))
+        online.observe_draft(chosen, 2, (BASE.draft(chosen, 2) + 0.004) * noise)
+    found = settled(online)
+    assert found.draft_fixed == pytest.approx(0.004, rel=0.2)
+    assert found.draft_level(4) == pytest.approx(BASE.draft_level(4), rel=0.2)
+    assert found.draft([4, 4], 2) == pytest.approx(BASE.draft([4, 4], 2) + 0.004, rel=0.1)
+
+
 def test_a_bend_that_start_up_did_not_see_is_learned() -> None:
     truth = Hinge(k_max=16, gamma=0.05, base=0.01)
     online = OnlineCost(StepCost(BASE.verify, BASE.draft_level, BASE.catch_up))
