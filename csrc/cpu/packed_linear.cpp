@@ -5,7 +5,7 @@
 #include "packed_linear.h"
 
 #include <algorithm>
-#include <cstring>
+#include <string>
 
 #include "../common/checks.h"
 #include "../ops.h"

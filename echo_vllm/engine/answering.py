@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from echo_vllm.engine.local import prepare_environment
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,8 @@ class Answering:
         Raises:
             ValueError, OSError, RuntimeError: vLLM's own, if the target does not load.
         """
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        prepare_environment(model)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        if Path(model).is_dir():
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from vllm import EngineArgs, LLMEngine
 
         self._concurrency = concurrency

@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 
+def prepare_environment(model: str | Path) -> None:
+    """Have vLLM, when it is imported, keep the engine core in this process, warn only, and for a
+    model in a folder not look at the network; the last two where the environment does not say
+    otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 @contextmanager
 def local_llm(model: str | Path, **options: Any) -> Iterator[Any]:
     """A `vllm.LLM` whose engine core lives in this process; torn down at the end.
 
-    The environment is set for it where it does not say otherwise: 1 GiB of KV cache, warnings only,
-    and for a model in a folder no look at the network.
+    The environment is that of `prepare_environment`, with 1 GiB of KV cache where it does not say
+    otherwise.
 
     Args:
         model: a folder or a name.
@@ -26,11 +36,8 @@ def local_llm(model: str | Path, **options: Any) -> Iterator[Any]:
     Raises:
         ValueError, OSError, RuntimeError: vLLM's own, if the model does not load.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prepare_environment(model)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

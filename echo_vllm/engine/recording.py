@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from echo_vllm.engine.local import prepare_environment
 
 KV_CACHE_BYTES = 1 << 30
 
@@ -54,10 +54,7 @@ def record(
     Returns:
         Generated tokens.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if Path(recording.model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_environment(recording.model)
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
     nodes = int(recording.speculation["num_speculative_tokens"])
