@@ -97,6 +97,7 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
         "echo-no-width": elastic("echo", width=TOP_K),
         "auto-no-online": elastic("auto", online=False),
         "auto-stock-linear": elastic("auto", linear="stock"),
+        "echo-stock-linear": elastic("echo", linear="stock"),
     }
     return {
         "plain": PLAIN,

@@ -5,17 +5,19 @@
     python -m tests.engine.exactness --json benchmarks/results/exactness-cpu.json
     python -m tests.engine.exactness --tiny --only fp32 --cases 'concurrency 1$'
 
-FP32: every policy at concurrency 16 and 1, a chunked-prefill budget of 64 tokens, and forced
-preemption, on all prompts of the project x 128 tokens, token for token against the same engine
-without speculation; with `--tiny` the tests' random model and their random prompts. BF16: the share
-of equal answers, and how near to a tie the first difference of the others is: the gap between the
-two tokens' log-probabilities in plain decoding.
+FP32: every policy at concurrency 16 and 1, a chunked-prefill budget of 64 tokens, forced
+preemption, and compiled as a server is by default (the others are eager), on all prompts of the
+project x 128 tokens, token for token against the same engine without speculation; with `--tiny` the
+tests' random model and their random prompts. BF16: the share of equal answers, and how near to a
+tie the first difference of the others is: the gap between the two tokens' log-probabilities in
+plain decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -39,6 +41,7 @@ from tests.engine.tiny import make_head, make_target
 OPTIONS = {"max_model_len": 1536, "max_num_seqs": 16}
 CHUNKED = {"max_num_batched_tokens": 64}
 PREEMPTED = {"num_gpu_blocks_override": 40, "block_size": 32, "max_model_len": 1184}
+COMPILED = {"enforce_eager": False}
 
 
 def cases() -> Iterator[tuple[str, tuple[int, dict[str, Any]], dict[str, Any], bool]]:
@@ -47,6 +50,8 @@ def cases() -> Iterator[tuple[str, tuple[int, dict[str, Any]], dict[str, Any], b
         yield f"{name}, concurrency 16", policy, {}, False
     yield "topn-16, prefill chunks of 64", POLICIES["topn-16"], CHUNKED, False
     yield "topn-16, preempted", POLICIES["topn-16"], PREEMPTED, False
+    for name in ("topn-16", "echo-16", "auto-16"):
+        yield f"{name}, compiled", POLICIES[name], COMPILED, False
     for name, policy in POLICIES.items():
         yield f"{name}, concurrency 1", policy, {}, True
 
@@ -65,8 +70,12 @@ def fp32(
 ) -> Iterator[dict[str, Any]]:
     """The row of each case as soon as it has run."""
     usual = OPTIONS | more
-    with engine(target, None, **usual) as llm:
-        wanted = generate(llm, prompts, greedy(num_tokens))
+
+    @functools.cache
+    def wanted(compiled: bool) -> list[list[int]]:
+        with engine(target, None, **usual, **(COMPILED if compiled else {})) as llm:
+            return generate(llm, prompts, greedy(num_tokens))
+
     for name, (num_nodes, section), options, one_by_one in cases():
         if not re.search(pattern, name):
             continue
@@ -76,7 +85,8 @@ def fp32(
             found = generate(llm, prompts, greedy(num_tokens), one_by_one=one_by_one)
             count = counters(llm)
             preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-        differ = [i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
+        plain = wanted(options is COMPILED)
+        differ = [i for i, (a, b) in enumerate(zip(found, plain, strict=True)) if a != b]
         row = {
             "case": name,
             "prompts": len(prompts),
