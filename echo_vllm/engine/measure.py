@@ -5,12 +5,15 @@
 Real forwards of both models over growing numbers of rows, each with what follows it in a step: for
 the target logits and their maximum, for the drafter the best tokens. Attention is left out, because
 it depends on contexts that do not exist yet; real steps correct the curves while serving. The
-result is cached on disk.
+result is cached on disk, and a few forwards at each start say whether it still holds: one that was
+measured while something else took the machine would mislead every policy for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -41,6 +44,19 @@ FIRST_ROUND = 0.6
 """Share of the time that the first round over the sizes may take."""
 
 ROUNDS = 6
+CHECKED_ROWS = (1, 4, 16, 64)
+"""Sizes whose forwards are timed again at each start."""
+
+CHECKS = 4
+"""How often each of them, while there is time."""
+
+CHECK_S = 1.5
+"""Seconds of that, the first two sizes excepted."""
+
+DISAGREES = 1.6
+"""Ratio between the sizes' changes beyond which a curve is taken for wrong. A machine that got
+slower as a whole changes all sizes alike, which no decision depends on."""
+
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -69,12 +85,24 @@ def measured_cost(runner: Any) -> StepCost:
     )
     cache = CostCache()
     cost = _of_first_rank(lambda: cache.load(key))
-    if cost is None:
-        logger.info("Measuring what forwards cost (at most about %.0f s)...", BUDGET_S)
-        begin = perf_counter()
-        cost = measure(runner, max_rows)
-        logger.info("Measured in %.1f s; kept in %s.", perf_counter() - begin, cache.path(key))
-        cache.save(key, cost)
+    with _forwards(runner) as forwards:
+        if cost is not None and not _holds(cost, forwards, max_rows):
+            logger.info("Forwards no longer cost what %s says.", cache.path(key))
+            cost = None
+        if cost is None:
+            logger.info("Measuring what forwards cost (at most about %.0f s)...", BUDGET_S)
+            begin = perf_counter()
+            cost = _measure(forwards, max_rows)
+            seconds = perf_counter() - begin
+            if _holds(cost, forwards, max_rows):
+                logger.info("Measured in %.1f s; kept in %s.", seconds, cache.path(key))
+                cache.save(key, cost)
+            else:
+                logger.warning(
+                    "What forwards cost was measured in %.1f s, but the machine was not steady: "
+                    "it is not kept, and the next start measures again.",
+                    seconds,
+                )
     hinge = fit_hinge(cost.verify)
     logger.info(
         "Cost of a target forward: %s; fitted hinge: K_max %.0f rows, gamma %.4f per row, "
@@ -91,11 +119,18 @@ def measured_cost(runner: Any) -> StepCost:
     return cost
 
 
-@torch.inference_mode()
-def measure(runner: Any, max_rows: int) -> StepCost:
-    """Time forwards of up to `max_rows` rows."""
+@dataclass(frozen=True)
+class _Forwards:
+    """Each runs a forward of so many rows, with what follows it in a step."""
+
+    target: Callable[[int], None]
+    draft: Callable[[int], None]
+    catch_up: Callable[[int], None]
+
+
+@contextmanager
+def _forwards(runner: Any) -> Iterator[_Forwards]:
     drafter = runner.drafter
-    sizes = sorted({rows for rows in ROWS if rows < max_rows} | {max_rows})
 
     # A CPU has no graphs; on a GPU steps run in those that were captured, if any were.
     mode = CUDAGraphMode.NONE if runner.device.type == "cpu" else None
@@ -126,11 +161,52 @@ def measure(runner: Any, max_rows: int) -> StepCost:
     # The target's dummy run includes one of the drafter; it must not count as verification.
     dummy_run, drafter.dummy_run = drafter.dummy_run, lambda *args, **kwargs: None
     try:
-        budgets = {target: 0.6 * BUDGET_S, draft: 0.2 * BUDGET_S, catch_up: 0.2 * BUDGET_S}
-        verify, level, first = (_curve(f, sizes, seconds) for f, seconds in budgets.items())
+        with torch.inference_mode():
+            yield _Forwards(target, draft, catch_up)
     finally:
         drafter.dummy_run = dummy_run
-    return StepCost(verify=verify, draft_level=level, catch_up=first)
+
+
+def _measure(forwards: _Forwards, max_rows: int) -> StepCost:
+    """Time forwards of up to `max_rows` rows."""
+    sizes = sorted({rows for rows in ROWS if rows < max_rows} | {max_rows})
+    return StepCost(
+        verify=_curve(forwards.target, sizes, 0.6 * BUDGET_S),
+        draft_level=_curve(forwards.draft, sizes, 0.2 * BUDGET_S),
+        catch_up=_curve(forwards.catch_up, sizes, 0.2 * BUDGET_S),
+    )
+
+
+def _holds(cost: StepCost, forwards: _Forwards, max_rows: int) -> bool:
+    """Whether forwards of target and drafter still have the proportions of `cost`."""
+    sizes = sorted({min(rows, max_rows) for rows in CHECKED_ROWS})
+    return all(
+        _agrees(forward, curve, sizes)
+        for forward, curve in (
+            (forwards.target, cost.verify),
+            (forwards.draft, cost.draft_level),
+        )
+    )
+
+
+def _agrees(forward: Callable[[int], None], curve: CostCurve, sizes: Sequence[int]) -> bool:
+    """Whether the least times of `sizes` are as far apart as on the curve, up to `DISAGREES`."""
+    end = perf_counter() + CHECK_S
+
+    def is_late() -> bool:
+        return bool(_of_first_rank(lambda: perf_counter() > end))
+
+    ratios: list[float] = []
+    for rows in sizes:
+        if len(ratios) > 1 and is_late():
+            break
+        least = _timed(forward, rows)
+        for _ in range(1, CHECKS):
+            if is_late():
+                break
+            least = min(least, _timed(forward, rows))
+        ratios.append(least / curve(rows))
+    return bool(_of_first_rank(lambda: max(ratios) <= DISAGREES * min(ratios)))
 
 
 def _describe(device: torch.device) -> str:
@@ -154,6 +230,13 @@ def _of_first_rank(decide: Callable[[], Any]) -> Any:
     return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)
 
 
+def _timed(forward: Callable[[int], None], rows: int) -> float:
+    """Seconds of one forward."""
+    start = perf_counter()
+    forward(rows)
+    return perf_counter() - start
+
+
 def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) -> CostCurve:
     """The least time of each size, measured in rounds over all sizes.
 
@@ -164,9 +247,7 @@ def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) ->
     """
 
     def run(rows: int) -> float:
-        start = perf_counter()
-        forward(rows)
-        return perf_counter() - start
+        return _timed(forward, rows)
 
     def fits(seconds: float) -> bool:
         return _of_first_rank(lambda: perf_counter() + seconds < end)

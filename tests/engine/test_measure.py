@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""A measured cost is kept only if the machine was steady, and measured again when it is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from echo_vllm.cost import CostCurve
+from echo_vllm.engine import measure
+from tests.engine.conftest import TinyModel
+from tests.engine.engines import echo, engine, runner
+
+SIZES = [1, 4, 16, 64]
+CURVE = CostCurve((1.0, 4.0, 16.0, 64.0), (0.010, 0.010, 0.020, 0.080))
+
+
+class Machine:
+    """Forwards that take what `seconds` says, on a clock of their own."""
+
+    def __init__(self, seconds: Callable[[int, int], float]) -> None:
+        self.now = 0.0
+        self.timed: list[int] = []
+        self._seconds = seconds
+
+    def forward(self, rows: int) -> None:
+        self.now += self._seconds(rows, self.timed.count(rows))
+        self.timed.append(rows)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], float]], Machine]:
+    def make(seconds: Callable[[int, int], float]) -> Machine:
+        machine = Machine(seconds)
+        monkeypatch.setattr(measure, "perf_counter", lambda: machine.now)
+        monkeypatch.setattr(measure, "_of_first_rank", lambda decide: decide())
+        return machine
+
+    return make
+
+
+def test_a_curve_holds_at_any_pace_and_through_single_disturbances(
+    on: Callable[..., Machine],
+) -> None:
+    def seconds(rows: int, times: int) -> float:
+        return 1.5 * CURVE(rows) * (3 if times == 0 else 1)  # slower throughout, and a slow first
+
+    machine = on(seconds)
+    assert measure._agrees(machine.forward, CURVE, SIZES)
+    assert machine.timed == [rows for rows in SIZES for _ in range(measure.CHECKS)]
+
+
+@pytest.mark.parametrize("wrong", SIZES)
+def test_a_curve_with_one_wrong_size_does_not_hold(on: Callable[..., Machine], wrong: int) -> None:
+    machine = on(lambda rows, times: CURVE(rows) * (2 if rows == wrong else 1))
+    assert not measure._agrees(machine.forward, CURVE, SIZES)
+
+
+def test_the_check_is_short_on_a_slow_machine_but_looks_at_two_sizes(
+    on: Callable[..., Machine],
+) -> None:
+    machine = on(lambda rows, times: 200 * CURVE(rows))
+    assert measure._agrees(machine.forward, CURVE, SIZES)
+    assert machine.timed == [1, 4]
+
+
+def test_a_wrong_cost_in_the_cache_is_measured_again(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHO_VLLM_CACHE", str(tmp_path))
+    # However unsteady the machine of the test is: everything that is measured is kept.
+    monkeypatch.setattr(measure, "DISAGREES", 1e6)
+    options = {"skip_tokenizer_init": True, "max_model_len": 256}
+    with engine(tiny.target, echo(tiny.head, 8, policy="auto"), **options) as llm:
+        (file,) = (tmp_path / "costs").iterdir()
+        kept = file.read_text()
+        assert measure.measured_cost(runner(llm)).to_dict() == json.loads(kept)["cost"]
+        assert file.read_text() == kept
+        wrong = json.loads(kept)
+        # One row for an hour, all others for nothing.
+        count = len(wrong["cost"]["verify"]["counts"])
+        wrong["cost"]["verify"]["seconds"] = [1e-9, *[3600.0] * (count - 1)]
+        file.write_text(json.dumps(wrong))
+        found = measure.measured_cost(runner(llm))
+        assert max(found.verify.seconds) < 60
+        assert json.loads(file.read_text())["cost"] == found.to_dict()
