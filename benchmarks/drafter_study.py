@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ANEW: (ANEW, {}),
     "layers 2 15 29": (ANEW, {"aux_layers": [2, 15, 29]}),
     "layers 15 22 29": (ANEW, {"aux_layers": [15, 22, 29]}),
-    "draft vocabulary 8000": (ANEW, {"draft_vocab": 8_000}),
+    "draft vocabulary 32000": (ANEW, {"draft_vocab": 32_000}),
     "feed-forward twice as wide": (ANEW, {"intermediate_size": 3_072}),
 }
 """Name -> what it is compared with, and what differs from `base_settings`. Those that change a
@@ -68,7 +68,7 @@ def base_settings(batch_tokens: int, learning_rate: float, init: Path | None) ->
         target=str(DEMO_TARGET),
         dtype="float32",
         aux_layers=[2, 15, 27],
-        draft_vocab=32_000,
+        draft_vocab=8_192,
         ttt_steps=3,
         step_decay=0.8,
         loss="kl_div",
