@@ -35,6 +35,7 @@ from echo_vllm.bench.report import markdown
 
 if TYPE_CHECKING:
     from echo_vllm.drafter_training.acceptance import Acceptance
+    from echo_vllm.drafter_training.rows import Row
     from echo_vllm.drafter_training.trainer import TrainSettings
 
 CHAIN = 5
@@ -82,16 +83,17 @@ def base_settings(batch_tokens: int, learning_rate: float, init: Path | None) ->
     )
 
 
-def held_out_acceptance(settings: TrainSettings, rows: Path, head_folder: Path) -> list[Acceptance]:
+def held_out_acceptance(
+    settings: TrainSettings, rows: list[Row], head_folder: Path
+) -> list[Acceptance]:
     """The chain's acceptance on each held-out greedy answer."""
     import torch
 
     from echo_vllm.drafter_training.acceptance import predicted_acceptance
     from echo_vllm.drafter_training.features import Target
-    from echo_vllm.drafter_training.rows import read_rows
     from echo_vllm.drafter_training.trainer import make_model, split
 
-    _, held_out = split(read_rows(rows), settings.held_out)
+    _, held_out = split(rows, settings.held_out)
     greedy = [row for row in held_out if row.temperature == 0]
     target = Target(settings.target, settings.aux_layers, torch.float32, "cpu")
     model = make_model(dataclasses.replace(settings, init=str(head_folder)), None)
@@ -122,17 +124,18 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if progress.step % 10 == 0:
             print(f"{name}: update {progress.step} of {args.updates}", flush=True)
 
+    rows = read_rows(args.rows)
     begin = time.process_time()  # Of this process, so that others may run beside it.
     trained = train(
         settings,
         Limits(hours=None, epochs=100, max_steps=args.updates, checkpoint_minutes=1e9),
-        read_rows(args.rows),
+        rows,
         (states, place / "checkpoints"),
         place / "head",
         show,
     )
     cpu_seconds = time.process_time() - begin
-    accepted = held_out_acceptance(settings, args.rows, place / "head")
+    accepted = held_out_acceptance(settings, rows, place / "head")
     return {
         "variant": name,
         "settings": settings.as_dict()

@@ -246,9 +246,6 @@ def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) ->
     rounds repeat what it has reached while there is time.
     """
 
-    def run(rows: int) -> float:
-        return _timed(forward, rows)
-
     def fits(seconds: float) -> bool:
         return _of_first_rank(lambda: perf_counter() + seconds < end)
 
@@ -256,9 +253,9 @@ def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) ->
     end = begin + FIRST_ROUND * budget_s
     least: dict[int, float] = {}
     for rows in sizes:
-        first = run(rows)
+        first = _timed(forward, rows)
         # The first forward of a size may allocate or choose a kernel.
-        least[rows] = run(rows) if fits(4 * first) else first
+        least[rows] = _timed(forward, rows) if fits(4 * first) else first
         # The next size takes about twice as long, and twice.
         if len(least) > 2 and not fits(4 * least[rows]):
             break
@@ -266,5 +263,5 @@ def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) ->
     for _ in range(1, ROUNDS):
         for rows, seconds in least.items():
             if fits(seconds):
-                least[rows] = min(seconds, run(rows))
+                least[rows] = min(seconds, _timed(forward, rows))
     return CostCurve.from_points(list(least), list(least.values()))

@@ -72,8 +72,8 @@ def fp32(
     usual = OPTIONS | more
 
     @functools.cache
-    def wanted(compiled: bool) -> list[list[int]]:
-        with engine(target, None, **usual, **(COMPILED if compiled else {})) as llm:
+    def wanted(eager: bool) -> list[list[int]]:
+        with engine(target, None, **usual, enforce_eager=eager) as llm:
             return generate(llm, prompts, greedy(num_tokens))
 
     for name, (num_nodes, section), options, one_by_one in cases():
@@ -85,7 +85,7 @@ def fp32(
             found = generate(llm, prompts, greedy(num_tokens), one_by_one=one_by_one)
             count = counters(llm)
             preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-        plain = wanted(options is COMPILED)
+        plain = wanted(options.get("enforce_eager", True))
         differ = [i for i, (a, b) in enumerate(zip(found, plain, strict=True)) if a != b]
         row = {
             "case": name,

@@ -81,7 +81,7 @@ def test_a_wrong_cost_in_the_cache_is_measured_again(
         assert measure.measured_cost(runner(llm)).to_dict() == json.loads(kept)["cost"]
         assert file.read_text() == kept
         wrong = json.loads(kept)
-        # One row for an hour, all others for nothing.
+        # One row for nothing, all others for an hour.
         count = len(wrong["cost"]["verify"]["counts"])
         wrong["cost"]["verify"]["seconds"] = [1e-9, *[3600.0] * (count - 1)]
         file.write_text(json.dumps(wrong))
