@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -31,6 +32,7 @@ MAX_NODES = 256
 
 MAX_DEPTH = 32
 MAX_TOP_K = 16
+_PLAIN_NAME = re.compile(r"[\w-]{1,64}")
 _DEPTH_NAMES = frozenset(str(depth) for depth in range(1, MAX_DEPTH + 1))
 
 Policy = Literal["chain", "static", "topn", "echo", "auto"]
@@ -58,6 +60,11 @@ def show(value: object) -> str:
     except TypeError:
         text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def show_name(name: str) -> str:
+    """A field's name as the user wrote it: in JSON's quotes where it is not a plain word."""
+    return name if _PLAIN_NAME.fullmatch(name) else show(name)
 
 
 def closest(name: str, allowed: Sequence[str]) -> str:
@@ -458,7 +465,7 @@ def _first_sentence(error: ValidationError) -> str:
     report = error.errors(include_url=False)[0]
     name = str(report["loc"][0])
     path = SECTION + "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in report["loc"]
+        f"[{part}]" if isinstance(part, int) else f".{show_name(part)}" for part in report["loc"]
     )
     got = show(report["input"])
     fields = tuple(EchoConfig.model_fields)

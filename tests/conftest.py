@@ -27,13 +27,21 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# A shared machine can take any time over an example.
+# A shared machine can take any time over an example. The examples of a commit are always the same,
+# so that its tests pass always or never; `pytest --hypothesis-profile=explore` looks at new ones.
 hypothesis.settings.register_profile(
-    "shared-machine",
+    "explore",
     deadline=None,
+    max_examples=2000,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("shared-machine")
+hypothesis.settings.register_profile(
+    "same-every-time",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("same-every-time")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_TARGET = ROOT / "models" / "smollm2-135m-instruct"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_vllm.config import EchoConfigError, show
+from echo_vllm.config import EchoConfigError, show, show_name
 
 if TYPE_CHECKING:
     from echo_vllm.calibration.survival import SurvivalModel
@@ -150,7 +150,8 @@ class DrafterProfile(_Frozen):
         except ValidationError as error:
             report = error.errors(include_url=False)[0]
             place = "".join(
-                f"[{part}]" if isinstance(part, int) else f".{part}" for part in report["loc"]
+                f"[{part}]" if isinstance(part, int) else f".{show_name(part)}"
+                for part in report["loc"]
             ).lstrip(".")
             what = report["msg"].removeprefix("Value error, ")
             raise EchoConfigError(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from echo_vllm.config import MAX_NODES, EchoConfig, EchoConfigError, closest, show
+from echo_vllm.config import MAX_NODES, EchoConfig, EchoConfigError, closest, show, show_name
 from echo_vllm.engine.head import Head, Target, check_weights, read_head
 from echo_vllm.engine.profiles import check_files
 
@@ -135,7 +135,7 @@ def _check_field(name: str, value: object) -> None:
     if name not in FIXED:
         known = (*PASSED_ON, *FIXED)
         raise EchoConfigError(
-            f"speculative_config.{name} is not a known field, got {show(value)}"
+            f"speculative_config.{show_name(name)} is not a known field, got {show(value)}"
             f"{closest(name, known)}; remove it."
         )
     accepted, why = FIXED[name]

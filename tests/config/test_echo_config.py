@@ -136,6 +136,7 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             f"{FIELD}.online must be true or false, got 1; set it to one of them.",
         ),
         ({"zzz": None}, 16, f"{FIELD}.zzz is not a known field, got null; {FIELDS}"),
+        ({"\n": None}, 16, f'{FIELD}."\\n" is not a known field, got null; {FIELDS}'),
         (
             {"policy": "best"},
             16,
