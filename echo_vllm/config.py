@@ -35,12 +35,12 @@ MAX_TOP_K = 16
 _PLAIN_NAME = re.compile(r"[\w-]{1,64}")
 _DEPTH_NAMES = frozenset(str(depth) for depth in range(1, MAX_DEPTH + 1))
 
-Policy = Literal["chain", "static", "topn", "echo", "auto"]
+Policy = Literal["chain", "static", "topn", "echo", "auto", "evict", "graft"]
 Share = Literal["batch", "equal"]
 LinearLayers = Literal["auto", "stock"]
 
-ELASTIC = ("echo", "auto")
-"""Policies that share one budget over the batch; the fields below `tree` are theirs."""
+PROFILED = ("echo", "auto", "graft")
+"""Policies that read the drafter's profile."""
 
 
 class EchoConfigError(ValueError):
@@ -95,7 +95,10 @@ class EchoConfig(BaseModel):
             "num_speculative_tokens best nodes by path score of a tree grown level by level. "
             "`echo`: calibrated gates stop unsure requests early, and one budget (`k_max`) for the "
             "whole batch is spent on depth, then width. `auto`: as `echo`, but the budget is what "
-            "maximises the predicted tokens per second, and may be nothing. "
+            "maximises the predicted tokens per second, and may be nothing. `evict`: trees are "
+            "drafted in full, and what pays by the drafter's own probabilities is verified. "
+            "`graft`: gates as for `echo`; what a request that stops early leaves free of its "
+            "num_speculative_tokens nodes is filled by retrieval, without a forward. "
             'Default "auto".'
         ),
     )
@@ -134,9 +137,9 @@ class EchoConfig(BaseModel):
         ge=1,
         le=MAX_TOP_K,
         description=(
-            "For `echo` and `auto`: children considered after every node, of which at most "
-            "`top_k` a level are expanded; the others can only widen a tree. Range top_k to 16; "
-            "Default null: 8, or top_k where that is more."
+            "For `echo`, `auto`, `evict` and `graft`: children considered after every node, of "
+            "which at most `top_k` a level are expanded; the others can only widen a tree. Range "
+            "top_k to 16. Default null: 8, or top_k where that is more."
         ),
     )
     k_max: int | None = Field(
@@ -144,10 +147,10 @@ class EchoConfig(BaseModel):
         ge=0,
         le=1_000_000,
         description=(
-            "For `echo` and `auto`: the most draft nodes of the whole batch in one step, less the "
-            "prompt tokens in it; a hard limit. Range 0 to 1000000. Default null: `echo` takes it "
-            "from the hinge fitted to the measured cost of forwards, `auto` has no limit but what "
-            "pays."
+            "For `echo`, `auto`, `evict` and `graft`: the most draft nodes of the whole batch in "
+            "one step, less the prompt tokens in it; a hard limit. Range 0 to 1000000. Default "
+            "null: `echo` takes it from the hinge fitted to the measured cost of forwards; the "
+            "others have no limit but num_speculative_tokens for each request."
         ),
     )
     gamma: float | None = Field(
@@ -155,15 +158,15 @@ class EchoConfig(BaseModel):
         ge=0,
         le=1000,
         description=(
-            "For `auto`, with `k_max`: replace the measured cost of a forward by the hinge "
-            "T * (1 + gamma * max(0, rows - k_max)), T being the time of one row. Range 0 to 1000. "
-            "Default null: the measured cost."
+            "For `auto` and `evict`, with `k_max`: replace the measured cost of a forward by the "
+            "hinge T * (1 + gamma * max(0, rows - k_max)), T being the time of one row. Range 0 "
+            "to 1000. Default null: the measured cost."
         ),
     )
     gates: tuple[tuple[int, float], ...] | None = Field(
         default=None,
         description=(
-            "For `echo`: the gates as an object of depth and threshold, such as "
+            "For `echo` and `graft`: the gates as an object of depth and threshold, such as "
             '{"1": 0.2, "3": 0.2}: a request goes on below that depth if its best path there is '
             "more probable. {} for no gates. Default null: the gates of the profile."
         ),
@@ -187,16 +190,16 @@ class EchoConfig(BaseModel):
     online: bool = Field(
         default=True,
         description=(
-            "For `auto`: correct the cost model and the calibration by what is observed while "
-            "serving. Default true."
+            "For `auto` and `evict`: correct the cost model, and for `auto` the calibration, by "
+            "what is observed while serving. Default true."
         ),
     )
     profile: str | None = Field(
         default=None,
         description=(
-            "For `echo` and `auto`: the calibration written by `echo-vllm calibrate`. Default "
-            "null: echo_profile.json in the head's folder, and without it built-in values, with a "
-            "warning."
+            "For `echo`, `auto` and `graft`: the calibration written by `echo-vllm calibrate`. "
+            "Default null: echo_profile.json in the head's folder, and without it built-in "
+            "values, with a warning."
         ),
     )
     linear: LinearLayers = Field(
@@ -212,7 +215,7 @@ class EchoConfig(BaseModel):
         default=None,
         description=(
             "A file (.jsonl or .jsonl.gz) to record every drafting and its verification to, for "
-            "`echo-vllm trace` and `echo-vllm calibrate`. Default null: no trace."
+            "`echo-vllm trace` and `echo-vllm calibrate`; not for `graft`. Default null: no trace."
         ),
     )
 
@@ -286,6 +289,8 @@ class EchoConfig(BaseModel):
             "topn": cls._fill_topn,
             "echo": cls._fill_elastic,
             "auto": cls._fill_elastic,
+            "evict": cls._fill_elastic,
+            "graft": cls._fill_elastic,
         }
         return fill[given.policy](given, num_speculative_tokens)
 
@@ -332,12 +337,17 @@ class EchoConfig(BaseModel):
             default = type(self).model_fields[name].default
             if getattr(self, name) != default and self.policy not in policies:
                 raise EchoConfigError(
-                    f"{SECTION}.{name} belongs to policy {' or '.join(policies)}, got policy "
+                    f"{SECTION}.{name} belongs to policy {_either(policies)}, got policy "
                     f"{self.policy}; remove {SECTION}.{name}, or set {SECTION}.policy to "
                     f"{policies[0]}."
                 )
 
     def _fill_elastic(self, num_nodes: int) -> Self:
+        if self.trace is not None and self.policy == "graft":
+            raise EchoConfigError(
+                f"{SECTION}.trace does not work with policy graft, because retrieved nodes are not "
+                f"the draft head's, got {show(self.trace)}; remove it, or choose another policy."
+            )
         width = self.width if self.width is not None else max(8, self.top_k)
         if width < self.top_k:
             raise EchoConfigError(
@@ -356,16 +366,18 @@ class EchoConfig(BaseModel):
                     f"{SECTION}.gates must be at depths up to max_depth ({depth}), got a gate at "
                     f"{gate}; remove it, or raise max_depth."
                 )
-        floor = self.floor if self.floor is not None else int(self.policy == "echo")
-        if floor > num_nodes:
+        floor = self.floor
+        if floor is None and self.policy in _FIELDS_OF_POLICIES["floor"]:
+            floor = int(self.policy == "echo")
+        if floor is not None and floor > num_nodes:
             raise EchoConfigError(
                 f"{SECTION}.floor must be at most speculative_config.num_speculative_tokens "
                 f"({num_nodes}), got {floor}; lower it."
             )
-        if self.floor is not None and self.k_max is not None and floor > self.k_max:
+        if self.floor is not None and self.k_max is not None and self.floor > self.k_max:
             raise EchoConfigError(
                 f"{SECTION}.floor must be at most {SECTION}.k_max ({self.k_max}), which is all "
-                f"that the batch may have, got {floor}; lower it, or raise k_max."
+                f"that the batch may have, got {self.floor}; lower it, or raise k_max."
             )
         return self._with(max_depth=depth, width=width, floor=floor)
 
@@ -409,16 +421,22 @@ class EchoConfig(BaseModel):
 
 
 _FIELDS_OF_POLICIES = {
-    "width": ELASTIC,
-    "k_max": ELASTIC,
-    "gamma": ("auto",),
-    "gates": ("echo",),
-    "floor": ELASTIC,
+    "width": ("echo", "auto", "evict", "graft"),
+    "k_max": ("echo", "auto", "evict", "graft"),
+    "gamma": ("auto", "evict"),
+    "gates": ("echo", "graft"),
+    "floor": ("echo", "auto"),
     "share": ("echo",),
-    "online": ("auto",),
-    "profile": ELASTIC,
+    "online": ("auto", "evict"),
+    "profile": PROFILED,
 }
 """Which policies read a field that others would ignore."""
+
+
+def _either(names: Sequence[str]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _checked_tree(

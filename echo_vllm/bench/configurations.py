@@ -91,6 +91,8 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
         "topn-equal": elastic("echo", share="equal", gates={}, width=TOP_K),
         "echo": elastic("echo"),
         "auto": elastic("auto"),
+        "evict": elastic("evict"),
+        "graft": elastic("graft"),
         "echo-dense-gates": elastic("echo", gates=thresholds),
         "echo-one-tau": elastic("echo", gates=one_tau),
         "echo-no-scheduler": elastic("echo", share="equal"),
@@ -140,7 +142,7 @@ QUICK = [
 SAME_CHAIN = [("chain-k2", "eagle3-k2"), ("chain-k3", "eagle3-k3"), ("chain-k4", "eagle3-k4")]
 """Pairs (ours, vLLM's) that draft the same tokens: their ratio measures the runtime alone."""
 
-ELASTIC = ("echo", "auto", "topn-equal", "eagle3-adaptive")
+ELASTIC = ("echo", "auto", "evict", "topn-equal", "eagle3-adaptive")
 """Beginnings of the names whose drafts depend on the load; the others are fixed."""
 
 

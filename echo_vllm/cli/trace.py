@@ -303,14 +303,14 @@ def _usual(
     profile: DrafterProfile | None,
     at_load: Callable[[Contender], ReplayResult],
 ) -> list[ReplayResult]:
-    """Plain, the best chain, echo and auto, and trees of equal size with their budgets."""
+    """Plain, the best chain, echo, auto and evict, and trees of equal size with their budgets."""
     from echo_vllm.trace.replay import PLAIN, Contender, best_chain
 
     shape = {"max_depth": drafter.max_depth, "top_k": min(4, drafter.num_ranks)}
     elastic = {**shape, "width": drafter.num_ranks}
     size = min(16, drafter.num_candidates)
     results = [at_load(Contender(PLAIN, None)), best_chain(at_load, drafter.max_depth)]
-    for name in ("echo", "auto"):
+    for name in ("echo", "auto", "evict"):
         section = {**elastic, "policy": name}
         result = at_load(Contender.of(f"{name}:{size}", section, size, profile))
         # As many nodes in all, as far as whole nodes a request allow it.

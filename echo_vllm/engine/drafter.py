@@ -163,6 +163,7 @@ class EchoProposer(EagleProposer):
             features=torch.cat(features)[rows],
             context_lens=common_attn_metadata.seq_lens[drafting],
             block_table=common_attn_metadata.block_table_tensor[drafting],
+            roots=next_token_ids[drafting],
             batch=batch,
         )
 
@@ -255,6 +256,7 @@ class EchoProposer(EagleProposer):
         features: torch.Tensor,
         context_lens: torch.Tensor,
         block_table: torch.Tensor,
+        roots: torch.Tensor,
         batch: DraftBatch,
     ) -> DraftForest:
         """Grow the trees of R requests.
@@ -264,6 +266,7 @@ class EchoProposer(EagleProposer):
             features: [R, hidden], what the children of the root take as hidden state.
             context_lens: [R] int32, tokens in the drafter's paged cache.
             block_table: [R, max blocks] int32.
+            roots: [R] int32, the tokens that the trees grow from.
             batch: what the policy is told.
         """
         policy, device = self.policy, output.device
@@ -272,6 +275,7 @@ class EchoProposer(EagleProposer):
         scratch = DraftScratch(num_requests * capacity)
         words = num_mask_words(capacity)
         pool = CandidatePool.empty(num_requests, device)
+        pool.roots = roots
         active = pool.active
         # Per candidate: the frontier row of the level above that it hangs under.
         level_parents = torch.zeros(0, dtype=torch.int64, device=device)

@@ -158,6 +158,11 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
         drafter._forward(drafter.input_ids[:rows], drafter.positions[:rows], features, None, None)
         runner._sync_device()
 
+    # Different tokens: a mixture of experts sends equal rows to the same experts, and a forward
+    # of many rows would look as cheap as one of a few.
+    ids = runner.input_ids.gpu
+    before = ids.clone()
+    ids.copy_(torch.arange(len(ids)) * 7919 % runner.model_config.get_vocab_size())
     # The target's dummy run includes one of the drafter; it must not count as verification.
     dummy_run, drafter.dummy_run = drafter.dummy_run, lambda *args, **kwargs: None
     try:
@@ -165,6 +170,7 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
             yield _Forwards(target, draft, catch_up)
     finally:
         drafter.dummy_run = dummy_run
+        ids.copy_(before)
 
 
 def _measure(forwards: _Forwards, max_rows: int) -> StepCost:

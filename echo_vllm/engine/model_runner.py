@@ -41,6 +41,7 @@ from echo_vllm.policy import DraftBatch, DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import MAX_WAITING
 from echo_vllm.policy.echo import EchoPolicy
+from echo_vllm.policy.graft import GraftPolicy
 from echo_vllm.transfer import upload
 
 if TYPE_CHECKING:
@@ -83,6 +84,16 @@ class Step:
     rows: VerificationRows | None
     query_start: np.ndarray
     verdict: Verdict | None = None
+
+
+def _rows_with_logits(step: Step) -> np.ndarray:
+    """[n] int64, rows of the forward that logits were computed for: the last one of each request
+    and those of its nodes behind it."""
+    counts = step.forest.cu_nodes.diff().numpy().astype(np.int64) + 1
+    before = np.cumsum(counts) - counts
+    first = step.query_start[1:] - counts
+    rows: np.ndarray = np.repeat(first - before, counts) + np.arange(counts.sum())
+    return rows
 
 
 class EchoRunnerMixin(_Runner):
@@ -274,6 +285,11 @@ class EchoRunnerMixin(_Runner):
             return super()._sample(logits, spec_decode_metadata)
         assert logits is not None
         num_reqs = self.input_batch.num_reqs
+        if isinstance(self.drafter.policy, GraftPolicy):
+            rows = torch.from_numpy(_rows_with_logits(self.step))
+            self.drafter.policy.observe(
+                self.input_ids.gpu[upload(rows, self.device)].to(logits.device), logits
+            )
         verdict = verify(
             self.sampler,
             logits,

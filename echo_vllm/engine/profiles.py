@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm.logger import init_logger
 
 from echo_vllm.calibration.profile import FILE_NAME, DrafterProfile
-from echo_vllm.config import ELASTIC, SECTION, EchoConfig, EchoConfigError, show
+from echo_vllm.config import PROFILED, SECTION, EchoConfig, EchoConfigError, show
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,7 +25,7 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
     Raises:
         EchoConfigError: the profile that the section names cannot be used.
     """
-    if config.policy not in ELASTIC:
+    if config.policy not in PROFILED:
         return None
     if config.profile is not None:
         return DrafterProfile.load(config.profile)
@@ -34,6 +34,7 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
         return DrafterProfile.load(beside)
     lost = {
         "echo": "its gates are built-in values that were never measured for this head",
+        "graft": "its gates are built-in values that were never measured for this head",
         "auto": "it takes the head's own probabilities for true until it has seen enough nodes",
     }[config.policy]
     logger.warning_once(

@@ -20,7 +20,9 @@ from echo_vllm.engine.stats import StepStats
 from echo_vllm.policy import DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.echo import EchoPolicy
+from echo_vllm.policy.evict import EvictPolicy
 from echo_vllm.policy.forecast import Forecaster
+from echo_vllm.policy.graft import GraftPolicy
 
 LONGEST_GAP_S = 0.05
 """A longer time between two steps is a lack of requests, not work of the scheduler."""
@@ -28,7 +30,7 @@ LONGEST_GAP_S = 0.05
 
 def needs_cost(config: EchoConfig) -> bool:
     """Whether the policy asks what forwards cost."""
-    return config.policy == "auto" or (config.policy == "echo" and config.k_max is None)
+    return config.policy in ("auto", "evict") or (config.policy == "echo" and config.k_max is None)
 
 
 class EchoScheduler(Scheduler):
@@ -47,10 +49,9 @@ class EchoScheduler(Scheduler):
         self._waiting = 0
         self._forecaster: Forecaster | None = None
         profile = find_profile(spec.echo, spec.model)
-        policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
-        self._elastic = policy if isinstance(policy, EchoPolicy) else None
-        if isinstance(policy, AutoPolicy):
-            self._forecaster = Forecaster.of(policy, online=spec.echo.online)
+        self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+        if isinstance(self._policy, AutoPolicy):
+            self._forecaster = Forecaster.of(self._policy, online=spec.echo.online)
 
     # ---- Before the step ----
 
@@ -77,12 +78,16 @@ class EchoScheduler(Scheduler):
 
     def _plan(self, output: Any) -> DraftPlan:
         """What the worker is told for the drafting at the end of this step."""
-        if self._forecaster is None and self._elastic is None:
+        if not isinstance(self._policy, EchoPolicy | AutoPolicy | EvictPolicy | GraftPolicy):
             return DraftPlan()
         num_decoding, prefill_tokens = self._next_load()
-        if self._elastic is not None:
-            return self._elastic.plan(num_decoding, prefill_tokens, self._max_rows)
-        assert self._forecaster is not None
+        if isinstance(self._policy, EchoPolicy):
+            return self._policy.plan(num_decoding, prefill_tokens, self._max_rows)
+        if isinstance(self._policy, EvictPolicy):
+            cost = None if self._cost is None else self._cost.with_trees()
+            return self._policy.plan(prefill_tokens, cost)
+        if self._forecaster is None:
+            return DraftPlan(prefill_tokens=prefill_tokens)
         if self._cost is None:
             return self._forecaster.plan(num_decoding, prefill_tokens, None)
         return self._forecaster.plan(

@@ -146,6 +146,7 @@ class CandidatePool:
         active: [A] int64, on the host, the requests that the last level was drafted for.
         memo: what a policy has worked out for the columns so far and may find again, with a key
             that says what it depends on; the pool itself only ever grows.
+        roots: [R] int, the tokens that the trees grow from; None where nobody asks for them.
         compacts: whether requests that stop leave the frontier, for which the host must know which
             ones they are. On a GPU it would have to wait for that, so there they stay in it
             (`Expansion.going`), unless the policy has to ask the device anyway.
@@ -159,6 +160,7 @@ class CandidatePool:
     level_starts: list[int]
     active: torch.Tensor
     memo: tuple[object, torch.Tensor] | None = None
+    roots: torch.Tensor | None = None
     compacts: bool = True
 
     @classmethod

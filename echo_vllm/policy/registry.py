@@ -14,6 +14,8 @@ from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import DraftPolicy
 from echo_vllm.policy.chain import ChainPolicy
 from echo_vllm.policy.echo import EchoPolicy
+from echo_vllm.policy.evict import EvictPolicy
+from echo_vllm.policy.graft import GraftPolicy
 from echo_vllm.policy.static import StaticPolicy
 from echo_vllm.policy.topn import TopNPolicy
 
@@ -33,16 +35,16 @@ def make_policy(
     Args:
         config: the validated `echo` section.
         num_speculative_tokens: the most nodes a request may have (N).
-        profile: of the drafter, for `echo` and `auto`; None takes built-in values.
+        profile: of the drafter, for `echo`, `auto` and `graft`; None takes built-in values.
     """
-    elastic: dict[str, Any] = {
+    tree: dict[str, Any] = {
         "max_nodes": num_speculative_tokens,
         "max_depth": config.max_depth,
         "top_k": config.top_k,
         "width": config.width,
         "k_max": config.k_max,
-        "floor": config.floor,
     }
+    elastic = {**tree, "floor": config.floor}
     match config.policy:
         case "chain":
             return ChainPolicy(num_speculative_tokens)
@@ -59,6 +61,10 @@ def make_policy(
                 survival=survival_of(config, profile),
                 growth=growth_of(config, profile),
             )
+        case "evict":
+            return EvictPolicy(**tree)
+        case "graft":
+            return GraftPolicy(**tree, gates=gates_of(config, profile))
 
 
 def gates_of(config: EchoConfig, profile: DrafterProfile | None) -> dict[int, float]:

@@ -35,12 +35,13 @@ import numpy as np
 import torch
 
 from echo_vllm.calibration.profile import DrafterProfile
-from echo_vllm.config import MAX_NODES, EchoConfig
+from echo_vllm.config import MAX_NODES, SECTION, EchoConfig, EchoConfigError
 from echo_vllm.cost import StepCost, budget_rows
 from echo_vllm.policy import DraftBatch, DraftPlan, DraftPolicy, make_policy
 from echo_vllm.policy.auto import AutoPolicy
 from echo_vllm.policy.base import MAX_BACKLOG
 from echo_vllm.policy.echo import EchoPolicy
+from echo_vllm.policy.evict import EvictPolicy
 from echo_vllm.policy.forecast import Forecaster
 from echo_vllm.trace.format import TraceError, TraceHeader, TraceRequest, TraceStep
 from echo_vllm.trace.recorded import STAND_IN, RecordedDraft, RecordedDrafter
@@ -76,6 +77,11 @@ class Contender:
             EchoConfigError: the section is wrong.
         """
         config = EchoConfig.from_section(section, num_speculative_tokens=num_speculative_tokens)
+        if config.policy == "graft":
+            raise EchoConfigError(
+                f'{SECTION}.policy must be one that a trace can replay, got "graft", which '
+                "retrieves nodes that no trace holds; choose another."
+            )
         return cls(name, make_policy(config, num_speculative_tokens, profile), config.online)
 
     @classmethod
@@ -311,6 +317,8 @@ class _Run:
             return self.forecaster.plan(self.concurrency, self.prefill_tokens, self.cost)
         if isinstance(self.policy, EchoPolicy):
             return self.policy.plan(self.concurrency, self.prefill_tokens, self.max_rows)
+        if isinstance(self.policy, EvictPolicy):
+            return self.policy.plan(self.prefill_tokens, self.cost)
         return DraftPlan()
 
     def _observe(self, draft: RecordedDraft, accepted: np.ndarray[Any, np.dtype[np.int64]]) -> None:

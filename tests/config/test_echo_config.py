@@ -54,6 +54,7 @@ def test_accepted_sections_get_every_default_filled_in(
 
 FIELD = "speculative_config.echo"
 NODES = "speculative_config.num_speculative_tokens"
+POLICIES = "chain, static, topn, echo, auto, evict, graft"
 FIELDS = f"the fields are {', '.join(EchoConfig.model_fields)}."
 SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
 
@@ -94,8 +95,26 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
         (
             {"policy": "topn", "k_max": 64},
             16,
-            f"{FIELD}.k_max belongs to policy echo or auto, got policy topn; remove {FIELD}.k_max, "
-            f"or set {FIELD}.policy to echo.",
+            f"{FIELD}.k_max belongs to policy echo, auto, evict or graft, got policy topn; remove "
+            f"{FIELD}.k_max, or set {FIELD}.policy to echo.",
+        ),
+        (
+            {"policy": "evict", "floor": 1},
+            16,
+            f"{FIELD}.floor belongs to policy echo or auto, got policy evict; remove "
+            f"{FIELD}.floor, or set {FIELD}.policy to echo.",
+        ),
+        (
+            {"policy": "graft", "gamma": 0.1, "k_max": 9},
+            16,
+            f"{FIELD}.gamma belongs to policy auto or evict, got policy graft; remove "
+            f"{FIELD}.gamma, or set {FIELD}.policy to auto.",
+        ),
+        (
+            {"policy": "graft", "trace": "t.jsonl"},
+            16,
+            f"{FIELD}.trace does not work with policy graft, because retrieved nodes are not the "
+            'draft head\'s, got "t.jsonl"; remove it, or choose another policy.',
         ),
         (
             {"policy": "auto", "gamma": 0.1},
@@ -140,20 +159,18 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
         (
             {"policy": "best"},
             16,
-            f'{FIELD}.policy must be one of chain, static, topn, echo, auto, got "best"; set it to '
-            "one of them.",
+            f'{FIELD}.policy must be one of {POLICIES}, got "best"; set it to one of them.',
         ),
         (
             {"policy": "top-n"},
             16,
-            f'{FIELD}.policy must be one of chain, static, topn, echo, auto, got "top-n"; '
-            "did you mean topn?; set it to one of them.",
+            f'{FIELD}.policy must be one of {POLICIES}, got "top-n"; did you mean topn?; set it to '
+            "one of them.",
         ),
         (
             {"policy": 1},
             16,
-            f"{FIELD}.policy must be one of chain, static, topn, echo, auto, got 1; set it to "
-            "one of them.",
+            f"{FIELD}.policy must be one of {POLICIES}, got 1; set it to one of them.",
         ),
         *[
             (
@@ -322,7 +339,7 @@ TREES = st.lists(st.lists(st.integers(-1, 17), max_size=4), max_size=8)
 SECTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "policy": st.sampled_from(["chain", "static", "topn", "echo", "auto"]) | JSON_VALUES,
+        "policy": st.sampled_from(EchoConfig.POLICIES) | JSON_VALUES,
         "width": st.integers(0, 18) | JSON_VALUES,
         "k_max": st.integers(-1, 300) | JSON_VALUES,
         "gamma": st.floats(-1, 5) | JSON_VALUES,
@@ -362,6 +379,8 @@ def test_any_section_is_either_valid_or_one_sentence(section: Any, num_nodes: in
     [
         ("echo.json", 16, "auto"),
         ("chain.json", 4, "chain"),
+        ("evict.json", 16, "evict"),
+        ("graft.json", 16, "graft"),
         ("static.json", 16, "static"),
         ("topn-64.json", 64, "topn"),
         ("topn.json", 16, "topn"),
@@ -380,6 +399,8 @@ def test_no_example_is_left_out() -> None:
     assert {file.name for file in EXAMPLES.glob("*.json")} == {
         "echo.json",
         "chain.json",
+        "evict.json",
+        "graft.json",
         "static.json",
         "topn-64.json",
         "topn.json",

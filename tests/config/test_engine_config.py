@@ -526,7 +526,7 @@ def test_llm_raises_the_sentence_as_a_value_error(target: Path, head: Path) -> N
         )
     assert str(error.value) == (
         "speculative_config.echo.policy must be one of chain, static, topn, echo, auto, "
-        'got "best"; set it to one of them.'
+        'evict, graft, got "best"; set it to one of them.'
     )
 
 

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """The whole exactness matrix on the demo model, too long for `make test`.
 
-    python -m tests.engine.exactness --json benchmarks/results/exactness-cpu.json
+    python -m tests.engine.exactness --json benchmarks/results/exactness-cpu.json --resume
     python -m tests.engine.exactness --tiny --only fp32 --cases 'concurrency 1$'
 
 FP32: every policy at concurrency 16 and 1, a chunked-prefill budget of 64 tokens, forced
@@ -24,7 +24,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def fp32(
     prompts: list[Any],
     num_tokens: int,
     pattern: str,
+    done: Sequence[dict[str, Any]],
     **more: Any,
 ) -> Iterator[dict[str, Any]]:
-    """The row of each case as soon as it has run."""
+    """The row of each case as soon as it has run; cases in `done` are left out."""
     usual = OPTIONS | more
 
     @functools.cache
@@ -77,7 +79,7 @@ def fp32(
             return generate(llm, prompts, greedy(num_tokens))
 
     for name, (num_nodes, section), options, one_by_one in cases():
-        if not re.search(pattern, name):
+        if not re.search(pattern, name) or any(row["case"] == name for row in done):
             continue
         start = time.monotonic()
         spec = echo(head, num_nodes, **section)
@@ -96,8 +98,10 @@ def fp32(
             "acceptance_length": 1
             + count["spec_decode_num_accepted_tokens"] / count["spec_decode_num_drafts"],
             "preemptions": preemptions[0] if preemptions else None,
+            "seconds": round(time.monotonic() - start),
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
         }
-        print(f"{row}  ({time.monotonic() - start:.0f} s)", flush=True)
+        print(row, flush=True)
         yield row
 
 
@@ -144,12 +148,15 @@ def main() -> int:
     parser.add_argument("--cases", default="", help="FP32: a regular expression of case names")
     parser.add_argument("--only", choices=["fp32", "bf16"])
     parser.add_argument("--tiny", action="store_true", help="FP32 on the tiny random model")
+    parser.add_argument("--resume", action="store_true", help="keep what --json holds already")
     args = parser.parse_args()
     if args.tiny and args.only != "fp32":
         parser.error("--tiny has no bfloat16 part; add --only fp32")
     report: dict[str, Any] = {
         "command": "python -m tests.engine.exactness " + " ".join(sys.argv[1:])
     }
+    if args.resume and args.json and args.json.exists():
+        report = json.loads(args.json.read_text()) | report
 
     def keep() -> None:
         if args.json:
@@ -159,16 +166,18 @@ def main() -> int:
     exact = True
     with models(args.tiny) as (target, head, prompts, options):
         prompts = prompts[: args.prompts]
-        if args.only != "fp32":
+        if args.only != "fp32" and "bfloat16" not in report:
             report["bfloat16"] = bf16(prompts, args.tokens)
             print(report["bfloat16"], flush=True)
             keep()
         if args.only != "bf16":
-            report["float32"] = []
-            for row in fp32(target, head, prompts, args.tokens, args.cases, **options):
-                report["float32"].append(row)
+            rows = report.setdefault("float32", [])
+            size = {"prompts": len(prompts), "tokens": args.tokens}
+            done = [row for row in rows if row.items() >= size.items()]
+            for row in fp32(target, head, prompts, args.tokens, args.cases, done, **options):
+                rows.append(row)
                 keep()
-                exact = exact and row["identical"] == row["prompts"]
+            exact = all(row["identical"] == row["prompts"] for row in rows)
     return 0 if exact else 1
 
 

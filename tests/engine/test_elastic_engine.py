@@ -206,6 +206,7 @@ def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
         {"policy": "topn", "max_depth": 3, "top_k": 3},
         {"policy": "echo", "max_depth": 4, "top_k": 3, "k_max": 40, "gates": {"1": 0.3}},
         {"policy": "auto", "max_depth": 4, "top_k": 3, "k_max": 64, "gamma": 0.0},
+        {"policy": "evict", "max_depth": 4, "top_k": 3, "k_max": 64, "gamma": 0.02},
     ],
     ids=lambda section: section["policy"],
 )

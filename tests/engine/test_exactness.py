@@ -36,6 +36,8 @@ POLICIES: dict[str, tuple[int, dict[str, Any]]] = {
     "echo-64": (64, {"policy": "echo", "max_depth": 8, "top_k": 6, "gates": {"1": 0.3}}),
     # A forward that costs the same whatever its size: everything pays.
     "auto-16": (16, {"policy": "auto", "k_max": 512, "gamma": 0.0}),
+    "evict-16": (16, {"policy": "evict", "k_max": 100, "gamma": 0.02}),
+    "graft-16": (16, {"policy": "graft", "gates": {"1": 0.4, "2": 0.3, "4": 0.1}}),
 }
 
 

@@ -70,15 +70,17 @@ class _Weights:
     def ones(self, name: str, size: int) -> None:
         self.tensors[name] = torch.ones(size)
 
-    def layer(self, prefix: str, shape: Shape, qkv_in: int) -> None:
+    def layer(self, prefix: str, shape: Shape, qkv_in: int, experts: int = 0) -> None:
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.matrix(f"{prefix}.self_attn.q_proj.weight", width, qkv_in, 2.0)
         self.matrix(f"{prefix}.self_attn.k_proj.weight", kv, qkv_in, 2.0)
         self.matrix(f"{prefix}.self_attn.v_proj.weight", kv, qkv_in)
         self.matrix(f"{prefix}.self_attn.o_proj.weight", shape.hidden, width, 1.5)
-        self.matrix(f"{prefix}.mlp.gate_proj.weight", shape.mlp, shape.hidden)
-        self.matrix(f"{prefix}.mlp.up_proj.weight", shape.mlp, shape.hidden)
-        self.matrix(f"{prefix}.mlp.down_proj.weight", shape.hidden, shape.mlp)
+        mlps = [f"{prefix}.mlp.experts.{i}" for i in range(experts)] or [f"{prefix}.mlp"]
+        for mlp in mlps:
+            self.matrix(f"{mlp}.gate_proj.weight", shape.mlp, shape.hidden)
+            self.matrix(f"{mlp}.up_proj.weight", shape.mlp, shape.hidden)
+            self.matrix(f"{mlp}.down_proj.weight", shape.hidden, shape.mlp)
         self.ones(f"{prefix}.input_layernorm.weight", shape.hidden)
         self.ones(f"{prefix}.post_attention_layernorm.weight", shape.hidden)
 
@@ -98,6 +100,36 @@ def make_target(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
     weights.ones("model.norm.weight", shape.hidden)
     weights.matrix("lm_head.weight", shape.vocab, shape.hidden, 2.0)
     return weights.save(folder, _config(shape, "LlamaForCausalLM", shape.layers))
+
+
+def make_moe_target(
+    folder: Path, shape: Shape = Shape(), seed: int = 0, experts: int = 8, active: int = 2
+) -> Path:
+    """Write a random Qwen3 mixture of experts, of which each token takes `active`."""
+    weights = _Weights(seed)
+    weights.matrix("model.embed_tokens.weight", shape.vocab, shape.hidden, shape.hidden**0.5)
+    for i in range(shape.layers):
+        prefix = f"model.layers.{i}"
+        weights.layer(prefix, shape, shape.hidden, experts)
+        weights.matrix(f"{prefix}.mlp.gate.weight", experts, shape.hidden, 2.0)
+        weights.ones(f"{prefix}.self_attn.q_norm.weight", shape.head_dim)
+        weights.ones(f"{prefix}.self_attn.k_norm.weight", shape.head_dim)
+    weights.ones("model.norm.weight", shape.hidden)
+    weights.matrix("lm_head.weight", shape.vocab, shape.hidden, 2.0)
+    config = _config(shape, "Qwen3MoeForCausalLM", shape.layers)
+    return weights.save(
+        folder,
+        config
+        | {
+            "model_type": "qwen3_moe",
+            "num_experts": experts,
+            "num_experts_per_tok": active,
+            "moe_intermediate_size": shape.mlp,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        },
+    )
 
 
 def make_head(

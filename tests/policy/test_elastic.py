@@ -18,7 +18,7 @@ from echo_vllm.config import EchoConfig
 from echo_vllm.cost import CostCurve, StepCost
 from echo_vllm.forest import ROOT, DraftForest
 from echo_vllm.policy import CandidatePool, DraftBatch, DraftPlan, make_policy
-from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.cost_aware import CostAwarePolicy
 from echo_vllm.policy.echo import EchoPolicy
 from tests.policy.test_policies import grow, paths_of
 
@@ -201,7 +201,7 @@ def test_a_gated_request_leaves_the_frontier_and_keeps_its_layer() -> None:
     assert nodes_of(policy.select(pool, batch)) == [{(1,), (2,), (3,), (4,)}]
 
 
-def brute_force(policy: AutoPolicy, pool: CandidatePool, batch: DraftBatch) -> float:
+def brute_force(policy: CostAwarePolicy, pool: CandidatePool, batch: DraftBatch) -> float:
     """The best tokens a second of every ancestor-closed forest of the pool."""
     probabilities = policy.probabilities(pool, batch)
     each: list[list[tuple[int, float]]] = []
@@ -225,8 +225,9 @@ def brute_force(policy: AutoPolicy, pool: CandidatePool, batch: DraftBatch) -> f
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("free", [2, 4, 7, 50])
-def test_autos_selection_is_the_optimum_of_its_objective(seed: int, free: int) -> None:
-    policy = elastic(5, policy="auto", max_depth=2, top_k=2, width=2)
+@pytest.mark.parametrize("name", ["auto", "evict"])
+def test_the_selection_is_the_optimum_of_its_objective(name: str, seed: int, free: int) -> None:
+    policy = elastic(5, policy=name, max_depth=2, top_k=2, width=2)
     batch = planned(2, cost=cost(free, slope=2.0), price=0.0)
     pool = grow(policy, 2, seed, batch)
     forest = policy.select(pool, batch)
@@ -271,6 +272,25 @@ def test_auto_keeps_the_invariants(
         1, torch.where(parents == ROOT, pool.num_columns, parents)
     )
     assert bool((probabilities <= above).all())
+
+
+def test_evict_drafts_in_full_and_cuts_what_does_not_pay() -> None:
+    policy = elastic(12, policy="evict", max_depth=4, top_k=2, width=4)
+    sizes = []
+    for free, slope in ((100, 0.0), (6, 1.0), (2, 500.0)):
+        batch = planned(3, cost=cost(free, slope=slope))
+        pool = grow(policy, 3, 1, batch)
+        assert pool.num_levels == 4
+        forest = policy.select(pool, batch)
+        forest.validate(max_nodes=12, max_depth=4)
+        sizes.append(forest.num_nodes)
+    assert sizes[0] == 36
+    assert 0 < sizes[1] < 36
+    assert sizes[2] == 0
+    # Before a cost is known everything is verified; k_max is a limit all the same.
+    assert policy.select(pool, planned(3)).num_nodes == 36
+    limited = elastic(12, policy="evict", max_depth=4, top_k=2, width=4, k_max=20)
+    assert limited.select(pool, planned(3, prefill_tokens=3)).num_nodes == 17
 
 
 def test_a_dear_second_stops_deeper_levels_and_probes_go_on() -> None:
