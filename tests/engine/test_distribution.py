@@ -314,7 +314,7 @@ def test_a_planted_duplicate_sibling_is_caught(
         {"policy": "auto", "width": 5, "k_max": 300, "gamma": 0.001, "online": False},
         {"policy": "evict", "width": 5, "k_max": 300, "gamma": 0.001, "online": False},
         # Candidates out of what the target said to all requests.
-        {"policy": "graft", "k_max": 1500, "gates": {"1": 0.6, "2": 0.5}},
+        {"policy": "graft", "k_max": 700, "gates": {"1": 0.6, "2": 0.5}},
     ],
     ids=lambda section: section["policy"],
 )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from echo_vllm.policy import CandidatePool, DraftBatch, DraftPlan
 from echo_vllm.policy.graft import GraftPolicy, kept_share
+from echo_vllm.policy.retrieval import MISSING
 from tests.policy.test_policies import VOCAB, grow, paths_of, policy_of
 
 
@@ -100,13 +101,15 @@ def test_the_unsure_stop_and_the_sure_go_on() -> None:
     assert second.requests.tolist() == [0]
 
 
-@pytest.mark.parametrize("num_nodes", [1, 8, 256])
-def test_a_table_is_as_wide_as_the_vocabulary_allows(num_nodes: int) -> None:
-    policy = (
-        graft(num_nodes, max_depth=1, top_k=16, width=16)
-        if num_nodes <= 16
-        else graft(num_nodes, max_depth=8, top_k=8)
-    )
-    policy.observe(torch.tensor([1]), torch.zeros(1, 5))
+@pytest.mark.parametrize(("num_nodes", "max_depth"), [(1, 1), (8, 3), (256, 8)])
+def test_a_vocabulary_may_be_smaller_than_the_tables_ranks(num_nodes: int, max_depth: int) -> None:
+    policy = graft(num_nodes, max_depth=max_depth, top_k=8, width=8)
+    said = torch.tensor([[0.0, 3.0, 1.0]]).expand(3, -1)
+    policy.observe(torch.arange(3), said)
     assert policy.table is not None
-    assert policy.table.num_ranks == 5
+    tokens, scores = policy.table.walk(torch.tensor([2]), policy.template)
+    there = sum(3**depth for depth in range(1, max_depth + 1))
+    found = tokens[scores > MISSING]
+    assert 0 < len(found) <= min(2 * num_nodes, there)
+    assert set(found.tolist()) <= {0, 1, 2}
+    assert int(tokens[0, 0]) == 1
