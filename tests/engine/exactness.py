@@ -98,7 +98,6 @@ def fp32(
             "acceptance_length": 1
             + count["spec_decode_num_accepted_tokens"] / count["spec_decode_num_drafts"],
             "preemptions": preemptions[0] if preemptions else None,
-            "seconds": round(time.monotonic() - start),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
         }
         print(row, flush=True)
