@@ -23,7 +23,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,7 +80,6 @@ def fp32(
     for name, (num_nodes, section), options, one_by_one in cases():
         if not re.search(pattern, name) or any(row["case"] == name for row in done):
             continue
-        start = time.monotonic()
         spec = echo(head, num_nodes, **section)
         with engine(target, spec, **{**usual, **options}) as llm:
             found = generate(llm, prompts, greedy(num_tokens), one_by_one=one_by_one)
