@@ -67,6 +67,11 @@ def show_name(name: str) -> str:
     return name if _PLAIN_NAME.fullmatch(name) else show(name)
 
 
+def show_place(loc: Sequence[int | str]) -> str:
+    """Where in a JSON object something is, as pydantic's `loc` has it: ".tree[1]"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{show_name(part)}" for part in loc)
+
+
 def closest(name: str, allowed: Sequence[str]) -> str:
     """A hint at the name that was probably meant, or nothing."""
     matches = difflib.get_close_matches(name, allowed, n=1)
@@ -482,9 +487,7 @@ def _first_sentence(error: ValidationError) -> str:
     """Pydantic's first complaint about the section, in this project's words."""
     report = error.errors(include_url=False)[0]
     name = str(report["loc"][0])
-    path = SECTION + "".join(
-        f"[{part}]" if isinstance(part, int) else f".{show_name(part)}" for part in report["loc"]
-    )
+    path = SECTION + show_place(report["loc"])
     got = show(report["input"])
     fields = tuple(EchoConfig.model_fields)
     if report["type"] == "extra_forbidden":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_vllm.config import EchoConfigError, show, show_name
+from echo_vllm.config import EchoConfigError, show, show_place
 
 if TYPE_CHECKING:
     from echo_vllm.calibration.survival import SurvivalModel
@@ -149,10 +149,7 @@ class DrafterProfile(_Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             report = error.errors(include_url=False)[0]
-            place = "".join(
-                f"[{part}]" if isinstance(part, int) else f".{show_name(part)}"
-                for part in report["loc"]
-            ).lstrip(".")
+            place = show_place(report["loc"]).lstrip(".")
             what = report["msg"].removeprefix("Value error, ")
             raise EchoConfigError(
                 f"{where}, whose {place or 'content'} is wrong ({what}); run `echo-vllm "

@@ -337,6 +337,26 @@ class CandidatePool:
         columns = torch.arange(self.num_columns, device=self.device)
         return rank.scatter_(1, order, columns.expand_as(order))
 
+    def expand_best(
+        self, depth: int, width: int, going: torch.Tensor | None = None
+    ) -> Expansion | None:
+        """The level `depth`, at least 2, under the best `width` nodes of the level above.
+
+        Args:
+            depth, width: as said.
+            going: [A] bool, on the pool's device: which of the active requests go on; None means
+                all of them.
+
+        Returns:
+            None if it is known that nobody goes on.
+        """
+        requests = self.active
+        if going is not None and self.compacts:
+            requests, going = requests[going], None
+            if not len(requests):
+                return None
+        return Expansion(self.best_frontier(depth - 1, width, requests), None, requests, going)
+
     def best_frontier(self, depth: int, width: int, requests: torch.Tensor) -> torch.Tensor:
         """[A, min(width, level)] int64, the best columns of one depth for each of `requests`
         ([A], on the host)."""

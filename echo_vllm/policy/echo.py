@@ -92,8 +92,7 @@ class EchoPolicy:
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
             return Expansion(frontier=None, children=None)
-        requests = pool.active
-        best = pool.rows_of(requests, pool.best_of_level(depth - 1))
+        best = pool.rows_of(pool.active, pool.best_of_level(depth - 1))
         going = torch.ones_like(best, dtype=torch.bool)
         if depth - 1 in self.gates:
             going = best.exp() > self.gates[depth - 1]
@@ -107,14 +106,7 @@ class EchoPolicy:
             going &= rank < left
         elif depth > self.budget(batch) // max(1, pool.num_requests):
             return None  # A path of that many levels is more than anyone's part.
-        if not pool.compacts:
-            frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
-            return Expansion(frontier, None, requests, going)
-        requests = requests[going]
-        if not len(requests):
-            return None
-        frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
-        return Expansion(frontier, None, requests)
+        return pool.expand_best(depth, self.max_frontier, going)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         budget, limit = self.budget(batch), self.max_nodes

@@ -43,8 +43,7 @@ class EvictPolicy(CostAwarePolicy):
         """The plan of a drafting; without a cost, as before it is known, everything is verified."""
         return DraftPlan(prefill_tokens=prefill_tokens, cost=cost)
 
-    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
             return Expansion(frontier=None, children=None)
-        frontier = pool.best_frontier(depth - 1, self.max_frontier, pool.active)
-        return Expansion(frontier=frontier, children=None)
+        return pool.expand_best(depth, self.max_frontier)

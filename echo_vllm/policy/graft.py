@@ -85,16 +85,11 @@ class GraftPolicy:
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
             return Expansion(frontier=None, children=None)
-        requests, going = pool.active, None
+        going = None
         if depth - 1 in self.gates:
-            best = pool.rows_of(requests, pool.best_of_level(depth - 1))
+            best = pool.rows_of(pool.active, pool.best_of_level(depth - 1))
             going = best.exp() > self.gates[depth - 1]
-            if pool.compacts:
-                requests, going = requests[going], None
-                if not len(requests):
-                    return None
-        frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
-        return Expansion(frontier, None, requests, going)
+        return pool.expand_best(depth, self.max_frontier, going)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         limit = self.limit(batch)

@@ -94,8 +94,8 @@ class SuccessorTable:
         shape = (vocab_size, num_ranks)
         self._tokens = torch.zeros(shape, dtype=torch.int32, device=device)
         self._logprobs = torch.full(shape, MISSING, dtype=torch.float32, device=device)
-        # Parents and ranks of a template, [T] int64 each, where they are used.
-        self._templates: dict[RankTemplate, tuple[torch.Tensor, torch.Tensor]] = {}
+        # The last template, and its parents and ranks, [T] int64 each, where they are used.
+        self._moved: tuple[RankTemplate, torch.Tensor, torch.Tensor] | None = None
 
     def observe(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """Renew the entries of `tokens`.
@@ -130,12 +130,13 @@ class SuccessorTable:
             [R, T] int64 tokens, and [R, T] float32 path log-probabilities by the table (nats),
             MISSING where it has no entry; both on the table's device.
         """
-        if template not in self._templates:
-            self._templates[template] = (
+        if self._moved is None or self._moved[0] is not template:
+            self._moved = (
+                template,
                 upload(torch.tensor(template.parents, dtype=torch.int64), roots.device),
                 upload(torch.tensor(template.ranks, dtype=torch.int64), roots.device),
             )
-        parents, ranks = self._templates[template]
+        _, parents, ranks = self._moved
         num_requests = len(roots)
         tokens = roots.new_zeros(num_requests, template.num_nodes, dtype=torch.int64)
         scores = self._logprobs.new_full((num_requests, template.num_nodes), MISSING)

@@ -22,12 +22,10 @@ class TopNPolicy:
         self.num_ranks = top_k
         self.max_frontier = top_k
 
-    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
+    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
             return Expansion(frontier=None, children=None)
-        return Expansion(
-            frontier=pool.best_frontier(depth - 1, self.max_frontier, pool.active), children=None
-        )
+        return pool.expand_best(depth, self.max_frontier)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         return pool.take(pool.best_first()[:, : self.num_nodes])
