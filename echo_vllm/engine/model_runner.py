@@ -77,23 +77,16 @@ class Step:
         forest: the trees as scheduled, one a request of the batch, maybe empty; on the host.
         rows: the requests that attention must treat as trees, None if there are none.
         query_start: [R + 1] int64, first row of each request.
+        logits_rows: [n], on the device, the rows that logits are computed for: the last committed
+            one of each request and those of its nodes behind it.
         verdict: set by sampling; on the host.
     """
 
     forest: DraftForest
     rows: VerificationRows | None
     query_start: np.ndarray
+    logits_rows: torch.Tensor
     verdict: Verdict | None = None
-
-
-def _rows_with_logits(step: Step) -> np.ndarray:
-    """[n] int64, rows of the forward that logits were computed for: the last one of each request
-    and those of its nodes behind it."""
-    counts = step.forest.cu_nodes.diff().numpy().astype(np.int64) + 1
-    before = np.cumsum(counts) - counts
-    first = step.query_start[1:] - counts
-    rows: np.ndarray = np.repeat(first - before, counts) + np.arange(counts.sum())
-    return rows
 
 
 class EchoRunnerMixin(_Runner):
@@ -217,7 +210,7 @@ class EchoRunnerMixin(_Runner):
             self.positions[: rows.num_rows] = rows.depths + torch.repeat_interleave(
                 base, rows.row_start.diff(), output_size=rows.num_rows
             )
-        self.step = Step(forest, rows, query_start)
+        self.step = Step(forest, rows, query_start, logits_rows=result[0])
         return result
 
     def _tree_rows(self, forest: DraftForest, num_trees: int) -> VerificationRows:
@@ -286,10 +279,7 @@ class EchoRunnerMixin(_Runner):
         assert logits is not None
         num_reqs = self.input_batch.num_reqs
         if isinstance(self.drafter.policy, GraftPolicy):
-            rows = torch.from_numpy(_rows_with_logits(self.step))
-            self.drafter.policy.observe(
-                self.input_ids.gpu[upload(rows, self.device)].to(logits.device), logits
-            )
+            self.drafter.policy.observe(self.input_ids.gpu[self.step.logits_rows], logits)
         verdict = verify(
             self.sampler,
             logits,

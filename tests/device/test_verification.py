@@ -186,7 +186,8 @@ def bind(runner: Any, name: str) -> Any:
 
 def step_of(rows: VerificationRows | None) -> Step:
     starts = np.concatenate([[0], np.cumsum((FOREST.cu_nodes.diff() + 1).numpy())])
-    return Step(FOREST, rows, starts.astype(np.int64))
+    logits_rows = torch.arange(int(starts[-1]))  # Every row is a root or a node.
+    return Step(FOREST, rows, starts.astype(np.int64), logits_rows)
 
 
 def test_masks_are_built_on_the_device_without_waiting() -> None:
