@@ -285,7 +285,7 @@ def flex(inputs: AttentionInputs) -> Run:
     try:
         run()
     except Exception as error:  # it may not compile
-        raise Unavailable(f"FlexAttention fails: {str(error).splitlines()[0][:120]}") from error
+        raise Unavailable(f"FlexAttention fails: {str(error)[:120]}") from error
     return run
 
 

@@ -36,7 +36,6 @@ from benchmarks.attention_baselines import (
     AttentionInputs,
     Case,
     Model,
-    Unavailable,
     by_implementation,
     causal_backend,
     trees,
@@ -53,6 +52,7 @@ ROWS = (1, 8, 16, 33, 64)
 
 # The largest difference that two orders of adding up bfloat16 products may make here.
 MOST_DIFFERENCE = 3e-2
+WRONG = "WRONG"
 
 # Parameters of Llama-3.1-8B: a step reads them all once, in 16 bits.
 PARAMETERS_8B = 8.03e9
@@ -183,11 +183,13 @@ def time_attention(
             try:
                 other = prepare(inputs)
                 difference = float((other().float() - expected).abs().max())
-            except (Unavailable, RuntimeError) as error:
-                unavailable[name] = str(error).splitlines()[0][:160]
+            except Exception as error:  # A compiler's or a driver's; one of many baselines.
+                unavailable[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:160]
                 continue
             if name != "causal" and not difference < MOST_DIFFERENCE:
-                raise AssertionError(f"{case}: {name} and the kernel differ by {difference:.1e}")
+                print(f"{WRONG}: {case}: {name} and the kernel differ by {difference:.1e}")
+                unavailable[name] = f"{WRONG}: it and the kernel differ by {difference:.1e}"
+                continue
             others[name] = timer.microseconds(other)
         element = 1 if fp8_cache else 2
         floor = max(case.moved_bytes(element) / rates.bytes_per_second, case.flops() / rates.flops)
@@ -402,6 +404,8 @@ def main() -> None:
         for result in stage:
             report.add(result)
     report.conclude()
+    if any(why.startswith(WRONG) for r in report.results for why in r.unavailable.values()):
+        raise SystemExit("benchmarks.gpu: a baseline and the kernel differ, see above")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ inline void check_last_dim_contiguous(const char* op, const char* name, const Te
         " must be contiguous, got stride ", t.stride(last));
 }
 
+// The stride of a dimension; 0 where it has one entry, whose stride may be anything.
+inline int64_t stride_of(const Tensor& t, int64_t dim) {
+  return t.size(dim) > 1 ? t.stride(dim) : 0;
+}
+
 // A contiguous vector of integers.
 inline void check_index_vector(const char* op, const char* name, const Tensor& t,
                                ScalarType dtype) {

@@ -52,7 +52,7 @@ inline CacheView check_cache(const char* name, const Tensor& cache, KvLayout lay
   if (layout == KvLayout::kNhd) {
     check_size(kTreeAttentionOp, name, cache, 1, block_size);
     check_size(kTreeAttentionOp, name, cache, 2, num_kv_heads);
-    return {cache.size(0), {cache.stride(0), cache.stride(2), cache.stride(1)}};
+    return {cache.size(0), {stride_of(cache, 0), stride_of(cache, 2), stride_of(cache, 1)}};
   }
   check_size(kTreeAttentionOp, name, cache, 1, num_kv_heads);
   check_size(kTreeAttentionOp, name, cache, 2, block_size);
@@ -127,21 +127,21 @@ inline TreeAttentionArgs check_suffix_attention(
   check(mask.is_contiguous(), op, ": mask must be contiguous");
 
   args.query = query.const_data_ptr();
-  args.query_stride_row = query.stride(0);
-  args.query_stride_head = query.stride(1);
+  args.query_stride_row = stride_of(query, 0);
+  args.query_stride_head = stride_of(query, 1);
   args.out = out.mutable_data_ptr();
-  args.out_stride_row = out.stride(0);
-  args.out_stride_head = out.stride(1);
+  args.out_stride_row = stride_of(out, 0);
+  args.out_stride_head = stride_of(out, 1);
   if (lse) {
     args.lse = static_cast<float*>(lse->mutable_data_ptr());
     args.lse_stride_head = lse->stride(0);
   }
   args.suffix_key = suffix_key.const_data_ptr();
   args.suffix_value = suffix_value.const_data_ptr();
-  args.suffix_key_stride_row = suffix_key.stride(0);
-  args.suffix_key_stride_head = suffix_key.stride(1);
-  args.suffix_value_stride_row = suffix_value.stride(0);
-  args.suffix_value_stride_head = suffix_value.stride(1);
+  args.suffix_key_stride_row = stride_of(suffix_key, 0);
+  args.suffix_key_stride_head = stride_of(suffix_key, 1);
+  args.suffix_value_stride_row = stride_of(suffix_value, 0);
+  args.suffix_value_stride_head = stride_of(suffix_value, 1);
   args.query_start = static_cast<const int32_t*>(query_start.const_data_ptr());
   args.row_start = static_cast<const int32_t*>(row_start.const_data_ptr());
   args.suffix_start = static_cast<const int32_t*>(suffix_start.const_data_ptr());
@@ -261,8 +261,8 @@ inline MergeAttentionArgs check_merge_attention(const Tensor& prefix_out, const 
   args.query_start = static_cast<const int32_t*>(query_start.const_data_ptr());
   args.row_start = static_cast<const int32_t*>(row_start.const_data_ptr());
   args.out = out.mutable_data_ptr();
-  args.out_stride_row = out.stride(0);
-  args.out_stride_head = out.stride(1);
+  args.out_stride_row = stride_of(out, 0);
+  args.out_stride_head = stride_of(out, 1);
   if (lse) {
     check_lse(op, "lse", *lse, num_heads, num_tokens);
     args.lse = static_cast<float*>(lse->mutable_data_ptr());

@@ -63,7 +63,7 @@ ECHO_HOST_DEVICE uint64_t ancestor_word(const int32_t* parents, int node, int wo
 // Bits [first, first + 64) of a mask row of `length` bits as one word. Bits before the first one
 // (`first` may be negative) and behind the last are 0; no word behind the last bit's is read.
 ECHO_HOST_DEVICE uint64_t mask_word_at(const uint64_t* row, int length, int first) {
-  if (first >= length || first <= -kBitsPerWord) return 0;
+  if (length <= 0 || first >= length || first <= -kBitsPerWord) return 0;
   uint64_t bits;
   if (first < 0) {
     bits = row[0] << -first;

@@ -89,6 +89,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
   check_last_dim_contiguous(op, "x", x);
   check_dim(op, "packed", packed, 3);
   check_size(op, "packed", packed, 1, x.size(1));
+  check(x.size(1) > 0, op, ": x must have columns, got shape ", ShapeOf{x});
   check(packed.is_contiguous(), op, ": packed must be contiguous");
   const ScalarType dtype = packed.scalar_type();
   check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,

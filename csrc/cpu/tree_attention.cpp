@@ -42,10 +42,12 @@ class Buffer {
  public:
   float* at_least(int64_t floats) {
     if (floats > capacity_) {
-      capacity_ = (floats + 15) / 16 * 16;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, capacity_ * sizeof(float))));
-      check(memory_ != nullptr, kTreeAttentionOp, ": out of memory for ", capacity_,
+      const int64_t wanted = (floats + 15) / 16 * 16;
+      capacity_ = 0;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, wanted * sizeof(float))));
+      check(memory_ != nullptr, kTreeAttentionOp, ": out of memory for ", wanted,
             " floats of scratch");
+      capacity_ = wanted;
     }
     return memory_.get();
   }

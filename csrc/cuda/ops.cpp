@@ -10,9 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../common/checks.h"
@@ -57,6 +59,17 @@ void check_launch(const char* op, cudaError_t error) {
   check(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 
+// A kernel would follow a pointer of another device, and the error would show up elsewhere.
+void check_devices(const char* op, const Tensor& first,
+                   std::initializer_list<std::pair<const char*, const Tensor*>> others) {
+  for (const auto& [name, tensor] : others) {
+    check(tensor->is_cuda() == first.is_cuda() &&
+              tensor->get_device_index() == first.get_device_index(),
+          op, ": ", name, " is not on the device of the other tensors, which is number ",
+          first.get_device_index());
+  }
+}
+
 int64_t device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
   int value = 0;
   check_launch("cudaDeviceGetAttribute",
@@ -88,6 +101,7 @@ std::tuple<Tensor, Tensor> build_super_tree(const Tensor& parents, const Tensor&
                                             int64_t num_words) {
   const char* op = "build_super_tree";
   const DeviceGuard guard(parents.get_device_index());
+  check_devices(op, parents, {{"cu_nodes", &cu_nodes}});
   SuperTreeArgs args{};
   args.forest = check_forest(op, parents, cu_nodes);
   check(num_words >= 1, op, ": num_words must be >= 1, got ", num_words);
@@ -106,6 +120,8 @@ std::tuple<Tensor, Tensor> accept_path(const Tensor& sampled, const Tensor& toke
                                        int64_t max_depth) {
   const char* op = "accept_path";
   const DeviceGuard guard(parents.get_device_index());
+  check_devices(op, parents,
+                {{"sampled", &sampled}, {"token_ids", &token_ids}, {"cu_nodes", &cu_nodes}});
   AcceptPathArgs args{};
   args.forest = check_forest(op, parents, cu_nodes);
   check(max_depth >= 0, op, ": max_depth must be >= 0, got ", max_depth);
@@ -132,6 +148,7 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
                                          int64_t max_per_request) {
   const char* op = "select_budget";
   const DeviceGuard guard(parents.get_device_index());
+  check_devices(op, parents, {{"scores", &scores}, {"tiers", &tiers}});
   check_candidates(scores, tiers, parents, budget, max_per_request);
   const int64_t num_requests = scores.size(0), num_columns = scores.size(1);
   check(num_columns <= kMaxSelectColumns, op, ": on CUDA a request may have ", kMaxSelectColumns,
@@ -170,6 +187,8 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
   check(layout == "nhd" || layout == "hnd", op, ": on CUDA layout must be nhd or hnd, got '",
         layout, "'");
   check(block_size > 0, op, ": block_size must be positive, got ", block_size);
+  check_devices(op, src_slots, {{"dst_slots", &dst_slots}});
+  for (const Tensor& cache : kv_caches) check_devices(op, src_slots, {{"a KV cache", &cache}});
   check_index_vector(op, "src_slots", src_slots, ScalarType::Long);
   check_index_vector(op, "dst_slots", dst_slots, ScalarType::Long);
   check_size(op, "dst_slots", dst_slots, 0, src_slots.size(0));
@@ -197,8 +216,8 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
             op, ": kv_caches[", i, "] must be [num_blocks, ", num_kv_heads, ", ", block_size,
             ", 2 * head_size] of ", row_bytes, " bytes a row like the first, got ", ShapeOf{cache});
       CommitLayer& layer = args->layers[i - first];
-      layer = {static_cast<char*>(cache.mutable_data_ptr()), cache.stride(0) * size,
-               cache.stride(1) * size, cache.stride(2) * size};
+      layer = {static_cast<char*>(cache.mutable_data_ptr()), stride_of(cache, 0) * size,
+               stride_of(cache, 1) * size, stride_of(cache, 2) * size};
       check(cache.stride(3) == 1 && row_bytes % kUnit == 0 &&
                 reinterpret_cast<uintptr_t>(layer.base) % kUnit == 0 &&
                 layer.block_stride % kUnit == 0 && layer.head_stride % kUnit == 0 &&
@@ -211,6 +230,21 @@ void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
 }
 
 namespace {
+
+void check_suffix_devices(const char* op, const Tensor& query, const Tensor& query_start,
+                          const Tensor& row_start, const Tensor& suffix_key,
+                          const Tensor& suffix_value, const Tensor& suffix_start,
+                          const Tensor& suffix_len, const Tensor& mask, const Tensor& out) {
+  check_devices(op, query,
+                {{"query_start", &query_start},
+                 {"row_start", &row_start},
+                 {"suffix_key", &suffix_key},
+                 {"suffix_value", &suffix_value},
+                 {"suffix_start", &suffix_start},
+                 {"suffix_len", &suffix_len},
+                 {"mask", &mask},
+                 {"out", &out}});
+}
 
 // `max_keys`: the most that a request may have, from shapes.
 void attend(const char* op, const TreeAttentionArgs& args, int64_t num_requests, int64_t num_rows,
@@ -262,6 +296,15 @@ void tree_attention(const Tensor& query, const Tensor& key_cache, const Tensor& 
   const DeviceGuard guard(query.get_device_index());
   check(layout == "nhd", op,
         ": on CUDA layout must be nhd (its strides may be those of hnd), got '", layout, "'");
+  check_devices(op, query,
+                {{"key_cache", &key_cache},
+                 {"value_cache", &value_cache},
+                 {"block_table", &block_table},
+                 {"context_lens", &context_lens},
+                 {"positions", &positions}});
+  check_suffix_devices(op, query, query_start, row_start, suffix_key, suffix_value, suffix_start,
+                       suffix_len, mask, out);
+  if (lse) check_devices(op, query, {{"lse", &*lse}});
   const TreeAttentionArgs args = check_tree_attention(
       query, key_cache, value_cache, block_table, context_lens, query_start, row_start, suffix_key,
       suffix_value, suffix_start, suffix_len, mask, positions, scale, softcap, sliding_window,
@@ -276,6 +319,9 @@ void suffix_attention(const Tensor& query, const Tensor& query_start, const Tens
                       const Tensor& suffix_start, const Tensor& suffix_len, const Tensor& mask,
                       double scale, double softcap, const Tensor& out, const Tensor& lse) {
   const DeviceGuard guard(query.get_device_index());
+  check_suffix_devices(kSuffixAttentionOp, query, query_start, row_start, suffix_key, suffix_value,
+                       suffix_start, suffix_len, mask, out);
+  check_devices(kSuffixAttentionOp, query, {{"lse", &lse}});
   const TreeAttentionArgs args = check_suffix_attention(
       kSuffixAttentionOp, query, query_start, row_start, suffix_key, suffix_value, suffix_start,
       suffix_len, mask, scale, softcap, out, lse);
@@ -287,6 +333,14 @@ void merge_attention(const Tensor& prefix_out, const Tensor& prefix_lse, const T
                      const Tensor& suffix_lse, const Tensor& query_start, const Tensor& row_start,
                      const Tensor& out, const std::optional<Tensor>& lse) {
   const DeviceGuard guard(out.get_device_index());
+  check_devices(kMergeAttentionOp, out,
+                {{"prefix_out", &prefix_out},
+                 {"prefix_lse", &prefix_lse},
+                 {"suffix_out", &suffix_out},
+                 {"suffix_lse", &suffix_lse},
+                 {"query_start", &query_start},
+                 {"row_start", &row_start}});
+  if (lse) check_devices(kMergeAttentionOp, out, {{"lse", &*lse}});
   const MergeAttentionArgs args = check_merge_attention(
       prefix_out, prefix_lse, suffix_out, suffix_lse, query_start, row_start, out, lse);
   check_launch(kMergeAttentionOp, launch_merge_attention(args, current_stream(out)));

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from echo_vllm.ops import forms
-from echo_vllm.ops.dispatch import available_implementations, implementation
+from echo_vllm.ops.dispatch import implementation
 from echo_vllm.ops.library import load_library
 
 __all__ = [
     "accept_path",
-    "available_implementations",
     "build_super_tree",
     "commit_kv",
     "load_library",

@@ -235,17 +235,6 @@ def implementation(
     return _SOURCES[choice.name].load(op)
 
 
-def available_implementations() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Operator -> device type -> what could run it here, best first."""
-    return {
-        op: {
-            device: tuple(name for name in order if not _SOURCES[name].reason(op, device))
-            for device, order in orders.items()
-        }
-        for op, orders in ORDER.items()
-    }
-
-
 def report() -> dict[str, list[dict[str, Any]]]:
     """Device type -> what each operator uses and why not better, as plain data.
 

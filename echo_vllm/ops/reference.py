@@ -348,4 +348,4 @@ def select_budget(
     columns = torch.full((min(budget, len(trees) * min(max_per_request, scores.shape[1])),), -1)
     chosen = [column for tree in trees for column in tree]
     columns[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
-    return columns, cu_nodes
+    return columns.to(scores.device), cu_nodes.to(scores.device)

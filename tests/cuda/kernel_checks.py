@@ -9,6 +9,7 @@ runs on the CPU.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -174,6 +175,26 @@ def check_attention(case: TreeAttentionCase, device: str, kernel: Any, wanted: A
     error /= expected[owned].double().abs().max().clamp(min=1.0)
     assert error < TOLERANCE[case.dtype], f"error {error:.2e}"
     torch.testing.assert_close(lse[:, owned], expected_lse[:, owned], atol=2e-3, rtol=1e-4)
+
+
+def check_odd_tensors(kernels: Any, device: str, shape: Shape) -> None:
+    """A mask without words, where nobody has a suffix; and any stride in a dimension of one."""
+    none = (0,) * len(shape.rows)
+    case = build(dataclasses.replace(shape, suffix_lens=none))
+    empty = case.with_arguments(mask=case.arguments["mask"][:, :0].contiguous())
+    check_attention(empty, device, kernels.tree_attention, reference.tree_attention)
+    case = build(dataclasses.replace(shape, num_kv_heads=1)).to(device)
+    caches = {name: case.arguments[name] for name in ("key_cache", "value_cache")}
+    dim = 2 if shape.layout == "nhd" else 1
+    strange = {
+        name: cache.as_strided(
+            cache.shape, [1 if i == dim else s for i, s in enumerate(cache.stride())]
+        )
+        for name, cache in caches.items()
+    }
+    usual = case.run(kernels.tree_attention)
+    odd = case.with_arguments(**strange).run(kernels.tree_attention)
+    assert torch.equal(odd[case.owned_rows], usual[case.owned_rows])
 
 
 def check_that_the_lse_changes_nothing(kernels: Any, device: str, shape: Shape) -> None:

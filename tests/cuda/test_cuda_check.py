@@ -27,9 +27,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.full
-def test_every_kernel_compiles_for_every_architecture_and_none_spills() -> None:
+def test_every_kernel_compiles_and_none_spills() -> None:
+    """For two of the three architectures of `make cuda-check`: no source differs between them, and
+    each takes a minute."""
     result = subprocess.run(
-        [sys.executable, "scripts/cuda_check.py", "--link"],
+        [sys.executable, "scripts/cuda_check.py", "--link", "--archs", "80,90a"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -37,7 +39,7 @@ def test_every_kernel_compiles_for_every_architecture_and_none_spills() -> None:
     if result.stdout.startswith("cuda-check: skipped"):
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr
-    for arch in ("sm_80", "sm_90a", "sm_100"):
+    for arch in ("sm_80", "sm_90a"):
         assert arch in result.stdout
     library = re.search(r"(\S+_C_cuda\.abi3\.so): ([\d.]+) MiB", result.stdout)
     assert library is not None

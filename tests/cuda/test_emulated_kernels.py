@@ -9,6 +9,7 @@ right, on a machine without a GPU. tests/gpu runs the same checks on one.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ MMA = Shape("nhd", torch.bfloat16, 16, 2, 4, 128, (5, 0, 9, 1), (130, 7, 0, 77),
 
 
 def variant(shape: Shape = MMA, **changes: Any) -> Shape:
-    return Shape(**{**shape.__dict__, **changes})
+    return replace(shape, **changes)
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
@@ -152,6 +153,11 @@ def test_a_gpu_with_less_shared_memory_gets_another_kernel(
 def test_the_lse_changes_nothing(kernels: Any, head_size: int, contexts: tuple[int, ...]) -> None:
     shape = variant(head_size=head_size, contexts=contexts, num_kv_heads=1)
     checks.check_that_the_lse_changes_nothing(kernels, "cpu", shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_odd_tensors(kernels: Any, dtype: torch.dtype) -> None:
+    checks.check_odd_tensors(kernels, "cpu", variant(dtype=dtype, contexts=(10, 7, 0, 77)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

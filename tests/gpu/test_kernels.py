@@ -8,6 +8,7 @@ compute-sanitizer runs those whose name holds `sanitized`: small, but every kern
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ SMALL = Shape("nhd", torch.bfloat16, 16, 2, 4, 128, (5, 0, 9, 1), (130, 7, 0, 77
 
 
 def variant(**changes: Any) -> Shape:
-    return Shape(**{**SMALL.__dict__, **changes})
+    return replace(SMALL, **changes)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -83,6 +84,19 @@ def test_an_8_bit_cache_sanitized(kernels: Any, rows: tuple[int, ...]) -> None:
         checks.check_tree_attention(
             kernels, "cuda", variant(rows=rows, head_size=head_size, fp8_cache=True)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_odd_tensors_sanitized(kernels: Any, dtype: torch.dtype) -> None:
+    checks.check_odd_tensors(kernels, "cuda", variant(dtype=dtype, contexts=(10, 7, 0, 77)))
+
+
+def test_tensors_of_different_devices_are_refused(kernels: Any) -> None:
+    case = build(SMALL).to("cuda")
+    for name in ("context_lens", "mask", "value_cache"):
+        elsewhere = case.with_arguments(**{name: case.arguments[name].cpu()})
+        with pytest.raises(RuntimeError, match=f"{name} is not on the device of the other"):
+            elsewhere.run(kernels.tree_attention)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -51,9 +51,6 @@ def test_the_extension_runs_every_operator_on_a_cpu() -> None:
     for op in OPERATORS:
         assert dispatch.choose(op, "cpu") == dispatch.Choice("extension", {})
         assert dispatch.implementation(op, False) == getattr(torch.ops.echo_vllm, op).default
-    available = ops.available_implementations()
-    assert set(available) == OPERATORS
-    assert all(devices["cpu"][0] == "extension" for devices in available.values())
 
 
 def test_one_implementation_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,13 @@ def test_it_is_the_product(isa: str, shape: tuple[int, int], lossless: bool) -> 
             assert error.max() < 1e-6, (count, added is None)
 
 
+def test_rows_without_columns_are_refused() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"packed_linear: x must have columns, got shape \[2, 0\]"
+    ):
+        ops.packed_linear(torch.zeros(2, 0), ops.pack_linear(torch.zeros(8, 0)), 8)
+
+
 @pytest.mark.parametrize("lossless", [True, False], ids=["bfloat16", "float32"])
 def test_a_row_does_not_depend_on_the_others(isa: str, lossless: bool) -> None:
     packed = ops.pack_linear(weights((100, 1300), lossless=lossless))

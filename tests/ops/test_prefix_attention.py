@@ -8,6 +8,7 @@ FlashAttention itself needs a GPU (tests/gpu); a stand-in in plain torch takes i
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ SHAPE = Shape("nhd", torch.float32, 16, 2, 3, 64, (5, 0, 9, 1), (130, 7, 0, 77),
 
 
 def variant(**changes: Any) -> Shape:
-    return Shape(**{**SHAPE.__dict__, **changes})
+    return replace(SHAPE, **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

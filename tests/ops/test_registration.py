@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_opcheck_tree_attention() -> None:
 
 @pytest.mark.parametrize("fp8_cache", [False, True])
 def test_opcheck_tree_attention_with_an_lse(fp8_cache: bool) -> None:
-    case = build(Shape(**{**SHAPE.__dict__, "fp8_cache": fp8_cache}))
+    case = build(replace(SHAPE, fp8_cache=fp8_cache))
     plain = {
         name: value.nan_to_num(0.0)
         if isinstance(value, torch.Tensor) and value.dtype != torch.float8_e4m3fn

@@ -9,6 +9,7 @@ over 1 if that is smaller. float32 < 1e-5, bfloat16 and float16 < 2e-2.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ BASE = Shape("vec", torch.float32, 64, 2, 3, 64, (5, 1, 9), (130, 0, 77), (5, 1,
 
 
 def variant(**changes: Any) -> Shape:
-    return Shape(**{**BASE.__dict__, **changes})
+    return replace(BASE, **changes)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 112, 128, 192, 256, 512])

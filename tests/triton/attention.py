@@ -8,6 +8,7 @@ tests/ops/test_tree_attention.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ SUFFIX_ARGUMENTS = (
 
 
 def variant(**changes: Any) -> Shape:
-    return Shape(**{**BASE.__dict__, **changes})
+    return replace(BASE, **changes)
 
 
 def on_device(case: TreeAttentionCase) -> TreeAttentionCase:

@@ -159,7 +159,7 @@ def test_slots_outside_the_cache_are_not_touched() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     slots = torch.tensor([1])
-    with pytest.raises(RuntimeError, match="the Triton kernel has the layout nhd, got 'vec'"):
+    with pytest.raises(RuntimeError, match="the Triton kernel has nhd and hnd, got layout 'vec'"):
         triton_kernels.commit_kv([torch.zeros(2, 2, 8, 32)], slots, slots, 8, "vec")
     with pytest.raises(RuntimeError, match=r"must be \[num_blocks, num_kv_heads, 16, 2 \* head"):
         triton_kernels.commit_kv([torch.zeros(2, 2, 8, 32)], slots, slots, 16, "nhd")

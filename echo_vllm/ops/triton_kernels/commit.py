@@ -70,14 +70,14 @@ def commit_kv(
     block_size: int,
     layout: str,
 ) -> None:
-    """See `echo_vllm.ops.commit_kv`; the layout is `nhd`.
+    """See `echo_vllm.ops.commit_kv`; the layout is `nhd` or `hnd`, which differ in strides only.
 
     Each cache is [num_blocks, KVH, block_size, 2 * D] with any strides but the last, which is how
     vLLM's CUDA backends see both memory orders (NHD, HND): K and V of a token and head side by
     side. Moves from or to a slot outside the cache, -1 among them, are skipped.
     """
-    if layout != "nhd":
-        raise RuntimeError(f"commit_kv: the Triton kernel has the layout nhd, got {layout!r}")
+    if layout not in ("nhd", "hnd"):
+        raise RuntimeError(f"commit_kv: the Triton kernel has nhd and hnd, got layout {layout!r}")
     num_moves = src_slots.shape[0]
     for name, slots in (("src_slots", src_slots), ("dst_slots", dst_slots)):
         if slots.dtype != torch.int64 or slots.shape != (num_moves,) or not slots.is_contiguous():
