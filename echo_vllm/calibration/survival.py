@@ -80,11 +80,6 @@ class SurvivalModel:
         model._num_curves = max_depth
         return model
 
-    @property
-    def num_depths(self) -> int:
-        """Depths with a curve of their own."""
-        return self._num_curves
-
     def probability(self, path_logprobs: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
         """Probability that each node is accepted.
 
@@ -140,24 +135,34 @@ class OnlineSurvival:
     it knows. The prior holds the factor near 1 until as many nodes have been seen.
     """
 
-    def __init__(self, max_depth: int, half_life: float = 256.0, prior: float = 16.0) -> None:
+    def __init__(
+        self,
+        max_depth: int,
+        half_life: float = 256.0,
+        prior: float = 16.0,
+        resting_half_life: float = 512.0,
+    ) -> None:
         """
         Args:
             max_depth: depths that are followed.
             half_life: nodes of a depth, accepted or predicted to be, after which a step counts
                 half. The factor then wavers by about 1/sqrt(1.44 * half_life), 5 % by default.
             prior: nodes that count as predicted and accepted from the start.
+            resting_half_life: steps without any node after which what was seen counts half: low
+                factors may be why nothing is verified, and must not outlive the prompts that they
+                came from.
 
         Raises:
             ValueError: one of them is not positive.
         """
-        if min(max_depth, half_life, prior) <= 0:
+        if min(max_depth, half_life, prior, resting_half_life) <= 0:
             raise ValueError(
-                "max_depth, half_life and prior must be positive, got "
-                f"{max_depth}, {half_life} and {prior}"
+                "max_depth, half_life, prior and resting_half_life must be positive, got "
+                f"{max_depth}, {half_life}, {prior} and {resting_half_life}"
             )
         self.half_life = half_life
         self.prior = prior
+        self._keep = math.exp2(-1.0 / resting_half_life)
         self._predicted = [0.0] * max_depth
         self._accepted = [0.0] * max_depth
 
@@ -176,6 +181,11 @@ class OnlineSurvival:
             keep = math.exp2(-max(p, a) / self.half_life)
             self._predicted[i] = keep * self._predicted[i] + p
             self._accepted[i] = keep * self._accepted[i] + a
+
+    def forget(self) -> None:
+        """A step passed in which nothing was verified."""
+        self._predicted = [self._keep * p for p in self._predicted]
+        self._accepted = [self._keep * a for a in self._accepted]
 
     def factors(self) -> list[float]:
         """Per depth, what to scale the model's probabilities with; between 0.25 and 4."""

@@ -112,6 +112,11 @@ class DrafterBacklog:
     def waits(self, req_id: str) -> bool:
         return req_id in self._waiting
 
+    def length(self, req_id: str) -> int:
+        """Tokens of a request that wait."""
+        parts = self._waiting.get(req_id)
+        return parts[-1].stop - parts[0].start if parts else 0
+
     def forget(self, req_id: str, blocks: torch.Tensor | None, block_size: int = 1) -> None:
         """The request ended or was preempted; `blocks` [n] are those that it had."""
         parts = self._waiting.pop(req_id, [])

@@ -60,12 +60,14 @@ class DraftReport:
         level_rows: rows of each further forward.
         pool: all candidates, None if nothing was drafted.
         forest: those that were selected.
+        probes: of the batch that was drafted for.
     """
 
     committed: int = 0
     level_rows: list[int] = field(default_factory=list)
     pool: CandidatePool | None = None
     forest: DraftForest | None = None
+    probes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class EchoProposer(EagleProposer):
@@ -323,6 +325,7 @@ class EchoProposer(EagleProposer):
         forest = policy.select(pool, batch)
         self.report.pool = pool
         self.report.forest = forest
+        self.report.probes = batch.probes
         return forest
 
     def _forward_level(

@@ -175,12 +175,20 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
 
 def _measure(forwards: _Forwards, max_rows: int) -> StepCost:
     """Time forwards of up to `max_rows` rows."""
-    sizes = sorted({rows for rows in ROWS if rows < max_rows} | {max_rows})
-    return StepCost(
-        verify=_curve(forwards.target, sizes, 0.6 * BUDGET_S),
-        draft_level=_curve(forwards.draft, sizes, 0.2 * BUDGET_S),
-        catch_up=_curve(forwards.catch_up, sizes, 0.2 * BUDGET_S),
-    )
+    # Not two sizes next to each other at the end, whose slope would be chance.
+    sizes = sorted({rows for rows in ROWS if 6 * rows < 5 * max_rows} | {max_rows})
+    timings = [
+        _Timings(forwards.target, sizes, 0.6 * BUDGET_S),
+        _Timings(forwards.draft, sizes, 0.2 * BUDGET_S),
+        _Timings(forwards.catch_up, sizes, 0.2 * BUDGET_S),
+    ]
+    for timing in timings:
+        timing.first_round()
+    for _ in range(1, ROUNDS):
+        for timing in timings:
+            timing.again()
+    verify, draft_level, catch_up = (timing.curve() for timing in timings)
+    return StepCost(verify, draft_level, catch_up)
 
 
 def _holds(cost: StepCost, forwards: _Forwards, max_rows: int) -> bool:
@@ -243,31 +251,45 @@ def _timed(forward: Callable[[int], None], rows: int) -> float:
     return perf_counter() - start
 
 
-def _curve(forward: Callable[[int], None], sizes: list[int], budget_s: float) -> CostCurve:
-    """The least time of each size, measured in rounds over all sizes.
+class _Timings:
+    """The least time of each size of one forward.
 
     Whatever else a machine does only adds to a time, so the least of several is the forward's own;
-    and rounds let a busy second fall on one measurement of each size, not on all those of one.
-    The first round goes from small to large sizes until it has taken most of the time; further
-    rounds repeat what it has reached while there is time.
+    and rounds over all sizes, of all forwards in turn, let a busy second fall on one measurement of
+    each, not on all those of one.
     """
 
-    def fits(seconds: float) -> bool:
-        return _of_first_rank(lambda: perf_counter() + seconds < end)
+    def __init__(self, forward: Callable[[int], None], sizes: Sequence[int], budget_s: float):
+        self._forward = forward
+        self._sizes = sizes
+        self._budget_s = budget_s
+        self._spent_s = 0.0
+        self._least: dict[int, float] = {}
 
-    begin = perf_counter()
-    end = begin + FIRST_ROUND * budget_s
-    least: dict[int, float] = {}
-    for rows in sizes:
-        first = _timed(forward, rows)
-        # The first forward of a size may allocate or choose a kernel.
-        least[rows] = _timed(forward, rows) if fits(4 * first) else first
-        # The next size takes about twice as long, and twice.
-        if len(least) > 2 and not fits(4 * least[rows]):
-            break
-    end = begin + budget_s
-    for _ in range(1, ROUNDS):
-        for rows, seconds in least.items():
-            if fits(seconds):
-                least[rows] = min(seconds, _timed(forward, rows))
-    return CostCurve.from_points(list(least), list(least.values()))
+    def first_round(self) -> None:
+        """From small to large sizes, until `FIRST_ROUND` of the time is spent."""
+        most = FIRST_ROUND * self._budget_s
+        for rows in self._sizes:
+            first = self._time(rows)
+            # The first forward of a size may allocate or choose a kernel.
+            self._least[rows] = self._time(rows) if self._fits(4 * first, most) else first
+            # The next size takes about twice as long, and twice.
+            if len(self._least) > 2 and not self._fits(4 * self._least[rows], most):
+                break
+
+    def again(self) -> None:
+        """What the first round reached once more, while there is time."""
+        for rows, seconds in self._least.items():
+            if self._fits(seconds, self._budget_s):
+                self._least[rows] = min(seconds, self._time(rows))
+
+    def curve(self) -> CostCurve:
+        return CostCurve.from_points(list(self._least), list(self._least.values()))
+
+    def _time(self, rows: int) -> float:
+        seconds = _timed(self._forward, rows)
+        self._spent_s += seconds
+        return seconds
+
+    def _fits(self, seconds: float, budget_s: float) -> bool:
+        return bool(_of_first_rank(lambda: self._spent_s + seconds < budget_s))

@@ -139,6 +139,9 @@ class EchoRunnerMixin(_Runner):
                 blocks = torch.tensor(self.requests[req_id].block_ids[gid])
                 backlog.forget(req_id, blocks, block_size)
         for new in scheduler_output.scheduled_new_reqs:
+            if new.req_id in self.requests:  # The next part of a session's input.
+                old = torch.tensor(self.requests[new.req_id].block_ids[gid])
+                backlog.forget(new.req_id, old, block_size)
             cached = new.num_computed_tokens // block_size
             blocks = new.block_ids[gid]
             backlog.begin(new.req_id, blocks[:cached], blocks[cached:])
@@ -266,7 +269,7 @@ class EchoRunnerMixin(_Runner):
         if isinstance(policy, AutoPolicy):  # Its forecast, in the scheduler, learns from both.
             stats.depth_scores = step.forest.scores_by_depth()
             if report.pool is not None:
-                stats.samples = policy.samples(report.pool)
+                stats.samples = policy.samples(report.pool, report.probes)
         if self.cost is not None:
             stats.cost, self.cost = self.cost.to_dict(), None
         return stats
@@ -280,6 +283,10 @@ class EchoRunnerMixin(_Runner):
         num_reqs = self.input_batch.num_reqs
         if isinstance(self.drafter.policy, GraftPolicy):
             self.drafter.policy.observe(self.input_ids.gpu[self.step.logits_rows], logits)
+        # Its holder counts draft tokens to find a request's row; the walk gives it one row each.
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            holder.in_spec_mode = False
         verdict = verify(
             self.sampler,
             logits,
@@ -455,6 +462,7 @@ class EchoRunnerMixin(_Runner):
             and len(backlog) < MAX_WAITING
         ):
             may_wait = backlog.limit // 2
+        drafting_or_due = drafting | set(self._due(wanting, drafting))
         for i, req_id in enumerate(req_ids):
             # Other prompts go through the drafter at once: all of their features would be too much
             # to keep. More tokens than a path can accept are a prompt's, or a resumed request's.
@@ -463,12 +471,22 @@ class EchoRunnerMixin(_Runner):
                 ends[i] - lengths[i] < request.num_prompt_tokens
                 or lengths[i] > self.drafter.policy.max_depth + 1
             )
-            if i in drafting or (
+            if i in drafting_or_due or (
                 is_prefill and not backlog.waits(req_id) and request.num_tokens > may_wait
             ):
                 updating.append(i)
         batch = DraftBatch(len(able), num_decoding, plan, torch.tensor(probes, dtype=torch.int64))
         return Requests(req_ids, updating, able), batch
+
+    def _due(self, wanting: list[int], drafting: set[int]) -> list[int]:
+        """Requests of `wanting` that do not draft now and whose backlog is nearly as long as it may
+        be: a few of them catch up in each step, so that they can draft when it pays again."""
+        backlog, req_ids = self.drafter.backlog, self.input_batch.req_ids
+        lengths = [(backlog.length(req_ids[i]), i) for i in wanting if i not in drafting]
+        due = sorted(
+            (item for item in lengths if 8 * item[0] >= 7 * backlog.limit > 0), reverse=True
+        )
+        return [i for _, i in due[: -(-len(req_ids) // 64)]]
 
     def _committed_rows(
         self, step: Step, cad: CommonAttentionMetadata, chain_rows: torch.Tensor

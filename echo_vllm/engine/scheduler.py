@@ -9,6 +9,7 @@ worker's stats. There is one scheduler and there may be many ranks, so ranks nev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -19,6 +20,7 @@ from echo_vllm.engine.profiles import find_profile
 from echo_vllm.engine.stats import StepStats
 from echo_vllm.policy import DraftPlan, make_policy
 from echo_vllm.policy.auto import AutoPolicy
+from echo_vllm.policy.base import MAX_BACKLOG
 from echo_vllm.policy.echo import EchoPolicy
 from echo_vllm.policy.evict import EvictPolicy
 from echo_vllm.policy.forecast import Forecaster
@@ -31,6 +33,21 @@ LONGEST_GAP_S = 0.05
 def needs_cost(config: EchoConfig) -> bool:
     """Whether the policy asks what forwards cost."""
     return config.policy in ("auto", "evict") or (config.policy == "echo" and config.k_max is None)
+
+
+def trimmed(sizes: Sequence[int], budget: int) -> list[int]:
+    """How much of each draft to keep so that all have at most `budget` nodes: the longest are cut
+    first, to one length; what is left over by that goes to the first of them."""
+    cap = max(sizes, default=0)
+    while cap > 0 and sum(min(size, cap) for size in sizes) > budget:
+        cap -= 1
+    spare = max(0, budget) - sum(min(size, cap) for size in sizes)
+    kept = []
+    for size in sizes:
+        more = int(size > cap and spare > 0)
+        kept.append(min(size, cap + more))
+        spare -= more
+    return kept
 
 
 class EchoScheduler(Scheduler):
@@ -52,35 +69,47 @@ class EchoScheduler(Scheduler):
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
         if isinstance(self._policy, AutoPolicy):
             self._forecaster = Forecaster.of(self._policy, online=spec.echo.online)
+        # With k_max and gamma the user says what a forward costs.
+        self._observes_verify = spec.echo.gamma is None
 
     # ---- Before the step ----
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self._echo.k_max is not None:
-            self._trim_drafts(self._echo.k_max)
+        self._trim_drafts()
         output = super().schedule(*args, **kwargs)
         output.echo_plan = self._plan(output)
         return output
 
-    def _trim_drafts(self, budget: int) -> None:
+    def _trim_drafts(self) -> None:
         """Keep the batch's budget when drafts of different steps meet.
 
         A policy keeps it for the requests that it drafts for together. A request that was not
-        scheduled meanwhile still has its older draft.
+        scheduled meanwhile still has its older draft, and the first draft of an engine is made
+        before anybody knows what a forward costs. Whatever the policy, every running request keeps
+        a row, and half of the remaining rows of a step are for prompts that are being read: without
+        drafts they would have all of them.
         """
-        total = sum(len(request.spec_token_ids) for request in self.running)
-        for request in reversed(self.running):
-            if total <= budget:
-                return
-            kept = max(0, len(request.spec_token_ids) - (total - budget))
-            total -= len(request.spec_token_ids) - kept
-            request.spec_token_ids = request.spec_token_ids[:kept]
+        prompts = decoding = 0
+        for request in self.running:
+            left = request.num_tokens - request.num_computed_tokens
+            prompts += left if left > 1 else 0
+            decoding += left <= 1
+        room = max(0, self.max_num_scheduled_tokens - len(self.running))
+        budget = room - min(prompts, room // 2)
+        if self._echo.k_max is not None:
+            budget = min(budget, self._echo.k_max - prompts)
+        elif isinstance(self._policy, EchoPolicy) and self._max_rows is not None:
+            budget = min(budget, int(self._max_rows) - prompts - decoding)
+        sizes = [len(request.spec_token_ids) for request in self.running]
+        for request, kept in zip(self.running, trimmed(sizes, budget), strict=True):
+            if kept < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:kept]
 
     def _plan(self, output: Any) -> DraftPlan:
         """What the worker is told for the drafting at the end of this step."""
         if not isinstance(self._policy, EchoPolicy | AutoPolicy | EvictPolicy | GraftPolicy):
             return DraftPlan()
-        num_decoding, prefill_tokens = self._next_load()
+        num_decoding, prefill_tokens = self._next_load(output)
         if isinstance(self._policy, EchoPolicy):
             return self._policy.plan(num_decoding, prefill_tokens, self._max_rows)
         if isinstance(self._policy, EvictPolicy):
@@ -104,16 +133,25 @@ class EchoScheduler(Scheduler):
         if self.cache_config.enable_prefix_caching:
             return 0
         drafts = output.scheduled_spec_decode_tokens
-        scheduled = output.num_scheduled_tokens.items()
-        return sum(count - 1 - len(drafts.get(request, ())) for request, count in scheduled)
+        return sum(
+            count - 1 - len(drafts.get(request, ()))
+            for request, count in output.num_scheduled_tokens.items()
+            # The drafter reads longer prompts at once, whether it rests or not.
+            if self.requests[request].num_tokens <= MAX_BACKLOG // 2
+        )
 
     def _left(self) -> float:
         """Tokens that a running request may still generate, on average."""
         left = [request.max_tokens - request.num_output_tokens for request in self.running]
         return sum(left) / max(1, len(left))
 
-    def _next_load(self) -> tuple[int, int]:
-        """Requests that the next step will decode, and prompt tokens that it will prefill."""
+    def _next_load(self, output: Any) -> tuple[int, int]:
+        """Requests that the next step will decode, and prompt tokens that it will prefill.
+
+        A prompt that still waits after `output` was scheduled will be read in the next step if it
+        was the step's tokens that ran out; what else keeps it waiting (no free block, no place in
+        the batch, a grammar that is being compiled) will as a rule do so again.
+        """
         prefill = decoding = 0
         for request in self.running:
             left = request.num_tokens - request.num_computed_tokens
@@ -122,6 +160,8 @@ class EchoScheduler(Scheduler):
             else:
                 decoding += 1
         free = self.scheduler_config.max_num_seqs - len(self.running)
+        if output.total_num_scheduled_tokens < self.max_num_scheduled_tokens:
+            free = 0
         for request in self.waiting:
             if free <= 0:
                 break
@@ -131,6 +171,15 @@ class EchoScheduler(Scheduler):
         return decoding, min(prefill, room)
 
     # ---- After the step ----
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """Take the drafts over, but for sessions whose input is still coming: where such a request
+        stops within an accepted path, vLLM goes on as if the rest of the path belonged to it."""
+        super().update_draft_token_ids(draft_token_ids)
+        for req_id in draft_token_ids.req_ids:
+            request = self.requests.get(req_id)
+            if request is not None and request.resumable:
+                request.spec_token_ids = []
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats
@@ -144,7 +193,8 @@ class EchoScheduler(Scheduler):
             self._set_cost(StepCost.from_dict(stats.cost))
             stats.cost = None
         elif self._cost is not None and self._echo.online:
-            self._cost.observe_verify(stats.rows, stats.verify_s, trees=bool(stats.nodes))
+            if self._observes_verify:
+                self._cost.observe_verify(stats.rows, stats.verify_s, trees=bool(stats.nodes))
             if stats.committed:
                 self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)
             if stats.idle_s < LONGEST_GAP_S:

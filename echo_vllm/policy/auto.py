@@ -24,9 +24,6 @@ from echo_vllm.policy.base import CandidatePool, DraftBatch, Expansion
 from echo_vllm.policy.cost_aware import CostAwarePolicy
 from echo_vllm.transfer import download
 
-MAX_SAMPLES = 4
-"""Requests of a drafting that the forecast remembers."""
-
 
 class AutoPolicy(CostAwarePolicy):
     """Budget and depth by expected tokens a second."""
@@ -98,12 +95,17 @@ class AutoPolicy(CostAwarePolicy):
             going[order[: int((net > 0).sum())]] = True
         return torch.from_numpy(going)
 
-    def samples(self, pool: CandidatePool) -> list[tuple[list[float], list[int]]]:
+    def samples(
+        self, pool: CandidatePool, probes: torch.Tensor
+    ) -> list[tuple[list[float], list[int]]]:
         """What the forecast remembers of a drafting: path log-probabilities and depths of the best
-        candidates of a few requests; none if nobody drafted to full depth."""
-        if pool.num_levels < self.max_depth:
+        candidates of its probes.
+
+        Of no other request, even if it was drafted to full depth: those are the promising ones.
+        """
+        if pool.num_levels < self.max_depth or not len(probes):
             return []
-        requests = pool.active[:MAX_SAMPLES]
+        requests = probes
         best = pool.rows_of(requests, pool.best_first())[:, : self.max_nodes]
         logprobs = pool.rows_of(requests, pool.path_logprobs).gather(1, best)
         logprobs, depths = download(logprobs, pool.depths()[best])

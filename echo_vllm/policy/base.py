@@ -40,7 +40,7 @@ class DraftPlan:
         max_depth: levels that an ordinary request may have; None leaves it to the policy, 0 means
             that only probes draft.
         probes: how many requests draft to the policy's full depth, whatever `max_depth` says.
-        turn: which requests these are: it goes round with the steps.
+        turn: which requests these are: it counts the draftings with probes, so that they go round.
         prefill_tokens: prompt tokens expected in the forward that will verify this draft.
         max_rows: rows up to which a target forward may be filled (`echo_vllm.cost.budget_rows`),
             None if unknown.
@@ -230,7 +230,9 @@ class CandidatePool:
         else:
             parents = expansion.frontier
             above = self.rows_of(self.active, self.path_logprobs).gather(1, parents)
-        # A probability above 1 can only be rounding; a path must never gain by growing.
+        # A probability above 1 can only be rounding; a path must never gain by growing. What is not
+        # a number (an overflow in the drafter) is no candidate.
+        logprobs = torch.where(logprobs.isnan(), NO_CANDIDATE, logprobs)
         scores = (above.unsqueeze(2) + logprobs.clamp(max=0.0)).reshape(num_active, width * k)
         tokens = token_ids.reshape(num_active, width * k)
         if expansion.going is not None:

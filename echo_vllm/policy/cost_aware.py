@@ -22,6 +22,9 @@ from echo_vllm.forest import ROOT, DraftForest
 from echo_vllm.policy.base import NO_CANDIDATE, CandidatePool, DraftBatch
 from echo_vllm.transfer import download
 
+PROBED_NODES = 2
+"""Nodes of a probe that are verified in any case."""
+
 
 class CostAwarePolicy:
     """Selects by expected tokens a second; how trees grow is the subclass's matter."""
@@ -90,6 +93,12 @@ class CostAwarePolicy:
         exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
         scores = found.masked_fill(~exists, NO_CANDIDATE)
         tiers = torch.where(rank < self.floor, 0, 1).to(torch.int32)
+        if len(batch.probes):
+            # Whatever they are thought to be worth: an estimate that nobody tests stays wrong.
+            rows = pool.on_device(batch.probes)
+            tiers[rows] = torch.where(rank[rows] < max(self.floor, PROBED_NODES), 0, 1).to(
+                torch.int32
+            )
         budget = self.budget(scores, tiers, pool, batch)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, self.max_nodes)
         return pool.take_ragged(columns, cu_nodes)

@@ -48,14 +48,19 @@ drafter must pay for itself."""
 PROBE_STEPS = 32
 """Steps between drafts of a few requests to full depth while others draft less deep."""
 
-SLOWEST_PROBE_STEPS = 512
+SLOWEST_PROBE_STEPS = 256
 """The same while nothing is drafted and nothing suggests that it should be."""
+
+RESTING_MEMORY = 16
+"""Drafts that are remembered in the end while nothing is drafted: with so few probes, `MEMORY`
+would be of long ago, and better prompts would not be noticed for thousands of steps."""
 
 PROBES = 2
 
-PLAIN_STEPS = 64
+PLAIN_STEPS = (16, 128)
 """Steps between single steps of plain decoding while others draft: what plain decoding costs now
-is the other half of every comparison."""
+is the other half of every comparison. They become rarer, from the first number to the second, the
+more of them there were at about this load (requests up to a factor of two)."""
 
 REUSE = 8
 """Steps for which the expected tokens are not worked out anew, nor a forecast for the same load."""
@@ -90,6 +95,7 @@ class Forecaster:
         survival: SurvivalModel,
         max_depth: int,
         frontier: int,
+        k_max: int | None,
         online: bool,
     ) -> None:
         """
@@ -97,18 +103,22 @@ class Forecaster:
             survival: calibrated probability of acceptance of a candidate.
             max_depth: of one request's tree.
             frontier: nodes of one request that a drafter forward expands.
+            k_max: the most nodes of the batch, prompt tokens included; None for no such limit.
             online: whether to follow observed acceptance.
         """
         self.survival = survival
         self.max_depth = max_depth
         self.frontier = frontier
+        self.k_max = k_max
         self.online = OnlineSurvival(max_depth) if online else None
         self._drafts: deque[tuple[NDArray[np.float32], NDArray[np.int64]]] = deque(maxlen=MEMORY)
         self._drafting = True
         self._step = 0
         self._next_probe = 0
         self._probe_steps = PROBE_STEPS
-        self._next_plain = PLAIN_STEPS
+        self._next_plain = PLAIN_STEPS[0]
+        self._num_plain: dict[int, int] = {}  # By the octave of the load.
+        self._turn = 0
         self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._curves_until = 0
         self._last: tuple[tuple[Any, ...], Forecast] | None = None
@@ -120,12 +130,16 @@ class Forecaster:
             survival=policy.survival,
             max_depth=policy.max_depth,
             frontier=policy.max_frontier,
+            k_max=policy.k_max,
             online=online,
         )
 
     def observe_draft(self, scores: list[float], depths: list[int]) -> None:
         """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
         self._drafts.append((np.array(scores, np.float32), np.array(depths, np.int64)))
+        for _ in range(2):
+            if not self._drafting and len(self._drafts) > RESTING_MEMORY:
+                self._drafts.popleft()
 
     def observe_acceptance(self, depth_scores: list[list[float]], accepted: list[int]) -> None:
         """Learn from a verification.
@@ -134,7 +148,10 @@ class Forecaster:
             depth_scores: per depth, path log-probabilities of all verified nodes.
             accepted: per tree, how many of its nodes were accepted.
         """
-        if self.online is None or not depth_scores:
+        if self.online is None:
+            return
+        if not depth_scores:
+            self.online.forget()
             return
         flat = torch.tensor([score for scores in depth_scores for score in scores])
         depths = torch.tensor(
@@ -174,7 +191,7 @@ class Forecaster:
         self._step += 1
         plan = DraftPlan(
             max_depth=0,
-            turn=self._step,
+            turn=self._turn,
             prefill_tokens=prefill_tokens,
             cost=cost,
             factors=self.factors(),
@@ -183,6 +200,7 @@ class Forecaster:
             # Nothing can be weighed yet; the first steps are prefills.
             return plan
         if len(self._drafts) < ENOUGH:
+            self._turn += 1
             return replace(plan, probes=2 * PROBES)
         best = self._forecast(num_decoding, prefill_tokens, cost, plain_cost)
         wanted = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
@@ -192,11 +210,14 @@ class Forecaster:
         self._drafting = best.depth > 0 and best.speed > wanted * best.plain
         depth = best.depth if self._drafting else 0
         probes = 0
+        octave = num_decoding.bit_length()
         if depth and self._step >= self._next_plain:
-            self._next_plain = self._step + PLAIN_STEPS
+            seen = self._num_plain[octave] = self._num_plain.get(octave, 0) + 1
+            self._next_plain = self._step + min(PLAIN_STEPS[1], PLAIN_STEPS[0] << seen // 2)
             return replace(plan, price=best.plain)
-        if depth < self.max_depth and self._step >= self._next_probe:
+        if self._step >= self._next_probe:
             probes = PROBES
+            self._turn += 1
             if depth:
                 self._probe_steps = PROBE_STEPS
             elif best.speed > NEARLY * best.plain:
@@ -229,6 +250,11 @@ class Forecaster:
         for depth, (nodes, gains) in enumerate(self._expected(), 1):
             if depth > 1:
                 levels.append(num_decoding * self.frontier)
+            if self.k_max is not None:
+                fits = num_decoding * nodes <= self.k_max - prefill_tokens
+                nodes, gains = nodes[fits], gains[fits]
+                if not len(nodes):
+                    continue
             tokens = num_decoding * (1.0 + gains)
             committed = num_decoding * (1.0 + float(gains[-1]))
             speeds = tokens / cost.step(rows + num_decoding * nodes, levels, committed)

@@ -291,6 +291,8 @@ class _Run:
         if plan.max_depth == 0:
             slots, probes = slots[probes], list(range(len(probes)))
         if not len(slots):
+            if self.forecaster is not None:
+                self.forecaster.observe_acceptance([], [])
             self.waiting = np.minimum(self.waiting + 1, MAX_BACKLOG)
             return _Step(count, 0, [], plain, False, 0, 0)
         batch = DraftBatch(len(slots), count, plan, torch.tensor(probes, dtype=torch.int64))
@@ -301,7 +303,7 @@ class _Run:
         self.waiting[slots] = 1 + accepted
         nodes = draft.forest.num_nodes
         rows = count + self.prefill_tokens + nodes
-        self._observe(draft, accepted)
+        self._observe(draft, accepted, batch)
         return _Step(
             tokens=count + int(accepted.sum()),
             nodes=nodes,
@@ -321,13 +323,18 @@ class _Run:
             return self.policy.plan(self.prefill_tokens, self.cost)
         return DraftPlan()
 
-    def _observe(self, draft: RecordedDraft, accepted: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def _observe(
+        self,
+        draft: RecordedDraft,
+        accepted: np.ndarray[Any, np.dtype[np.int64]],
+        batch: DraftBatch,
+    ) -> None:
         """What the engine's worker reports to its scheduler."""
         forecaster, policy = self.forecaster, self.policy
         if forecaster is None or not isinstance(policy, AutoPolicy):
             return
         pool, forest = draft.pool, draft.forest
-        for scores, depths in policy.samples(pool):
+        for scores, depths in policy.samples(pool, batch.probes):
             forecaster.observe_draft(scores, depths)
         forecaster.observe_acceptance(
             forest.scores_by_depth(),

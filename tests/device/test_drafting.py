@@ -191,14 +191,16 @@ def test_a_level_of_more_rows_than_a_batch_runs_in_parts_on_the_device() -> None
 
 
 def test_what_the_forecast_remembers_comes_in_one_transfer() -> None:
+    probes = torch.tensor([0, 2])
     wanted = TinyDrafter(auto_policy(), torch.device("cpu"))
     wanted.draft(BATCH)
     with pretended_gpu() as waits:
         drafter = TinyDrafter(auto_policy(), GPU)
         drafter.draft(BATCH)
         before = waits.total
-        found = drafter.policy.samples(drafter.report.pool)  # type: ignore[attr-defined]
+        found = drafter.policy.samples(drafter.report.pool, probes)  # type: ignore[attr-defined]
     assert waits.total == before + 1
     policy, pool = wanted.policy, wanted.report.pool
     assert pool is not None
-    assert [d for _, d in found] == [d for _, d in policy.samples(pool)]  # type: ignore[attr-defined]
+    assert [d for _, d in found] == [d for _, d in policy.samples(pool, probes)]  # type: ignore[attr-defined]
+    assert len(found) == len(probes)

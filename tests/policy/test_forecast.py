@@ -17,15 +17,23 @@ from echo_vllm.policy.forecast import (
     ENOUGH,
     GAIN,
     MARGIN,
+    PLAIN_STEPS,
     REUSE,
     SLOWEST_PROBE_STEPS,
     Forecaster,
 )
 
 
-def forecaster(accept: float, online: bool = False) -> Forecaster:
+def forecaster(accept: float, online: bool = False, k_max: int | None = None) -> Forecaster:
     """Trees of depth 4 whose best child has probability `accept`, the next one a third of it."""
-    found = Forecaster(survival=SurvivalModel.default(4), max_depth=4, frontier=2, online=online)
+    found = Forecaster(
+        survival=SurvivalModel.default(4), max_depth=4, frontier=2, k_max=k_max, online=online
+    )
+    remember(found, accept)
+    return found
+
+
+def remember(found: Forecaster, accept: float) -> None:
     draw = random.Random(1)
     for _ in range(64):
         sure = min(0.99, max(0.01, draw.gauss(accept, 0.1)))
@@ -35,7 +43,6 @@ def forecaster(accept: float, online: bool = False) -> Forecaster:
                 scores.append(math.log(score))
                 depths.append(depth)
         found.observe_draft(scores, depths)
-    return found
 
 
 def cost(free: float, drafter: float = 0.02) -> StepCost:
@@ -50,7 +57,9 @@ def cost(free: float, drafter: float = 0.02) -> StepCost:
 
 
 def test_nothing_is_drafted_before_costs_are_known_and_little_before_drafts_are() -> None:
-    empty = Forecaster(survival=SurvivalModel.default(3), max_depth=3, frontier=2, online=True)
+    empty = Forecaster(
+        survival=SurvivalModel.default(3), max_depth=3, frontier=2, k_max=None, online=True
+    )
     assert (empty.plan(4, 0, None).max_depth, empty.plan(4, 0, None).probes) == (0, 0)
     plan = empty.plan(4, 0, cost(64))
     assert plan.max_depth == 0
@@ -88,7 +97,8 @@ def test_the_decision_has_hysteresis() -> None:
     curve = cost(32)
     decisions = []
     for requests in [*range(1, 257), *range(256, 0, -1)]:
-        decisions.append((found.plan(requests, 0, curve).max_depth or 0) > 0)
+        found.plan(requests, 0, curve)
+        decisions.append(found._drafting)  # A single step of plain decoding is no decision.
     flips = sum(a != b for a, b in itertools.pairwise(decisions))
     assert flips == 2
     up = decisions.index(False) + 1
@@ -106,6 +116,66 @@ def test_probes_become_rare_while_nothing_is_drafted() -> None:
     assert gaps[0] <= 64
     assert gaps[-1] == SLOWEST_PROBE_STEPS
     assert len(probed) < 20
+
+
+def test_better_prompts_are_noticed_at_rest_within_twelve_probes() -> None:
+    found = forecaster(0.05)
+    curve, seen = cost(64, drafter=0.2), forecaster(0.95)
+    assert (found.plan(32, 0, curve).max_depth or 0) == 0
+    for step in range(12 * SLOWEST_PROBE_STEPS):
+        plan = found.plan(32, 0, curve)
+        if plan.max_depth:
+            return
+        for scores, depths in list(seen._drafts)[step % 32 :][: plan.probes]:
+            found.observe_draft(scores.tolist(), depths.tolist())
+    pytest.fail("still resting")
+
+
+def test_probes_go_round_the_batch() -> None:
+    found = forecaster(0.05)
+    probed: set[int] = set()
+    for _ in range(40):
+        found._next_probe = 0
+        probed.update(found.plan(64, 0, cost(16, drafter=0.2)).probed(64))
+    assert probed == set(range(64))
+
+
+def test_drafting_to_full_depth_has_probes_too() -> None:
+    """Otherwise only promising requests would be remembered."""
+    found = forecaster(0.97)
+    plans = [found.plan(1, 0, cost(64, drafter=0.001)) for _ in range(200)]
+    assert {plan.max_depth for plan in plans} == {0, 4}, "at times a step of plain decoding"
+    assert sum(plan.probes > 0 for plan in plans) >= 5
+
+
+def test_steps_of_plain_decoding_become_rare() -> None:
+    found = forecaster(0.9)
+    plain = [step for step in range(2000) if not found.plan(2, 0, cost(64)).max_depth]
+    gaps = np.diff(plain)
+    assert (gaps[0], gaps[-1]) == PLAIN_STEPS
+    assert (np.diff(gaps) >= 0).all()
+
+
+def test_the_forecast_keeps_to_k_max() -> None:
+    """Drafting that cannot be verified is not forecast to pay."""
+    curve = cost(64)
+    free, bound, none = (forecaster(0.8, k_max=k).forecast(8, 5, curve) for k in (None, 21, 5))
+    assert free.nodes > 2
+    assert 0 < bound.nodes <= 2
+    assert (none.depth, none.nodes) == (0, 0.0)
+    assert forecaster(0.8, k_max=0).plan(8, 0, curve).max_depth == 0
+
+
+def test_low_factors_are_forgotten_at_rest() -> None:
+    """They may be why nothing is verified; then nothing would ever correct them."""
+    found = forecaster(0.6, online=True)
+    for _ in range(400):
+        found.observe_acceptance([[math.log(0.6)] * 16], [0] * 16)
+    low = found.factors()[0]
+    for _ in range(4000):
+        found.observe_acceptance([], [])
+    assert low < 0.3
+    assert found.factors()[0] > 0.9
 
 
 def test_observed_acceptance_changes_the_decision() -> None:
