@@ -241,8 +241,12 @@ class _Walk:
             for processor in processors.all:
                 processor.update_state(None)
         # A processor with per-request state indexes by batch position: give it the whole batch.
-        whole = any(map(_is_active, processors.all)) or (
-            level == 0 and _has_thinking_budget(self.sampling)
+        # The same where log-probabilities of given tokens are asked for: how many columns they
+        # take depends on who is asked about.
+        whole = (
+            any(map(_is_active, processors.all))
+            or bool(self.sampling.logprob_token_ids)
+            or (level == 0 and _has_thinking_budget(self.sampling))
         )
         batch = np.arange(len(self.trees)) if whole else requests
         rows = self.first_row[batch] + self.rows[batch, np.minimum(level, self.num_accepted[batch])]

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from echo_vllm.engine.attention.backend import TreeMetadataBuilder
 from echo_vllm.engine.measure import measured_cost
 from echo_vllm.engine.scheduler import needs_cost
+from echo_vllm.engine.validation import check_layers
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -49,6 +53,8 @@ class EchoWorkerMixin(_Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with attention_backend(*self.tree_backend()):
             super().load_model(*args, **kwargs)
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        check_layers(layers, TreeMetadataBuilder)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
