@@ -78,6 +78,25 @@ def closest(name: str, allowed: Sequence[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def check_num_nodes(num_nodes: object) -> int:
+    """The value of num_speculative_tokens.
+
+    Raises:
+        EchoConfigError: it is no number of nodes that a tree can have.
+    """
+    if (
+        isinstance(num_nodes, bool)
+        or not isinstance(num_nodes, int)
+        or not (1 <= num_nodes <= MAX_NODES)
+    ):
+        raise EchoConfigError(
+            "speculative_config.num_speculative_tokens is required with method echo and must be "
+            f"an integer between 1 and {MAX_NODES}, got {show(num_nodes)}; set it to the nodes "
+            "that one request's tree may have."
+        )
+    return num_nodes
+
+
 def num_candidates(depth: int, top_k: int, width: int) -> int:
     """Nodes that a drafter can propose for one tree: the best `width` tokens after the root, and in
     each further level after each of the `top_k` nodes that are expanded."""
@@ -353,6 +372,11 @@ class EchoConfig(BaseModel):
                 f"{SECTION}.trace does not work with policy graft, because retrieved nodes are not "
                 f"the draft head's, got {show(self.trace)}; remove it, or choose another policy."
             )
+        if self.gates is not None and self.profile is not None:
+            raise EchoConfigError(
+                f"{SECTION}.profile has nothing to say to policy {self.policy} where "
+                f"{SECTION}.gates names the gates, got {show(self.profile)}; remove one of the two."
+            )
         width = self.width if self.width is not None else max(8, self.top_k)
         if width < self.top_k:
             raise EchoConfigError(
@@ -486,6 +510,8 @@ def _checked_tree(
 def _first_sentence(error: ValidationError) -> str:
     """Pydantic's first complaint about the section, in this project's words."""
     report = error.errors(include_url=False)[0]
+    if not report["loc"]:  # Names that are no text: half of a surrogate pair.
+        return f"{SECTION} is not a JSON object of names and values ({report['msg']}); correct it."
     name = str(report["loc"][0])
     path = SECTION + show_place(report["loc"])
     got = show(report["input"])

@@ -151,6 +151,16 @@ def is_fixed(name: str) -> bool:
     return not name.startswith(ELASTIC)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"configuration {path} is not a JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {path} must hold a speculative config, a JSON object")
+    return content
+
+
 def choose(names: Sequence[str], head: str | Path) -> list[Configuration]:
     """The configurations `names`; plain decoding, the base of every ratio, is always the first.
 
@@ -169,7 +179,7 @@ def choose(names: Sequence[str], head: str | Path) -> list[Configuration]:
         if name in known:
             configuration = known[name]
         elif name.endswith(".json") and Path(name).is_file():
-            configuration = Configuration(Path(name).stem, json.loads(Path(name).read_text()))
+            configuration = Configuration(Path(name).stem, _read(Path(name)))
         else:
             raise ValueError(
                 f"unknown configuration {name!r}: give a JSON file or one of {', '.join(known)}"

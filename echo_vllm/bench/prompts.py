@@ -33,10 +33,18 @@ def read_conversations(paths: Sequence[Path]) -> list[list[str]]:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            turns = [entry["prompt"]] if "prompt" in entry else entry.get("turns")
-            if not turns:
-                raise ValueError(f"{path}:{number}: neither 'prompt' nor 'turns' in {[*entry]}")
-            conversations.append([str(turn) for turn in turns])
+            found = entry if isinstance(entry, dict) else {}
+            turns = [found["prompt"]] if "prompt" in found else found.get("turns")
+            if (
+                not isinstance(turns, list)
+                or not turns
+                or not all(isinstance(turn, str) and turn for turn in turns)
+            ):
+                raise ValueError(
+                    f'{path}:{number}: must be like {{"prompt": "..."}} or '
+                    f'{{"turns": ["...", "..."]}}, got {line[:80]}'
+                )
+            conversations.append(turns)
         if len(conversations) == before:
             raise ValueError(f"{path} holds no prompt")
     random.Random(0).shuffle(conversations)

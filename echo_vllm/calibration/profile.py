@@ -125,7 +125,7 @@ class DrafterProfile(_Frozen):
         )
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise EchoConfigError(
                 f"{where}, which cannot be read ({reason}); give the path of a readable file."

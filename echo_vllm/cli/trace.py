@@ -123,16 +123,16 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
     else:
         try:
             given = json.loads(config.read_text(encoding="utf-8"))
-            nodes, section = given["num_speculative_tokens"], given.get("echo", {})
+            nodes, section = given.get("num_speculative_tokens"), given.get("echo", {})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(
                 f"--config must be a JSON file with a speculative config of method echo, got "
                 f"{str(config)!r} ({type(error).__name__}: {error}); see examples/."
             )
-        from echo_vllm.config import EchoConfig
+        from echo_vllm.config import EchoConfig, check_num_nodes
 
         with _errors_shown():
-            EchoConfig.from_section(section, num_speculative_tokens=nodes)
+            EchoConfig.from_section(section, num_speculative_tokens=check_num_nodes(nodes))
     path = str(output.resolve())
     return {
         **given,

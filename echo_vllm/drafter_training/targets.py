@@ -28,9 +28,18 @@ def resolve_layers(target: str, wanted: Sequence[int] | None) -> list[int]:
 
 
 def resolve_dtype(target: str, wanted: str) -> str:
-    """`bfloat16` or the like; `auto` is what the target's config says."""
-    if wanted != "auto":
+    """`bfloat16` or the like; `auto` is what the target's config says.
+
+    Raises:
+        TrainingError: `wanted` is no type that a target is served in.
+    """
+    if wanted in ("bfloat16", "float16", "float32"):
         return wanted
+    if wanted != "auto":
+        raise TrainingError(
+            f"--dtype must be auto, bfloat16, float16 or float32, got {wanted}; leave it out for "
+            "what the target's config says"
+        )
     found = getattr(target_config(target), "dtype", None)
     return str(found or "float32").removeprefix("torch.")
 

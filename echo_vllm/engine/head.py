@@ -13,7 +13,7 @@ import json
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,15 @@ from echo_vllm.config import EchoConfigError, show
 FIELD = "speculative_config.model"
 _MAX_HEADER = 100 * 2**20
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_QKV, _GATE_UP = ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)
+_FUSED = {
+    "self_attn.q_proj.weight": _QKV,
+    "self_attn.k_proj.weight": _QKV,
+    "self_attn.v_proj.weight": _QKV,
+    "mlp.gate_proj.weight": _GATE_UP,
+    "mlp.up_proj.weight": _GATE_UP,
+}
+"""The names under which a file may hold a layer's tensor together with others."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -46,6 +55,8 @@ class Head:
         draft_vocab_size: tokens it can draft.
         num_features: how many of the target's layers it reads; 0 if only the last.
         target_hidden_size: hidden size of the target it was trained for.
+        layer: the tensors that its first layer must have and their shapes; empty where they are not
+            known (quantised, or no Llama or Qwen3 layer).
     """
 
     model: str
@@ -54,10 +65,16 @@ class Head:
     draft_vocab_size: int
     num_features: int
     target_hidden_size: int
+    layer: Shapes = field(default_factory=dict)
 
 
 def read_head(
-    model: str, *, revision: str | None, target: Target, architectures: Collection[str]
+    model: str,
+    *,
+    revision: str | None,
+    target: Target,
+    architectures: Collection[str],
+    model_types: Collection[str],
 ) -> Head:
     """Read config.json and check it against the target.
 
@@ -66,12 +83,21 @@ def read_head(
         revision: of the Hugging Face repository.
         target: what it must fit.
         architectures: the EAGLE-3 architectures that vLLM implements.
+        model_types: those whose config.json vLLM can read.
 
     Raises:
         EchoConfigError: with one sentence on what does not fit.
     """
     config = _flatten(model, _read_config(model, revision))
     _check_architecture(model, config, architectures)
+    kind = config.get("model_type")
+    if kind not in model_types and "speculators_model_type" not in config:
+        _reject(
+            model,
+            f"has model_type {show(kind)} in its config.json, which is none that vLLM knows",
+            "repair the file (it is that of the head's layers, such as llama) or choose another "
+            "head",
+        )
     hidden_size = _positive(model, config, "hidden_size")
     heads = config.get("num_attention_heads")
     if heads is not None and not config.get("head_dim"):
@@ -115,6 +141,7 @@ def read_head(
         draft_vocab_size=draft_vocab_size,
         num_features=_checked_features(model, config, target.num_layers),
         target_hidden_size=target_hidden_size,
+        layer=_layer_shapes(model, config, hidden_size),
     )
 
 
@@ -150,6 +177,7 @@ def check_weights(head: Head, folder: Path) -> None:
                 f"is not an EAGLE-3 head that fits its config.json: its weights lack {shown}",
                 "choose another head, or download it again",
             )
+    _check_layer(head, shapes)
     features = head.num_features * head.target_hidden_size
     expected = {
         "fc.weight": (hidden, features),
@@ -160,14 +188,36 @@ def check_weights(head: Head, folder: Path) -> None:
         "t2d": (head.vocab_size,),
     }
     for name, shape in expected.items():
-        actual = shapes.get(name, shape)
-        if actual != shape:
+        _check_shape(head.model, name, shapes.get(name, shape), shape)
+
+
+def _check_layer(head: Head, shapes: Shapes) -> None:
+    """The first layer: vLLM would leave what is missing there as it was allocated."""
+    layers = sorted(
+        {match[0] for name in shapes if (match := re.match(r"midlayer\.|layers\.\d+\.", name))},
+        key=lambda prefix: (prefix != "midlayer.", len(prefix), prefix),
+    )
+    prefix = next(iter(layers), "midlayer.")
+    for name, shape in head.layer.items():
+        full = f"{prefix}{name}"
+        if full in shapes:
+            _check_shape(head.model, full, shapes[full], shape)
+        elif not any(f"{prefix}{fused}" in shapes for fused in _FUSED.get(name, ())):
             _reject(
                 head.model,
-                f"has a tensor {name} of shape {list(actual)}, but its config.json means "
-                f"{list(shape)}",
-                "choose another head, or download it again",
+                f"is not complete: its weights lack {full}",
+                "download it again, with all its files",
             )
+
+
+def _check_shape(model: str, name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if actual != expected:
+        _reject(
+            model,
+            f"has a tensor {name} of shape {list(actual)}, but its config.json means "
+            f"{list(expected)}",
+            "choose another head, or download it again",
+        )
 
 
 def _reject(model: str, what: str, remedy: str) -> NoReturn:
@@ -177,11 +227,16 @@ def _reject(model: str, what: str, remedy: str) -> NoReturn:
 def _read_config(model: str, revision: str | None) -> dict[str, Any]:
     remedy = "set it to the folder or the Hugging Face id of an EAGLE-3 head"
     path = Path(model)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
         file = path / "config.json"
-        if not file.is_file():
+        if is_folder and not file.is_file():
             _reject(model, "is a folder without a config.json", remedy)
-    elif path.exists():
+    except OSError as error:  # A name that is too long, a folder that is not ours to read.
+        _reject(model, f"cannot be looked at ({error.strerror})", remedy)
+    if is_folder:
+        pass
+    elif exists:
         _reject(model, "is a file", remedy)
     elif not _HUB_ID.fullmatch(model):
         _reject(model, "does not exist", remedy)
@@ -231,7 +286,7 @@ def _flatten(model: str, config: dict[str, Any]) -> dict[str, Any]:
             "choose an EAGLE-3 head",
         )
     return {
-        **config.get("transformer_layer_config", {}),
+        **_object(model, config, "transformer_layer_config"),
         **{name: value for name, value in config.items() if value is not None},
         "architectures": ["Eagle3Speculator"],
     }
@@ -261,6 +316,18 @@ def _check_architecture(
         )
 
 
+def _object(model: str, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of config.json; empty where there is none."""
+    value = config.get(name)
+    if not isinstance(value, dict | None):
+        _reject(
+            model,
+            f"has {name} {show(value)} in its config.json, which must be an object",
+            "repair the file or choose another head",
+        )
+    return value or {}
+
+
 def _positive(model: str, config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -274,7 +341,7 @@ def _positive(model: str, config: Mapping[str, Any], name: str) -> int:
 
 def _checked_features(model: str, config: Mapping[str, Any], num_layers: int) -> int:
     """How many of the target's layers the head reads, if the target has them."""
-    eagle = config.get("eagle_config") or {}
+    eagle = _object(model, config, "eagle_config")
     if not eagle.get("use_aux_hidden_state", True):
         return 0
     layers = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get(
@@ -285,10 +352,13 @@ def _checked_features(model: str, config: Mapping[str, Any], num_layers: int) ->
         # What vLLM chooses where the head does not say.
         layers = [2, num_layers // 2, num_layers - 3]
         source = "the default"
-    expected = config.get("num_aux_hidden_states") or len(
-        eagle.get("eagle_aux_hidden_state_layer_ids") or range(3)
+    named = eagle.get("eagle_aux_hidden_state_layer_ids")
+    expected = config.get("num_aux_hidden_states") or (
+        len(named) if named and isinstance(named, list) else 3
     )
-    fits = all(isinstance(layer, int) and 0 <= layer <= num_layers for layer in layers)
+    fits = isinstance(layers, list) and all(
+        isinstance(layer, int) and 0 <= layer <= num_layers for layer in layers
+    )
     if not fits or len(set(layers)) != expected:
         _reject(
             model,
@@ -298,6 +368,39 @@ def _checked_features(model: str, config: Mapping[str, Any], num_layers: int) ->
             "head that was trained for this target",
         )
     return int(expected)
+
+
+def _layer_shapes(model: str, config: Mapping[str, Any], hidden: int) -> Shapes:
+    """The tensors of the first layer, which reads embeddings beside the features."""
+    if config.get("quantization_config") or not re.search(
+        r"Llama|Qwen3|Speculator", str(config["architectures"][0])
+    ):
+        return {}
+    # What transformers takes where config.json does not say.
+    given = {"num_attention_heads": 32, **{k: v for k, v in config.items() if v is not None}}
+    heads = _positive(model, given, "num_attention_heads")
+    is_qwen3 = config.get("model_type") == "qwen3"
+    defaults = (
+        {"num_key_value_heads": 32, "head_dim": 128, "intermediate_size": 22016}
+        if is_qwen3
+        else {"num_key_value_heads": heads, "head_dim": hidden // heads, "intermediate_size": 11008}
+    )
+    given = {**defaults, **given}
+    size = _positive(model, given, "head_dim")
+    queries, keys = heads * size, _positive(model, given, "num_key_value_heads") * size
+    feed_forward = _positive(model, given, "intermediate_size")
+    return {
+        "self_attn.q_proj.weight": (queries, 2 * hidden),
+        "self_attn.k_proj.weight": (keys, 2 * hidden),
+        "self_attn.v_proj.weight": (keys, 2 * hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (feed_forward, hidden),
+        "mlp.up_proj.weight": (feed_forward, hidden),
+        "mlp.down_proj.weight": (hidden, feed_forward),
+        "input_layernorm.weight": (hidden,),
+        "hidden_norm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
 
 
 def _read_shapes(model: str, file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -28,7 +27,16 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
     if config.policy not in PROFILED:
         return None
     if config.profile is not None:
-        return DrafterProfile.load(config.profile)
+        profile = DrafterProfile.load(config.profile)
+        if Path(profile.drafter).name != Path(head).name:
+            logger.warning_once(
+                "The profile %s was made for the draft head %s, and the head is %s: what it says "
+                "of confidence may not be true. `echo-vllm calibrate` makes one for this head.",
+                config.profile,
+                profile.drafter,
+                head,
+            )
+        return profile
     beside = Path(head) / FILE_NAME
     if beside.is_file():
         return DrafterProfile.load(beside)
@@ -56,9 +64,15 @@ def check_files(config: EchoConfig, head: str) -> None:
     find_profile(config, head)
     if config.trace is None:
         return
-    folder = Path(config.trace).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(config.trace).is_dir():
+    try:
+        file = Path(config.trace)
+        is_new = not file.exists()
+        with file.open("a", encoding="utf-8"):
+            pass
+        if is_new:
+            file.unlink()
+    except (OSError, ValueError):
         raise EchoConfigError(
             f"{SECTION}.trace must name a file in a folder that exists and is writable, got "
             f"{show(config.trace)}; make the folder, or choose another."
-        )
+        ) from None

@@ -12,15 +12,25 @@ one sentence that names the option or the model, and what to do.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from echo_vllm.config import MAX_NODES, EchoConfig, EchoConfigError, closest, show, show_name
-from echo_vllm.engine.head import Head, Target, check_weights, read_head
+from echo_vllm import ops
+from echo_vllm.config import (
+    EchoConfig,
+    EchoConfigError,
+    check_num_nodes,
+    closest,
+    show,
+    show_name,
+)
+from echo_vllm.engine.head import FIELD, Head, Target, check_weights, read_head
 from echo_vllm.engine.profiles import check_files
+from echo_vllm.ops import dispatch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -107,7 +117,7 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         _check_field(name, value)
     model = _checked_model(values.get("model"))
-    num_nodes = _checked_num_nodes(values.get("num_speculative_tokens"))
+    num_nodes = check_num_nodes(values.get("num_speculative_tokens"))
     section = values.get("echo")
     config = EchoConfig.from_section(
         {} if section is None else section, num_speculative_tokens=num_nodes
@@ -172,20 +182,6 @@ def _checked_model(model: object) -> str:
             f"got {show(model)}; set it to the folder or the Hugging Face id of the head."
         )
     return model
-
-
-def _checked_num_nodes(num_nodes: object) -> int:
-    if (
-        isinstance(num_nodes, bool)
-        or not isinstance(num_nodes, int)
-        or not (1 <= num_nodes <= MAX_NODES)
-    ):
-        raise EchoConfigError(
-            "speculative_config.num_speculative_tokens is required with method echo and must be "
-            f"an integer between 1 and {MAX_NODES}, got {show(num_nodes)}; set it to the nodes "
-            "that one request's tree may have."
-        )
-    return num_nodes
 
 
 def configure_engine(vllm_config: VllmConfig) -> None:
@@ -256,8 +252,13 @@ def check_target(model_config: ModelConfig) -> None:
             refuse(f"{name}, which is or has {meaning}", another)
     if model_config.attention_chunk_size is not None:
         refuse(f"{name}, which has chunked local attention", another)
-    if _SINK_ARCHITECTURES.intersection(model_config.architectures or ()):
+    architectures = model_config.architectures or ()
+    if _SINK_ARCHITECTURES.intersection(architectures) or _granite_has_sinks(model_config):
         refuse(f"{name}, which has attention sinks", another)
+    if "Step1ForCausalLM" in architectures:  # vLLM's property does not know of it.
+        refuse(f"{name}, which is or has {_UNSUPPORTED_MODELS['uses_alibi']}", another)
+    if getattr(model_config.hf_text_config, "num_kv_shared_layers", 0):
+        refuse(f"{name}, whose layers share keys and values", another)
     if not _supports_eagle3(model_config):
         refuse(
             f"{name}, because vLLM's {', '.join(model_config.architectures)} does not hand out "
@@ -273,6 +274,42 @@ def check_target(model_config: ModelConfig) -> None:
             f"the logits processor {plugin.value}, which an installed package adds",
             "uninstall that package",
         )
+
+
+def _granite_has_sinks(model_config: ModelConfig) -> bool:
+    """Granite's layers have sinks where its config says so or, by default, names layer types."""
+    config = model_config.hf_text_config
+    if not any(name.startswith("Granite") for name in model_config.architectures or ()):
+        return False
+    named = getattr(config, "layer_types", None) is not None
+    return bool(getattr(config, "attention_sinks", named))
+
+
+def check_layers(layers: Mapping[str, Any], builder: type) -> None:
+    """Refuse a loaded model with an attention layer that does not see trees.
+
+    Args:
+        layers: vLLM's attention layers by name.
+        builder: that the metadata builder of every layer's backend must derive from.
+
+    Raises:
+        EchoConfigError: with one sentence.
+    """
+    for name, layer in layers.items():
+        backend = layer.get_attn_backend()
+        reasons = {
+            "attention sinks": getattr(layer.impl, "sinks", None) is not None,
+            "ALiBi positions": getattr(layer.impl, "alibi_slopes", None) is not None,
+            "the keys and values of another layer": (
+                getattr(layer, "kv_sharing_target_layer_name", None) is not None
+            ),
+            f"attention backend {backend.get_name()}": not issubclass(
+                backend.get_builder_cls(), builder
+            ),
+        }
+        for what, is_true in reasons.items():
+            if is_true:
+                refuse(f"the layer {name}, which has {what}", "choose another model")
 
 
 def _supports_eagle3(model_config: ModelConfig) -> bool:
@@ -299,6 +336,11 @@ def _read_head(model: str, revision: str | None, model_config: ModelConfig) -> H
     """The head, checked against the target; None where only vLLM can read its config."""
     if "://" in model or _is_switched_on("VLLM_USE_MODELSCOPE"):
         return None
+    if model == model_config.model:
+        raise EchoConfigError(
+            f"{FIELD} {show(model)} is the target itself; set it to the folder or the Hugging Face "
+            "id of an EAGLE-3 head for it."
+        )
     from vllm.model_executor.models import ModelRegistry
 
     return read_head(
@@ -310,7 +352,16 @@ def _read_head(model: str, revision: str | None, model_config: ModelConfig) -> H
             num_layers=model_config.get_total_num_hidden_layers(),
         ),
         architectures={name for name in ModelRegistry.get_supported_archs() if "Eagle3" in name},
+        model_types=_model_types(),
     )
+
+
+def _model_types() -> set[str]:
+    """Those that vLLM can make a configuration of."""
+    from transformers import CONFIG_MAPPING
+    from vllm.transformers_utils import config
+
+    return {*CONFIG_MAPPING.keys(), *getattr(config, "_CONFIG_REGISTRY", ())}
 
 
 def _check_head_weights(vllm_config: VllmConfig) -> None:
@@ -374,12 +425,36 @@ def check_features(vllm_config: VllmConfig) -> None:
     for option, value in given:
         if value:
             refuse(option, "remove it")
+    _check_environment()
     dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
     if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
         refuse(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} and --dtype {dtype}",
             "remove --kv-cache-dtype, the cache then has the type of the model",
         )
+
+
+def _check_environment() -> None:
+    """Refuse what the operators would refuse in the first step.
+
+    On a GPU only the names: what can run there the worker finds out.
+    """
+    from vllm.platforms import current_platform
+
+    try:
+        dispatch.forced_implementation()
+        if current_platform.is_cpu():
+            for op in dispatch.ORDER:
+                dispatch.choose(op, "cpu")
+    except (ValueError, RuntimeError) as error:
+        raise EchoConfigError(f"{error}; unset {dispatch.VARIABLE}.") from None
+    if isa := os.environ.get("ECHO_VLLM_CPU_ISA"):
+        known = ops.supported_cpu_isas()
+        if isa not in known:
+            raise EchoConfigError(
+                f"ECHO_VLLM_CPU_ISA must be one of {', '.join(known)} on this machine, got "
+                f"{show(isa)}; unset it for the fastest."
+            )
 
 
 def _target_dtype(vllm_config: VllmConfig) -> object:

@@ -135,7 +135,7 @@ def test_prompts_are_read_from_both_forms_in_a_fixed_order(tmp_path: Path) -> No
 def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r":2: neither 'prompt' nor 'turns' in \['text'\]"):
+    with pytest.raises(ValueError, match=r':2: must be like \{"prompt": "..."\}'):
         read_conversations([path])
     path.write_text('{"prompt": "a"}\n{')
     with pytest.raises(ValueError, match=r":2: not JSON"):

@@ -154,6 +154,7 @@ def test_a_real_benchmark_of_two_servers(
     command[-1] += "typer.run(bench)"
     command += [str(demo_target), "--drafter", str(demo_head), "--prompts", str(prompts)]
     command += ["--configs", "plain,eagle3-k2", "--concurrency", "2", "--rounds", "1"]
+    command += ["--threads", "1"]  # Another file's tests have the other core.
     command += [
         "--tokens",
         "8",

@@ -135,7 +135,7 @@ def test_arguments_without_sense_are_refused(trace_file: Path, tmp_path: Path) -
     assert "cannot be read (No such file" in refused(*base, "--trace", missing)
     assert f"{missing} cannot be read (No such file" in refused(*base, "--prompts", missing)
     missing.write_text('{"text": "hi"}\n')
-    assert "neither 'prompt' nor 'turns'" in refused(*base, "--prompts", missing)
+    assert 'must be like {"prompt": "..."}' in refused(*base, "--prompts", missing)
     assert "make the folder" in refused(*base[:-1], tmp_path / "no" / "p.json")
     other = ("other", *base[1:], "--trace", trace_file)
     assert "MODEL is other, but the trace was recorded with target" in refused(*other)

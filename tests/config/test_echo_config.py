@@ -80,6 +80,12 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             "spellings.",
         ),
         (
+            {"policy": "echo", "gates": {"1": 0.2}, "profile": "p.json"},
+            16,
+            f"{FIELD}.profile has nothing to say to policy echo where {FIELD}.gates names the "
+            'gates, got "p.json"; remove one of the two.',
+        ),
+        (
             {"policy": "echo", "gates": {"0": 0.2}},
             16,
             f"{FIELD}.gates must be an object of depths (1 to {MAX_DEPTH}) and thresholds (at "

@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -456,12 +457,93 @@ PLAIN = "choose a text model with plain attention, or another speculative method
         ],
         ({"attention_chunk_size": 8192}, ", which has chunked local attention"),
         ({"architectures": ["GptOssForCausalLM"]}, ", which has attention sinks"),
+        (
+            {
+                "architectures": ["GraniteForCausalLM"],
+                "hf_text_config": SimpleNamespace(layer_types=["sliding_attention"]),
+            },
+            ", which has attention sinks",
+        ),
+        ({"architectures": ["Step1ForCausalLM"]}, ", which is or has ALiBi positions"),
+        (
+            {"hf_text_config": SimpleNamespace(num_kv_shared_layers=2)},
+            ", whose layers share keys and values",
+        ),
     ],
 )
 def test_a_target_that_does_not_work_is_one_sentence(attributes: dict[str, Any], what: str) -> None:
     with pytest.raises(EchoConfigError) as error:
         validation.check_target(FakeTarget(**attributes))
     assert str(error.value) == f'{METHOD} --model "some/model"{what}; {PLAIN}'
+
+
+def test_granite_without_sinks_is_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_supports_eagle3", lambda config: True)
+    for text in (
+        SimpleNamespace(),
+        SimpleNamespace(layer_types=["full_attention"], attention_sinks=False),
+    ):
+        validation.check_target(
+            FakeTarget(architectures=["GraniteForCausalLM"], hf_text_config=text)
+        )
+
+
+class Seen:
+    """Stands for the builder whose metadata knows trees."""
+
+
+class Unseen:
+    pass
+
+
+def attention_layer(builder: type = Seen, **attributes: Any) -> Any:
+    implementation = {"sinks": None, "alibi_slopes": None} | attributes
+    backend = SimpleNamespace(get_name=lambda: "SOME", get_builder_cls=lambda: builder)
+    return SimpleNamespace(
+        impl=SimpleNamespace(**implementation),
+        get_attn_backend=lambda: backend,
+        kv_sharing_target_layer_name=attributes.get("shared"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        (attention_layer(sinks=[1.0]), "attention sinks"),
+        (attention_layer(alibi_slopes=[1.0]), "ALiBi positions"),
+        (attention_layer(shared="model.layers.0"), "the keys and values of another layer"),
+        (attention_layer(Unseen), "attention backend SOME"),
+    ],
+)
+def test_a_layer_that_does_not_see_trees_is_one_sentence(layer: Any, what: str) -> None:
+    with pytest.raises(EchoConfigError) as error:
+        validation.check_layers({"first": attention_layer(), "second": layer}, Seen)
+    assert str(error.value) == (
+        f"{METHOD} the layer second, which has {what}; choose another model."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("ECHO_VLLM_OPS", "fast", "ECHO_VLLM_OPS must be unset or one of extension, triton"),
+        ("ECHO_VLLM_OPS", "triton", "ECHO_VLLM_OPS=triton: tree_attention cannot run so on cpu"),
+        ("ECHO_VLLM_CPU_ISA", "avx1024", "ECHO_VLLM_CPU_ISA must be one of portable"),
+    ],
+)
+def test_what_no_operator_can_run_with_is_refused_at_the_start(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EchoConfigError) as error:
+        make_config()
+    assert str(error.value).startswith(sentence)
+    assert f"unset {name}" in str(error.value) or "unset it" in str(error.value)
+
+
+def test_the_target_is_no_head(make_config: MakeConfig, target: Path) -> None:
+    with pytest.raises(EchoConfigError, match="is the target itself; set it to the folder"):
+        make_config({"model": str(target)})
 
 
 REAL_MODELS: dict[str, tuple[dict[str, Any], str]] = {
@@ -586,6 +668,7 @@ def test_the_argument_takes_a_path_or_inline_json(
         ("[1]", "must hold one JSON object {...} with fields"),
         ("{}", "must hold one JSON object {...} with fields"),
         ("[" * 100_000, "is not valid JSON: maximum recursion depth exceeded"),
+        ('{"echo": {"top_k": 2, "top_k": 3}}', "is not valid JSON: field 'top_k' stands twice"),
         (b"\xff\xfe", "is not valid JSON: 'utf-8' codec can't decode"),
     ],
 )

@@ -29,7 +29,13 @@ def head(tmp_path: Path) -> Path:
 
 
 def read(folder: Path | str, target: Target = TARGET) -> Head:
-    return read_head(str(folder), revision=None, target=target, architectures=ARCHITECTURES)
+    return read_head(
+        str(folder),
+        revision=None,
+        target=target,
+        architectures=ARCHITECTURES,
+        model_types=("llama", "qwen3"),
+    )
 
 
 def check(folder: Path, target: Target = TARGET) -> Head:
@@ -45,13 +51,17 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def test_a_head_that_fits_is_accepted(head: Path) -> None:
-    assert check(head) == Head(str(head), 64, 1000, 100, 3, 64)
+    facts = check(head)
+    layer = {name: tuple(TENSORS[f"midlayer.{name}"]) for name in facts.layer}
+    assert len(layer) == 10
+    assert facts == Head(str(head), 64, 1000, 100, 3, 64, layer)
 
 
 def whole_vocabulary(folder: Path) -> None:
     """No d2t, no t2d, no lm_head: the target's is shared."""
     edit(folder, draft_vocab_size=...)
-    kept = {name: TENSORS[name] for name in list(TENSORS)[:3]}
+    left_out = ("d2t", "t2d", "lm_head.weight")
+    kept = {name: shape for name, shape in TENSORS.items() if name not in left_out}
     write_weights(folder / "model.safetensors", kept)
 
 
@@ -67,8 +77,40 @@ def several_layers_in_several_files(folder: Path) -> None:
 
 def narrower_head(folder: Path) -> None:
     edit(folder, hidden_size=32, target_hidden_size=64)
-    narrow = {"fc.weight": [32, 192], "norm.weight": [32], "lm_head.weight": [100, 32]}
-    write_weights(folder / "model.safetensors", TENSORS | narrow)
+    narrow = {
+        name: [{64: 32, 128: 64 if "self_attn" in name else 128}.get(size, size) for size in shape]
+        for name, shape in TENSORS.items()
+    }
+    keys = {f"midlayer.self_attn.{kind}_proj.weight": [16, 64] for kind in "kv"}
+    kept = {"fc.weight": [32, 192], "t2d": [1000], "d2t": [100]}
+    write_weights(folder / "model.safetensors", narrow | keys | kept)
+
+
+def fused_projections(folder: Path) -> None:
+    tensors = {
+        name: shape
+        for name, shape in TENSORS.items()
+        if not any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_", "up_"))
+    }
+    fused = {
+        "midlayer.self_attn.qkv_proj.weight": [128, 128],
+        "midlayer.mlp.gate_up_proj.weight": [256, 64],
+    }
+    write_weights(folder / "model.safetensors", tensors | fused)
+
+
+def sizes_by_default(folder: Path) -> None:
+    """What a config.json does not say is what transformers takes."""
+    edit(folder, num_attention_heads=..., num_key_value_heads=..., intermediate_size=...)
+    changed = {
+        "self_attn.k_proj": [64, 128],
+        "self_attn.v_proj": [64, 128],
+        "mlp.gate_proj": [11008, 64],
+        "mlp.up_proj": [11008, 64],
+        "mlp.down_proj": [64, 11008],
+    }
+    named = {f"midlayer.{name}.weight": shape for name, shape in changed.items()}
+    write_weights(folder / "model.safetensors", TENSORS | named)
 
 
 def four_features(folder: Path) -> None:
@@ -83,7 +125,11 @@ def last_layer_only(folder: Path) -> None:
 
 
 def quantised(folder: Path) -> None:
-    tensors = {name.replace("fc.weight", "fc.qweight"): shape for name, shape in TENSORS.items()}
+    edit(folder, quantization_config={"quant_method": "gptq"})
+    tensors = {
+        name.replace("fc.weight", "fc.qweight").replace("proj.weight", "proj.qweight"): shape
+        for name, shape in TENSORS.items()
+    }
     write_weights(folder / "model.safetensors", tensors | {"fc.qweight": [8, 192]})
 
 
@@ -92,7 +138,9 @@ def pickled_weights(folder: Path) -> None:
 
 
 def speculators_format(folder: Path) -> None:
-    layer = {name: CONFIG[name] for name in ("hidden_size", "vocab_size")}
+    sizes = ("hidden_size", "vocab_size", "intermediate_size")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    layer = {name: CONFIG[name] for name in (*sizes, *heads)}
     config = {
         "speculators_model_type": "eagle3",
         "architectures": ["Eagle3Speculator"],
@@ -110,6 +158,8 @@ def speculators_format(folder: Path) -> None:
         bare_architecture,
         several_layers_in_several_files,
         narrower_head,
+        fused_projections,
+        sizes_by_default,
         four_features,
         last_layer_only,
         quantised,
@@ -179,6 +229,30 @@ LAYERS = (
             f"target's has 1000; {ANOTHER}",
         ),
         (
+            {"model_type": ...},
+            "has model_type null in its config.json, which is none that vLLM knows; repair the "
+            "file (it is that of the head's layers, such as llama) or choose another head.",
+        ),
+        (
+            {"eagle_config": "x"},
+            f'has eagle_config "x" in its config.json, which must be an object; {REPAIR}',
+        ),
+        (
+            {"speculators_model_type": "eagle3", "transformer_layer_config": [1]},
+            "has transformer_layer_config [1] in its config.json, which must be an object; "
+            + REPAIR,
+        ),
+        (
+            {"eagle_aux_hidden_state_layer_ids": 5},
+            "reads the target after layers 5 (eagle_aux_hidden_state_layer_ids in its "
+            f"config.json), which are not 3 different layers of a target with 12; {LAYERS}",
+        ),
+        (
+            {"intermediate_size": "wide"},
+            'has intermediate_size "wide" in its config.json, which must be a positive integer; '
+            + REPAIR,
+        ),
+        (
             {"num_attention_heads": 7},
             "has num_attention_heads 7 in its config.json, which does not divide its hidden_size "
             f"64; {REPAIR}",
@@ -222,7 +296,6 @@ def test_the_default_layers_of_a_small_target_collapse(head: Path, num_layers: i
     ("missing", "shown"),
     [
         ("fc.weight", "fc.weight"),
-        ("midlayer.self_attn.q_proj.weight", "midlayer.*"),
         ("norm.weight", "norm.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("d2t", "d2t"),
@@ -239,9 +312,31 @@ def test_a_missing_tensor_is_refused(head: Path, missing: str, shown: str) -> No
     )
 
 
+def test_weights_without_a_layer_are_refused(head: Path) -> None:
+    kept = {name: shape for name, shape in TENSORS.items() if not name.startswith("midlayer.")}
+    write_weights(head / "model.safetensors", kept)
+    with pytest.raises(EchoConfigError, match=r"its weights lack midlayer\.\*; choose another"):
+        check(head)
+
+
+@pytest.mark.parametrize("missing", [name for name in TENSORS if name.startswith("midlayer.")])
+def test_a_layer_that_is_not_whole_is_refused(head: Path, missing: str) -> None:
+    kept = {name: shape for name, shape in TENSORS.items() if name != missing}
+    write_weights(head / "model.safetensors", kept)
+    with pytest.raises(EchoConfigError) as error:
+        check(head)
+    assert str(error.value) == (
+        f'speculative_config.model "{head}" is not complete: its weights lack {missing}; download '
+        "it again, with all its files."
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
+        ("midlayer.self_attn.k_proj.weight", [64, 128], [32, 128]),
+        ("midlayer.self_attn.q_proj.weight", [64, 64], [64, 128]),
+        ("midlayer.mlp.down_proj.weight", [64, 256], [64, 128]),
         ("fc.weight", [64, 128], [64, 192]),
         ("norm.weight", [65], [64]),
         ("lm_head.weight", [1000, 64], [100, 64]),
@@ -309,6 +404,8 @@ def test_what_is_not_a_head_folder_is_refused(head: Path, monkeypatch: pytest.Mo
         with pytest.raises(EchoConfigError) as error:
             read(model)
         assert str(error.value) == f'speculative_config.model "{model}" {what}'
+    with pytest.raises(EchoConfigError, match=r"cannot be looked at \(File name too long\); set"):
+        read("x" * 300)
     file.write_text("{")
     with pytest.raises(EchoConfigError, match=r"has a config\.json that cannot be read"):
         read(head)

@@ -146,6 +146,12 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "that can be read (it is not in the local cache, and there is no connection or "
         "HF_HUB_OFFLINE is set); set it to the folder or the Hugging Face id of an EAGLE-3 head.",
     ),
+    "option-beside": (
+        {},
+        ["--speculative-config.echo.top_k", "0"],
+        "speculative_config.echo.top_k must be between 1 and 16, got 0; set it in that range, or "
+        "remove it for the default of 4.",
+    ),
     "engine-option": ({}, ["--async-scheduling"], f"{METHOD} --async-scheduling; remove it."),
     "pipeline": (
         {},
@@ -187,10 +193,12 @@ def test_a_file_that_cannot_be_used_ends_at_once_with_one_sentence(
     models: Path, starts: Starts
 ) -> None:
     (models / "empty.json").touch()
+    (models / "twice.json").write_text('{"echo": {"policy": "topn", "policy": "echo"}}')
     for name, what in (
         ("nowhere.json", "is neither inline JSON ({...}) nor a readable file: No such file or"),
         ("head", "is neither inline JSON ({...}) nor a readable file: Is a directory"),
         ("empty.json", "is not valid JSON: Expecting value"),
+        ("twice.json", "is not valid JSON: field 'policy' stands twice in one object"),
     ):
         ended = starts.run("serve", "target", "--speculative-config", name)
         assert ended.status == 2, ended.output

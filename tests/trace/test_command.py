@@ -188,7 +188,8 @@ def test_a_recording_takes_a_config_and_adds_the_trace(tmp_path: Path) -> None:
     [
         ("{", "--config must be a JSON file with a speculative config"),
         ("[]", "--config must be a JSON file with a speculative config"),
-        ("{}", "--config must be a JSON file with a speculative config"),
+        ("{}", "num_speculative_tokens is required with method echo and must be an integer"),
+        ('{"num_speculative_tokens": "16"}', 'an integer between 1 and 256, got "16"'),
         ('{"num_speculative_tokens": 4, "echo": {"policy": "best"}}', "policy must be one of"),
     ],
 )
