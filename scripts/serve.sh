@@ -33,6 +33,7 @@ main() {
   [[ -x $PREFIX/bin/vllm ]] || die "$PREFIX/bin/vllm is missing: run make setup first"
   [[ $PORT =~ ^[0-9]{1,5}$ ]] && ((10#$PORT >= 1 && 10#$PORT <= 65535)) ||
     die "PORT must be a number from 1 to 65535, got '$PORT'"
+  [[ $COMPILE == 0 || $COMPILE == 1 ]] || die "COMPILE must be 0 or 1, got '$COMPILE'"
   [[ $OPENMP == gnu || $OPENMP == intel ]] || die "OPENMP must be gnu or intel, got '$OPENMP'"
   if is_listening; then
     die "something listens on port $PORT already: stop it, or choose another with PORT=8001"

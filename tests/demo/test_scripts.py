@@ -42,6 +42,29 @@ def test_serve_refuses_an_unknown_openmp() -> None:
     assert "OPENMP must be gnu or intel, got 'llvm'" in result.stderr
 
 
+@pytest.mark.parametrize("value", ["true", "2"])
+def test_serve_refuses_another_way_to_say_compile(value: str) -> None:
+    result = run("serve.sh", PORT="1", COMPILE=value)
+    assert result.returncode != 0
+    assert f"COMPILE must be 0 or 1, got '{value}'" in result.stderr
+
+
+def test_setup_refuses_another_python_than_it_has(tmp_path: Path) -> None:
+    result = run("setup.sh", PYTHON="/usr/bin/false")
+    assert result.returncode != 0
+    assert "PYTHON must be an interpreter of Python 3.11, 3.12 or 3.13, got" in result.stderr
+    other = tmp_path / "python"
+    other.write_text(
+        "#!/bin/sh\ncase $2 in *%d.%d*) echo 3.12;; *exit*) exit 0;; *) echo $0;; esac\n"
+    )
+    other.chmod(0o755)
+    if sys.version_info[:2] == (3, 12):
+        other.write_text(other.read_text().replace("3.12", "3.13"))
+    result = run("setup.sh", PYTHON=str(other))
+    assert result.returncode != 0
+    assert "run make clean first, or leave PYTHON out" in result.stderr
+
+
 def test_serve_refuses_a_port_in_use_and_names_another() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -51,12 +74,10 @@ def test_serve_refuses_a_port_in_use_and_names_another() -> None:
     assert "choose another with PORT=" in result.stderr
 
 
-def test_serve_refuses_a_port_on_which_another_server_is_starting() -> None:
+def test_serve_refuses_a_port_on_which_another_server_is_starting(free_port: int) -> None:
     """It does not listen yet, and vLLM lets two servers have one port."""
     (ROOT / ".build").mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port
     lock = ROOT / ".build" / f"port-{port}.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -95,8 +116,24 @@ def test_setup_without_a_supported_python_names_the_remedy(tmp_path: Path) -> No
         timeout=60,
     )
     assert result.returncode != 0
+    assert (
+        "PYTHON must be an interpreter of Python 3.11, 3.12 or 3.13, got "
+        "'python-that-does-not-exist': name one, or leave it out"
+    ) in result.stderr
+    nothing = {**os.environ, "PATH": f"{without_python(tmp_path / 'bin')}"}
+    result = subprocess.run([script], env=nothing, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
     assert "no Python 3.11, 3.12 or 3.13 was found" in result.stderr
     assert "PYTHON=/path/to/python3.11" in result.stderr
+
+
+def without_python(folder: Path) -> Path:
+    """A folder with the programs that the scripts use, but no Python."""
+    folder.mkdir()
+    for name in ("bash", "env", "mkdir", "flock", "dirname", "grep", "find", "sort", "cat"):
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    return folder
 
 
 @pytest.mark.full
@@ -120,7 +157,7 @@ def test_setup_without_a_network_names_the_remedy(tmp_path: Path) -> None:
         timeout=300,
     )
     assert result.returncode != 0
-    assert "the packages could not be fetched: check the network" in result.stderr
+    assert "the packages could not be installed (see above): check the free" in result.stderr
 
 
 def test_the_prompts_of_the_demos_training_are_the_same_each_time_and_none_twice() -> None:
