@@ -74,14 +74,16 @@ for name, value in {**OFFLINE, **IN_PROCESS_ENGINE}.items():
 # The files that take longest, in that order. They come first: `make test` hands out whole files to
 # two workers, and a long one at the end would leave one of them without work.
 LONGEST = (
-    "engine/test_demo_exactness.py",
     "engine/test_exactness.py",
     "server/test_http.py",
     "engine/test_distribution.py",
     "training/test_train_drafter.py",
+    "cuda/test_cuda_check.py",
     "engine/test_elastic_engine.py",
+    "engine/test_demo_exactness.py",
     "bench/test_results.py",
     "engine/test_requests.py",
+    "triton/test_triton.py",
     "cuda/test_emulated_kernels.py",
     "engine/test_tensor_parallel.py",
     "config/test_serve.py",

@@ -36,10 +36,6 @@ class Acceptance:
         """Mean tokens of a step, the bonus token included."""
         return 1 + sum(self.accepted) / max(self.drafts, 1)
 
-    @property
-    def per_position(self) -> list[float]:
-        return [count / max(self.drafts, 1) for count in self.accepted]
-
     def plus(self, other: Acceptance) -> Acceptance:
         """Both together."""
         return Acceptance(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,5 +101,7 @@ def test_the_folder_follows_the_environment(
 
 
 def test_this_machine_has_a_description() -> None:
-    assert describe_cpu() == describe_cpu()
-    assert " x" in describe_cpu()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    assert describe_cpu().endswith(f" x{os.cpu_count()}")
+    assert not named or describe_cpu().startswith(named[0])

@@ -336,9 +336,9 @@ def test_samples_under_a_shared_budget_have_the_targets_distribution(
         lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
     )
     with tree_engine(tiny, **section) as llm:
-        (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES)
+        (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES // 2)
         found = counters(llm)
     drafts, nodes = found["spec_decode_num_drafts"], found["spec_decode_num_draft_tokens"]
-    assert found["spec_decode_num_accepted_tokens"] > 0.05 * NUM_SAMPLES, "nothing was at stake"
+    assert found["spec_decode_num_accepted_tokens"] > 0.025 * NUM_SAMPLES, "nothing was at stake"
     assert nodes < 0.7 * 10 * drafts, "the budget was never short"
     assert p_value(samples, SETTINGS["plain"], target_logits, tiny.shape.vocab) > LEAST_P

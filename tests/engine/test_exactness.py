@@ -96,7 +96,7 @@ def test_every_policy_is_token_identical_at_concurrency_16_and_1(
         before = free_blocks(llm)
         assert generate(llm, prompts, greedy()) == plain_tokens
         found = counters(llm)
-        assert generate(llm, prompts[:8], greedy(), one_by_one=True) == plain_tokens[:8]
+        assert generate(llm, prompts[:4], greedy(), one_by_one=True) == plain_tokens[:4]
         assert free_blocks(llm) == before
     drafts, accepted = found["spec_decode_num_drafts"], found["spec_decode_num_accepted_tokens"]
     assert accepted > 0.05 * drafts, "hardly a draft was accepted"

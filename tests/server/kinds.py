@@ -148,7 +148,7 @@ async def to_the_end_of_the_model(client: openai.AsyncOpenAI, prompt: str) -> st
 
 
 # With how often each is drawn.
-KINDS: list[tuple[Kind, int]] = [
+KINDS: list[tuple[Kind, float]] = [
     (greedy, 5),
     (chat, 5),
     (stream, 4),
@@ -159,5 +159,5 @@ KINDS: list[tuple[Kind, int]] = [
     (filtered, 2),
     (stopped, 2),
     (structured, 2),
-    (to_the_end_of_the_model, 1),
+    (to_the_end_of_the_model, 0.3),  # by far the dearest
 ]

@@ -451,7 +451,7 @@ def test_streams_given_up_half_way_leave_nothing_behind(
     served: Server,
     prompts: list[str],
 ) -> None:
-    """A third of 60 streams is closed after one to twenty chunks; the others are whole."""
+    """A third of 36 streams is closed after one to twenty chunks; the others are whole."""
     choose = random.Random(60)
 
     async def send_all() -> list[str]:
@@ -463,15 +463,15 @@ def test_streams_given_up_half_way_leave_nothing_behind(
                         choose.choice(prompts),
                         stop_after=choose.randint(1, 20) if i % 3 == 0 else None,
                     )
-                    for i in range(60)
+                    for i in range(36)
                 ]
             )
 
     before = settled()
-    assert Counter(asyncio.run(send_all())) == {"given up": 20, "whole": 40}
+    assert Counter(asyncio.run(send_all())) == {"given up": 12, "whole": 24}
     counted = settled() - before
     # vLLM counts no aborted request. Had the streams run on, each would have made 400 tokens.
-    assert counted.total("generation_tokens_total") < 40 * 24 + 20 * 250
+    assert counted.total("generation_tokens_total") < 24 * 24 + 12 * 250
     assert served.is_healthy()
 
 
@@ -496,8 +496,7 @@ def test_a_structured_request_keeps_no_other_from_drafting(
 
     before = settled()
     constrained, *_ = asyncio.run(send_all())
-    assert len(constrained.choices[0].text) == 120
-    assert json.loads(constrained.choices[0].text.lstrip("0") or "0") >= 0
+    assert re.fullmatch("[0-9]{120}", constrained.choices[0].text)
     assert (settled() - before).total("echo_trees_total") > 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 
+from echo_vllm.engine.acceptance_run import chain_of, measure
 from tests.conftest import ROOT
 from tests.engine.engines import counters, echo, engine, generate, runner
 from tests.training.targets import SHAPE, make_llama, make_qwen3, write_prompts
@@ -120,27 +121,31 @@ def test_a_killed_training_goes_on_where_it_was(made: Made) -> None:
 def test_a_trained_head_is_accepted_more_often_than_an_untrained_one(
     made: Made, tmp_path: Path
 ) -> None:
-    untrained = make_head_of(made.target, tmp_path / "untrained")
-    lengths = {}
-    for head in (made.head, untrained):
-        run(
-            *("eval", made.target, "-o", head, "--eval-prompts", f"unseen={made.prompts}"),
-            *("--max-tokens", ANSWER, "--max-model-len", MAX_LEN, "--dtype", "float32"),
-            *("--chains", CHAIN, "--trees", "" if head == untrained else "16"),
-        )
-        for entry in facts_of(head)["evaluation"]["runs"]:
-            key = (entry["drafts"], entry["temperature"])
-            lengths[head.name, *key] = entry["acceptance_length"]
+    run(
+        *("eval", made.target, "-o", made.head, "--eval-prompts", f"unseen={made.prompts}"),
+        *("--max-tokens", ANSWER, "--max-model-len", MAX_LEN, "--dtype", "float32"),
+        *("--chains", CHAIN, "--trees", "16"),
+    )
+    runs = facts_of(made.head)["evaluation"]["runs"]
+    lengths = {(run["drafts"], run["temperature"]): run["acceptance_length"] for run in runs}
+    untrained = measure(
+        str(made.target),
+        chain_of(str(make_head_of(made.target, tmp_path / "untrained")), CHAIN, "eagle3"),
+        {"unseen": prompt_ids(made, 16)},
+        [0, 1],
+        max_tokens=ANSWER,
+        dtype="float32",
+        max_model_len=MAX_LEN,
+        concurrency=8,
+    )
     card = (made.head / "README.md").read_text()
     assert "tree of 16" in card
     assert "echo-vllm train-drafter eval" in card
     for temperature in (0, 1):
-        stock = f"chain of {CHAIN}, vLLM's eagle3"
-        trained = lengths["head", stock, temperature]
-        assert trained > lengths["untrained", stock, temperature] + MARGIN[temperature], lengths
-        ours = lengths["head", f"chain of {CHAIN}", temperature]
-        assert ours > lengths["untrained", stock, temperature] + MARGIN[temperature], lengths
-    assert lengths["head", "tree of 16", 0] > lengths["head", f"chain of {CHAIN}", 0], lengths
+        least = untrained["unseen", temperature].length + MARGIN[temperature]
+        assert lengths[f"chain of {CHAIN}, vLLM's eagle3", temperature] > least, lengths
+        assert lengths[f"chain of {CHAIN}", temperature] > least, lengths
+    assert lengths["tree of 16", 0] > lengths[f"chain of {CHAIN}", 0], lengths
 
 
 def prompt_ids(made: Made, count: int) -> list[list[int]]:
