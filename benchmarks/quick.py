@@ -72,7 +72,7 @@ def main() -> int:
             "date": time.strftime("%Y-%m-%d"),
             "versions": versions(),
             "options": {
-                key: str(value) if isinstance(value, Path) else value
+                key: value.name if isinstance(value, Path) else value
                 for key, value in vars(options).items()
                 if key not in ("model", "head", "json")
             },
