@@ -51,7 +51,7 @@ class DrafterBacklog:
 
     def __len__(self) -> int:
         """Tokens that wait, all requests."""
-        return sum(parts[-1].stop - parts[0].start for parts in self._waiting.values())
+        return sum(map(self.length, self._waiting))
 
     @property
     def num_stale_blocks(self) -> int:

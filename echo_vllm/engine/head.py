@@ -234,13 +234,11 @@ def _read_config(model: str, revision: str | None) -> dict[str, Any]:
             _reject(model, "is a folder without a config.json", remedy)
     except OSError as error:  # A name that is too long, a folder that is not ours to read.
         _reject(model, f"cannot be looked at ({error.strerror})", remedy)
-    if is_folder:
-        pass
-    elif exists:
+    if exists and not is_folder:
         _reject(model, "is a file", remedy)
-    elif not _HUB_ID.fullmatch(model):
-        _reject(model, "does not exist", remedy)
-    else:
+    if not exists:
+        if not _HUB_ID.fullmatch(model):
+            _reject(model, "does not exist", remedy)
         file = _download(model, revision, "config.json")
     try:
         config = json.loads(file.read_text("utf-8"))

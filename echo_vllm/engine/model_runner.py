@@ -134,14 +134,13 @@ class EchoRunnerMixin(_Runner):
         backlog, block_size = self.drafter.backlog, self.drafter.block_size
         gid = self.drafter.kv_cache_gid
         ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        for req_id in ended:
+        # A new request that is known is the next part of a session's input.
+        begun = {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        for req_id in ended | begun:
             if req_id in self.requests:
                 blocks = torch.tensor(self.requests[req_id].block_ids[gid])
                 backlog.forget(req_id, blocks, block_size)
         for new in scheduler_output.scheduled_new_reqs:
-            if new.req_id in self.requests:  # The next part of a session's input.
-                old = torch.tensor(self.requests[new.req_id].block_ids[gid])
-                backlog.forget(new.req_id, old, block_size)
             cached = new.num_computed_tokens // block_size
             blocks = new.block_ids[gid]
             backlog.begin(new.req_id, blocks[:cached], blocks[cached:])

@@ -69,8 +69,6 @@ class EchoScheduler(Scheduler):
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
         if isinstance(self._policy, AutoPolicy):
             self._forecaster = Forecaster.of(self._policy, online=spec.echo.online)
-        # With k_max and gamma the user says what a forward costs.
-        self._observes_verify = spec.echo.gamma is None
 
     # ---- Before the step ----
 
@@ -101,6 +99,8 @@ class EchoScheduler(Scheduler):
         elif isinstance(self._policy, EchoPolicy) and self._max_rows is not None:
             budget = min(budget, int(self._max_rows) - prompts - decoding)
         sizes = [len(request.spec_token_ids) for request in self.running]
+        if sum(sizes) <= budget:
+            return
         for request, kept in zip(self.running, trimmed(sizes, budget), strict=True):
             if kept < len(request.spec_token_ids):
                 request.spec_token_ids = request.spec_token_ids[:kept]
@@ -193,7 +193,7 @@ class EchoScheduler(Scheduler):
             self._set_cost(StepCost.from_dict(stats.cost))
             stats.cost = None
         elif self._cost is not None and self._echo.online:
-            if self._observes_verify:
+            if self._echo.gamma is None:  # Else the user says what a target forward costs.
                 self._cost.observe_verify(stats.rows, stats.verify_s, trees=bool(stats.nodes))
             if stats.committed:
                 self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)

@@ -105,8 +105,7 @@ class AutoPolicy(CostAwarePolicy):
         """
         if pool.num_levels < self.max_depth or not len(probes):
             return []
-        requests = probes
-        best = pool.rows_of(requests, pool.best_first())[:, : self.max_nodes]
-        logprobs = pool.rows_of(requests, pool.path_logprobs).gather(1, best)
+        best = pool.rows_of(probes, pool.best_first())[:, : self.max_nodes]
+        logprobs = pool.rows_of(probes, pool.path_logprobs).gather(1, best)
         logprobs, depths = download(logprobs, pool.depths()[best])
         return list(zip(logprobs.tolist(), depths.tolist(), strict=True))

@@ -92,13 +92,11 @@ class CostAwarePolicy:
         found = self.probabilities(pool, batch)
         exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
         scores = found.masked_fill(~exists, NO_CANDIDATE)
-        tiers = torch.where(rank < self.floor, 0, 1).to(torch.int32)
+        floors = rank.new_full((pool.num_requests, 1), self.floor)
         if len(batch.probes):
             # Whatever they are thought to be worth: an estimate that nobody tests stays wrong.
-            rows = pool.on_device(batch.probes)
-            tiers[rows] = torch.where(rank[rows] < max(self.floor, PROBED_NODES), 0, 1).to(
-                torch.int32
-            )
+            floors[pool.on_device(batch.probes)] = max(self.floor, PROBED_NODES)
+        tiers = torch.where(rank < floors, 0, 1).to(torch.int32)
         budget = self.budget(scores, tiers, pool, batch)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, self.max_nodes)
         return pool.take_ragged(columns, cu_nodes)

@@ -19,6 +19,7 @@ from echo_vllm.engine.head import Head, Target, check_weights, read_head
 from tests.config.models import CONFIG, TENSORS, write_head, write_weights
 
 TARGET = Target(hidden_size=64, vocab_size=1000, num_layers=12)
+LAYER = [name for name in TENSORS if name.startswith("midlayer.")]
 ARCHITECTURES = ("Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3")
 
 
@@ -50,6 +51,12 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_without(folder: Path, *left_out: str) -> None:
+    """The weights, but for the tensors `left_out`."""
+    kept = {name: shape for name, shape in TENSORS.items() if name not in left_out}
+    write_weights(folder / "model.safetensors", kept)
+
+
 def test_a_head_that_fits_is_accepted(head: Path) -> None:
     facts = check(head)
     layer = {name: tuple(TENSORS[f"midlayer.{name}"]) for name in facts.layer}
@@ -60,9 +67,7 @@ def test_a_head_that_fits_is_accepted(head: Path) -> None:
 def whole_vocabulary(folder: Path) -> None:
     """No d2t, no t2d, no lm_head: the target's is shared."""
     edit(folder, draft_vocab_size=...)
-    left_out = ("d2t", "t2d", "lm_head.weight")
-    kept = {name: shape for name, shape in TENSORS.items() if name not in left_out}
-    write_weights(folder / "model.safetensors", kept)
+    write_without(folder, "d2t", "t2d", "lm_head.weight")
 
 
 def bare_architecture(folder: Path) -> None:
@@ -120,8 +125,7 @@ def four_features(folder: Path) -> None:
 
 def last_layer_only(folder: Path) -> None:
     edit(folder, eagle_config={"use_aux_hidden_state": False})
-    kept = {name: shape for name, shape in TENSORS.items() if name != "fc.weight"}
-    write_weights(folder / "model.safetensors", kept)
+    write_without(folder, "fc.weight")
 
 
 def quantised(folder: Path) -> None:
@@ -302,8 +306,7 @@ def test_the_default_layers_of_a_small_target_collapse(head: Path, num_layers: i
     ],
 )
 def test_a_missing_tensor_is_refused(head: Path, missing: str, shown: str) -> None:
-    kept = {name: shape for name, shape in TENSORS.items() if name != missing}
-    write_weights(head / "model.safetensors", kept)
+    write_without(head, missing)
     with pytest.raises(EchoConfigError) as error:
         check(head)
     assert str(error.value) == (
@@ -313,16 +316,14 @@ def test_a_missing_tensor_is_refused(head: Path, missing: str, shown: str) -> No
 
 
 def test_weights_without_a_layer_are_refused(head: Path) -> None:
-    kept = {name: shape for name, shape in TENSORS.items() if not name.startswith("midlayer.")}
-    write_weights(head / "model.safetensors", kept)
+    write_without(head, *LAYER)
     with pytest.raises(EchoConfigError, match=r"its weights lack midlayer\.\*; choose another"):
         check(head)
 
 
-@pytest.mark.parametrize("missing", [name for name in TENSORS if name.startswith("midlayer.")])
+@pytest.mark.parametrize("missing", LAYER)
 def test_a_layer_that_is_not_whole_is_refused(head: Path, missing: str) -> None:
-    kept = {name: shape for name, shape in TENSORS.items() if name != missing}
-    write_weights(head / "model.safetensors", kept)
+    write_without(head, missing)
     with pytest.raises(EchoConfigError) as error:
         check(head)
     assert str(error.value) == (
