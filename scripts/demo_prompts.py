@@ -3,18 +3,25 @@
 """Prints the prompts on whose answers the demo's draft head was trained, as JSON lines.
 
     python scripts/demo_prompts.py --count 3000 --seed 0 > prompts.jsonl
+    python scripts/demo_prompts.py --count 15000 --seed 1 --library > prompts.jsonl
 
 Tasks of the kinds that users give to an assistant, each with a subject put in: questions, writing,
 editing, reasoning, sums, code to write and code to finish, some with a second turn. All were written
-for this project; none is from a benchmark. The same count and seed give the same file.
+for this project; none is from a benchmark. With --library most of the functions to finish are those
+of the standard library of the Python that runs this: their first line and docstring. The same count
+and seed give the same file; with --library, of the same Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
 import sys
+import sysconfig
+import textwrap
+from pathlib import Path
 
 TOPICS = """
 tides; photosynthesis; the water cycle; volcanoes; black holes; inflation; supply and demand; compound interest;
@@ -284,9 +291,30 @@ def function_stub(line: str, draw: random.Random) -> str:
     return f'def {name}({arguments}):\n    """\n    {what}\n{body}    """\n'
 
 
-def make_prompts(count: int, seed: int) -> list[dict[str, object]]:
+def library_stubs() -> list[str]:
+    """Functions of the standard library, cut behind their docstring."""
+    found = set()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if {"test", "tests", "idlelib", "lib2to3", "site-packages"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            what = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if what is None or node.name.startswith("_") or not 20 <= len(what) <= 800:
+                continue
+            lines = textwrap.indent(what, "    ").lstrip()
+            head = f"def {node.name}({ast.unparse(node.args)}):"
+            found.add(f'{head}\n    """\n    {lines}\n    """\n')
+    return sorted(found)
+
+
+def make_prompts(count: int, seed: int, *, library: bool) -> list[dict[str, object]]:
     """`count` different prompts: id, category and one or two turns."""
     draw = random.Random(seed)
+    stubs = library_stubs() if library else []
     topics, people, places = _list(TOPICS), _list(PEOPLE), _list(PLACES)
     things, ideas, functions = _list(THINGS), _list(CODE_IDEAS), _lines(FUNCTIONS)
     languages, formats, tones = _list(LANGUAGES), _list(FORMATS), _list(TONES)
@@ -314,7 +342,9 @@ def make_prompts(count: int, seed: int) -> list[dict[str, object]]:
             tone=draw.choice(tones),
             idea=draw.choice(ideas),
             coding=draw.choice(["Java", "C++", "JavaScript", "C", "Go"]),
-            code=function_stub(draw.choice(functions), draw),
+            code=draw.choice(stubs)
+            if stubs and draw.random() < 0.8
+            else function_stub(draw.choice(functions), draw),
             plural=draw.choice(["cats", "penguins", "bees", "horses"]),
             name=name,
             name2=name2,
@@ -353,8 +383,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--library", action="store_true", help="with Python's own functions")
     args = parser.parse_args()
-    for prompt in make_prompts(args.count, args.seed):
+    for prompt in make_prompts(args.count, args.seed, library=args.library):
         sys.stdout.write(json.dumps(prompt, ensure_ascii=False) + "\n")
     return 0
 

@@ -7,27 +7,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 namespace echo_vllm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (!condition) fail(parts...);
-}
 
 // Prints a tensor's shape. A type rather than a function that returns text: the checks run on
 // every call and must not format anything unless they fail.
@@ -35,11 +23,34 @@ struct ShapeOf {
   const Tensor& tensor;
 };
 
-inline std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
-  const auto sizes = shape.tensor.sizes();
-  stream << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) stream << (i == 0 ? "" : ", ") << sizes[i];
-  return stream << ']';
+// No streams: where the compiler links libstdc++ into the library, their locale is that of another
+// copy, and printing a number crashes.
+template <class Part>
+void append(std::string& message, const Part& part) {
+  if constexpr (std::is_same_v<Part, ShapeOf>) {
+    const auto sizes = part.tensor.sizes();
+    message += '[';
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      message += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+    }
+    message += ']';
+  } else if constexpr (std::is_arithmetic_v<Part>) {
+    message += std::to_string(part);
+  } else {
+    message += part;
+  }
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::string message;
+  (append(message, parts), ...);
+  throw std::runtime_error(message);
+}
+
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {

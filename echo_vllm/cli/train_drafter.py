@@ -8,6 +8,7 @@ of its own, because an engine and a training want the whole machine; each is als
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -75,6 +76,13 @@ MaxModelLen = Annotated[
     int | None, typer.Option(min=16, help="As in vLLM.", show_default="the target's own")
 ]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests at once.")]
+EngineArgs = Annotated[
+    str | None,
+    typer.Option(
+        help="""More of vLLM's engine arguments, a JSON object like {"tensor_parallel_size": 2}.""",
+        show_default="none",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of sampling, first weights and order.")]
 Hours = Annotated[
     float | None, typer.Option(min=0.001, help="Hours of training.", show_default="no limit")
@@ -197,6 +205,7 @@ def data(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     concurrency: Concurrency = 32,
+    engine_args: EngineArgs = None,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
@@ -210,6 +219,7 @@ def data(
     if rows is not None and (prompts or self_prompts):
         fail("--rows takes the place of answering; leave out --prompts and --self-prompts")
     target, work = located(target), Work(output.absolute())
+    more = _engine_args(engine_args)
     if work.data.is_file():
         if not resume:
             fail(f"{work.folder} holds data already; go on with --resume, or remove that folder")
@@ -251,7 +261,7 @@ def data(
                 settings,
                 work,
                 chat,
-                lambda: _answering(target, dtype, max_model_len, concurrency),
+                lambda: _answering(target, dtype, max_model_len, concurrency, more),
                 show,
             )
     note(
@@ -261,12 +271,35 @@ def data(
     )
 
 
-def _answering(target: str, dtype: str, max_model_len: int | None, concurrency: int) -> Any:
+def _engine_args(text: str | None) -> dict[str, Any]:
+    """What `--engine-args` says; the names are vLLM's to check."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        fail(f"--engine-args is not JSON ({error.msg}): {text}")
+    if not isinstance(found, dict):
+        fail(f'--engine-args must be a JSON object like {{"tensor_parallel_size": 2}}, got {text}')
+    return found
+
+
+def _answering(
+    target: str, dtype: str, max_model_len: int | None, concurrency: int, more: dict[str, Any]
+) -> Any:
     from echo_vllm.drafter_training.work import TrainingError
     from echo_vllm.engine.answering import Answering
 
     try:
-        return Answering(target, dtype=dtype, max_model_len=max_model_len, concurrency=concurrency)
+        return Answering(
+            target,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            concurrency=concurrency,
+            engine_args=more,
+        )
+    except TypeError as error:
+        raise TrainingError(f"--engine-args: {last_line(error)}") from None
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise TrainingError(
             f"TARGET {target} does not load in vLLM ({last_line(error)}); give a folder or a name "
@@ -456,6 +489,7 @@ def evaluate(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     concurrency: Concurrency = 8,
+    engine_args: EngineArgs = None,
     append: Annotated[
         bool, typer.Option("--append", help="Keep the runs that are there, and add to them.")
     ] = False,
@@ -469,6 +503,7 @@ def evaluate(
     if not eval_prompts:
         fail("--eval-prompts is missing; give NAME=FILE, such as mt-bench=mt_bench.jsonl")
     target, head = located(target), str(output.absolute())
+    more = _engine_args(engine_args)
     lengths = _integers("--chains", chains, 1)
     ways = {f"chain of {k}, vLLM's eagle3": chain_of(head, k, "eagle3") for k in lengths}
     ways |= {f"chain of {k}": chain_of(head, k, "echo") for k in lengths[-1:]}
@@ -508,9 +543,10 @@ def evaluate(
                         dtype=dtype,
                         max_model_len=max_model_len,
                         concurrency=concurrency,
+                        engine_args=more,
                         on_set=lambda: progress.advance(task),
                     )
-                except (ValueError, OSError, RuntimeError) as error:
+                except (ValueError, OSError, RuntimeError, TypeError) as error:
                     raise TrainingError(
                         f"the engine does not run {way} with head {output}: {last_line(error)}"
                     ) from None

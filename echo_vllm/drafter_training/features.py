@@ -4,8 +4,8 @@
 
 speculators gets hidden states from a vLLM server through a connector that writes files; that server
 runs on GPUs only, and needs the target a second time. Here the target runs in the training's own
-process, by transformers and in the dtype that will be served, and its states are kept in the files
-that speculators' `FileTransfer` reads, so that later epochs do not run it again.
+process, by transformers and in the dtype that will be served. On a CPU, where that takes as long as
+the training, its states are kept in files, so that later epochs do not run it again.
 
 An auxiliary layer id i means the residual stream after i of the target's layers, as in vLLM; the
 last state is the one before the target's final norm, which speculators applies itself.
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hs_connectors import FileTransfer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +29,7 @@ FREE_BYTES = 2 << 30
 
 
 class Target:
-    """The target's layers, run on one sequence at a time."""
+    """The target's layers, run on whole sequences."""
 
     def __init__(self, name: str, layers: Sequence[int], dtype: torch.dtype, device: str) -> None:
         """Load the target.
@@ -62,6 +61,7 @@ class Target:
                 f"TARGET {name} is a {type(self._model).__name__}, whose layers are not known "
                 "here; Llama and Qwen3 are"
             )
+        self.hidden_size = int(body.config.hidden_size)
         self._body = body
         self._states: dict[int, torch.Tensor] = {}
         self._order = [*layers, len(blocks)]
@@ -72,13 +72,12 @@ class Target:
     def _keeper(self, index: int) -> Any:
         def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            self._states[index] = states[0]
+            self._states[index] = states
 
         return keep
 
-    @torch.inference_mode()
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Auxiliary and last hidden states of a sequence.
+        """Auxiliary and last hidden states of one sequence.
 
         Args:
             input_ids: [num_tokens].
@@ -86,30 +85,49 @@ class Target:
         Returns:
             [num_tokens, num_aux + 1, hidden_size], in the target's dtype, on the CPU.
         """
-        self._body(input_ids=input_ids[None].to(self.device), use_cache=False)
-        return torch.stack([self._states[index] for index in self._order], dim=1).cpu()
+        return self.hidden_states_of([input_ids])[0].cpu()
+
+    @torch.no_grad()
+    def hidden_states_of(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Auxiliary and last hidden states of sequences that run together.
+
+        Shorter ones are padded at their ends, which no position before sees.
+
+        Args:
+            sequences: token ids, [num_tokens] each.
+
+        Returns:
+            [num_tokens, num_aux + 1, hidden_size] each, in the target's dtype, on its device.
+        """
+        padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        self._body(input_ids=padded.to(self.device), use_cache=False)
+        states = torch.stack([self._states[index] for index in self._order], dim=2)
+        return [one[: len(ids)] for one, ids in zip(states, sequences, strict=True)]
 
 
-class KeptStates(FileTransfer):  # type: ignore[misc]
-    """Hidden states by number of the dataset's row: from their file, or from the target now.
+class KeptStates:
+    """Hidden states by number of the row: from their file, or from the target now.
 
-    `FileTransfer` waits for files that a server writes; this makes what is missing. A file gets its
-    name when it is whole, and one that was cut off is made again. States beyond the limit, or for
-    which the disk has no room, are computed whenever they are needed.
+    A file gets its name when it is whole, and one that was cut off is made again. States beyond the
+    limit, or for which the disk has no room, are computed whenever they are needed.
     """
 
-    def __init__(self, folder: Path, target: Target, dataset: Any, max_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, target: Target, rows: Sequence[torch.Tensor], max_bytes: int
+    ) -> None:
         """
         Args:
             folder: for the files.
             target: to make them with.
-            dataset: rows with `input_ids`, by number.
+            rows: token ids by number, [num_tokens] each.
             max_bytes: of all files together.
+
+        Raises:
+            TrainingError: the folder cannot be made.
         """
-        super().__init__(folder)
         self._folder = folder
         self._target = target
-        self._dataset = dataset
+        self._rows = rows
         self.computed_tokens = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,31 +135,50 @@ class KeptStates(FileTransfer):  # type: ignore[misc]
         except OSError as error:
             raise TrainingError(unwritable(folder, error)) from None
 
-    def get_cached(self, file_idx: int) -> dict[str, torch.Tensor]:
-        """The states and token ids of a row.
+    def of(self, numbers: Sequence[int]) -> list[torch.Tensor]:
+        """The states of rows, those that the target runs on now in one go on a GPU.
 
         Returns:
-            hidden_states: [num_tokens, num_aux + 1, hidden_size]; token_ids: [num_tokens].
+            [num_tokens, num_aux + 1, hidden_size] each, on the target's device.
         """
-        path = self._folder / f"hs_{file_idx}.safetensors"
-        ids = self._dataset[file_idx]["input_ids"]
-        if path.exists():
-            try:
-                found: dict[str, torch.Tensor] = load_file(path)
-            except (OSError, SafetensorError):
-                path.unlink()
-            else:
-                if torch.equal(found["token_ids"], ids):
-                    return found
-        self.computed_tokens += len(ids)
-        made = {"hidden_states": self._target.hidden_states(ids).contiguous(), "token_ids": ids}
-        size = made["hidden_states"].nbytes + made["token_ids"].nbytes
-        if size <= self._room and shutil.disk_usage(self._folder).free > FREE_BYTES + size:
-            self._room -= size
-            writing = path.with_suffix(".writing")
-            try:
-                save_file(made, writing)
-                writing.replace(path)
-            except (OSError, SafetensorError):
-                writing.unlink(missing_ok=True)
-        return made
+        found = {number: self._load(number) for number in numbers}
+        missing = [number for number, states in found.items() if states is None]
+        # A CPU gains nothing from running sequences together, and would compute the padding.
+        together = len(missing) if self._target.device != "cpu" else 1
+        for begin in range(0, len(missing), max(1, together)):
+            group = missing[begin : begin + together]
+            ids = [self._rows[number] for number in group]
+            self.computed_tokens += sum(map(len, ids))
+            for number, made in zip(group, self._target.hidden_states_of(ids), strict=True):
+                found[number] = made
+                self._keep(number, made)
+        return [states for number in numbers if (states := found[number]) is not None]
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"hs_{number}.safetensors"
+
+    def _load(self, number: int) -> torch.Tensor | None:
+        path = self._path(number)
+        try:
+            found = load_file(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError):
+            path.unlink(missing_ok=True)
+            return None
+        if not torch.equal(found["token_ids"], self._rows[number]):
+            return None
+        return found["hidden_states"].to(self._target.device)
+
+    def _keep(self, number: int, states: torch.Tensor) -> None:
+        ids = self._rows[number]
+        size = states.nbytes + ids.nbytes
+        if size > self._room or shutil.disk_usage(self._folder).free < FREE_BYTES + size:
+            return
+        self._room -= size
+        writing = self._path(number).with_suffix(".writing")
+        try:
+            save_file({"hidden_states": states.cpu().contiguous(), "token_ids": ids}, writing)
+            writing.replace(self._path(number))
+        except (OSError, SafetensorError):
+            writing.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """The train stage: speculators' dataset, draft vocabulary, model, losses and trainer together.
 
-Three things of speculators 0.9.0 are not enough here, and are subclassed:
+Four things of speculators 0.9.0 are not enough here, and are subclassed:
 
 - `Trainer` runs on an accelerator only: it moves the model to device 0 and synchronises a device
   for its timers. `HeadTrainer` also runs on a CPU. It ends after a number of hours, which
@@ -11,11 +11,15 @@ Three things of speculators 0.9.0 are not enough here, and are subclassed:
 - `SingleGPUCheckpointer` writes a checkpoint file by file into its final place, in bfloat16,
   optimizer included. A process killed meanwhile leaves one that cannot be resumed, and AdamW's step
   counter loses its low bits. `WholeCheckpointer` writes float32 into another folder and renames it.
+- `ArrowDataset` waits for one row after another from a server's files, and reads each row four
+  times from the disk. `RowsWithStates` holds token ids in memory and asks for the hidden states of
+  a whole batch at once, which on a GPU never leave it.
 - `Eagle3DraftModel` freezes the output layer at the target's rows. A head for a small target gains
   from training it, as EAGLE-3's authors do, so that `--lm-head frozen` is the exception here.
 
 On a CPU attention runs by PyTorch's `sdpa` instead of `flex_attention`, which would compile C++ for
-each length, and losses by speculators' reference implementation instead of its Triton kernels.
+each length, and losses by speculators' reference implementation instead of its Triton kernels. The
+same where PyTorch compiles nothing (TORCHDYNAMO_DISABLE=1), since `flex_attention` then is slow.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import time
 import warnings
@@ -40,12 +45,14 @@ from speculators.models.eagle3.core import Eagle3DraftModel
 from speculators.models.eagle3.data import shift_batch
 from speculators.train.checkpointer import SingleGPUCheckpointer
 from speculators.train.cli import create_transformer_layer_config
-from speculators.train.dataloader import create_train_val_loaders
+from speculators.train.data import BaseDataset, CollateFn
+from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.trainer import Trainer, TrainerConfig
 from speculators.train.vocab_mapping import (
     build_vocab_mappings_from_distribution,
     save_token_frequency_distribution,
 )
+from torch.utils.data import DataLoader
 
 from echo_vllm.drafter_training import head
 from echo_vllm.drafter_training.features import KeptStates, Target
@@ -56,6 +63,9 @@ from echo_vllm.drafter_training.work import TrainingError, unwritable, write_jso
 WARM_UP = 0.02
 FINAL_RATE = 0.05
 """Share of the time over which the learning rate rises, and what share of it is left at the end."""
+
+FLEX_BLOCK = 128
+"""Tokens of a block of `flex_attention`; speculators works in whole ones."""
 
 
 @dataclass(frozen=True)
@@ -252,12 +262,17 @@ def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> 
             ttt_steps=settings.ttt_steps,
             verifier_name_or_path=settings.target,
             target_layer_ids=settings.aux_layers,
-            draft_attn_impl="simple_flex_attention" if torch.cuda.is_available() else "sdpa",
+            draft_attn_impl="simple_flex_attention" if compiles() else "sdpa",
         ).float()
     if tensors:
         head.load_weights(model, tensors, f"--init {settings.init}")
     model.lm_head.weight.requires_grad_(settings.lm_head == "trained")
     return model
+
+
+def compiles() -> bool:
+    """Whether speculators compiles the model of the head: on a GPU, unless PyTorch may not."""
+    return torch.cuda.is_available() and os.environ.get("TORCHDYNAMO_DISABLE", "0") != "1"
 
 
 def _quiet_loguru() -> None:
@@ -303,6 +318,103 @@ class WholeCheckpointer(SingleGPUCheckpointer):  # type: ignore[misc]
             one.load_state_dict(state)
 
 
+class RowsWithStates(BaseDataset):  # type: ignore[misc]
+    """Some of the rows, each with its hidden states, which are asked for by the batch."""
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        first: int,
+        states: KeptStates,
+        max_len: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Args:
+            rows: input_ids and loss_mask, [num_tokens] each.
+            first: number of the first of them, by which `states` knows it.
+            states: of all rows.
+            max_len: tokens of a batch.
+            dtype: of the hidden states that the model reads.
+        """
+        self._rows = rows
+        self._first = first
+        self._states = states
+        self._batch: dict[int, torch.Tensor] = {}
+        self.tokens_given = 0
+        super().__init__(max_len, dtype)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _compute_approx_lengths(self) -> list[int]:
+        return [len(ids) for ids, _ in self._rows]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """PyTorch's loader prefers this to `__getitem__`."""
+        states = self._states.of([self._first + int(index) for index in indices])
+        self._batch = dict(zip(map(int, indices), states, strict=True))
+        items = [self[int(index)] for index in indices]
+        self._batch.clear()
+        # `shift_batch` drops one position of each.
+        self.tokens_given += sum(len(states) - 1 for states in states)
+        return items
+
+    def _get_raw_data(self, index: int) -> dict[str, torch.Tensor]:
+        ids, mask = self._rows[index]
+        states = self._batch[index]
+        return {
+            "hidden_states": states[:, :-1].flatten(1),
+            "input_ids": ids,
+            "verifier_last_hidden_states": states[:, -1],
+            "loss_mask": mask,
+        }
+
+
+def make_loaders(
+    folder: Path, target: Target, settings: TrainSettings, keep_bytes: int, dtype: torch.dtype
+) -> tuple[tuple[Any, Any], KeptStates]:
+    """Loaders of the training rows and of those held out, and the hidden states behind both.
+
+    Args:
+        folder: with the dataset of `make_dataset`, for the files of hidden states.
+        target: to make them with.
+        settings: of the training.
+        keep_bytes: of hidden states on the disk.
+        dtype: of those that the model reads.
+    """
+    parts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+    columns = load_from_disk(folder).with_format("torch")[:]
+    rows = list(zip(columns["input_ids"], columns["loss_mask"], strict=True))
+    states = KeptStates(folder / "hidden_states", target, [ids for ids, _ in rows], keep_bytes)
+    limit = settings.batch_tokens
+
+    def loader(begin: int, end: int, seed: int) -> Any:
+        dataset = RowsWithStates(rows[begin:end], begin, states, limit, dtype)
+        return DataLoader(
+            dataset,
+            batch_sampler=MultipackDistributedBatchSamplerV2(
+                batch_max_length=limit,
+                lengths=dataset.approx_lengths,
+                num_replicas=1,
+                rank=0,
+                seed=seed,
+            ),
+            collate_fn=CollateFn(
+                limit,
+                target.hidden_size,
+                num_target_layers=len(settings.aux_layers),
+                dtype=dtype,
+                preprocess=shift_batch,
+            ),
+        )
+
+    train = loader(0, parts["train"], settings.seed)
+    # In one order, so that checkpoints are judged by the same batches.
+    held_out = loader(parts["train"], len(rows), 0)
+    return (train, held_out), states
+
+
 class TimeIsUp(Exception):
     """Ends speculators' loop over the batches."""
 
@@ -336,7 +448,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         self._on_progress = on_progress
         self._on_best = on_best
         self.seconds = 0.0
-        self.tokens = 0
+        self._tokens_before = 0
         self.accepted: list[float] = []
         self.loss = math.nan
         self._epoch = self._local_step = 0
@@ -345,22 +457,22 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         if limits.max_steps is not None:
             self._total_steps = min(self._total_steps, limits.max_steps)
         self.interrupted = False
+        self._compiled = not compiles()
         self._set_rate()
-        # Before the model computes: the loop shows its batches to nobody else.
-        self.model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
 
     # --- what speculators calls ---
 
     def setup_trainer(self) -> None:
         self.rank = -1  # Rank 0 draws bars; the command has a progress line of its own.
-        if torch.accelerator.current_accelerator() is None:
+        # A CUDA build of torch names one even where there is none.
+        if not torch.accelerator.is_available():
             self.local_rank = torch.device("cpu")
             self.device_type = "cpu"
         self.checkpointer: Any = WholeCheckpointer(Path(self.config.save_path))
         super().setup_trainer()
         state = self._load_training_state() if self.resume_from_checkpoint else {}
         self.seconds = state.get("seconds", 0.0)
-        self.tokens = state.get("tokens", 0)
+        self._tokens_before = state.get("tokens", 0)
         self.accepted = state.get("accepted", [])
         self.loss = state.get("loss", math.nan)
         self.best = Progress(**state["best"]) if state.get("best") else None
@@ -385,6 +497,11 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
         self._save(0)
 
     # --- our own ---
+
+    @property
+    def tokens(self) -> int:
+        """Of training rows seen."""
+        return int(self._tokens_before + self.train_loader.dataset.tokens_given)
 
     def progress(self) -> Progress:
         """Where the training stands."""
@@ -426,13 +543,11 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr * min(factor, 1.0)
 
-    def _count_tokens(self, module: Any, args: Any, batch: dict[str, Any]) -> None:
-        if module.training:
-            self.tokens += int((batch["document_ids"] >= 0).sum())
-
     def _after_step(self) -> None:
         now = time.monotonic()
-        self.seconds += now - self._lap
+        if self._compiled:  # The first update takes as long as a minute of others.
+            self.seconds += now - self._lap
+        self._compiled = True
         self._lap = now
         self._local_step += 1
         self._set_rate()
@@ -525,41 +640,24 @@ def train(
     if not (dataset_folder / "split.json").is_file():
         make_dataset(rows, settings, dataset_folder)
     parts = json.loads((dataset_folder / "split.json").read_text(encoding="utf-8"))
-    total = parts["train"] + parts["held_out"]
     on_gpu = torch.cuda.is_available()
+    if compiles() and settings.batch_tokens % FLEX_BLOCK:
+        more = (settings.batch_tokens // FLEX_BLOCK + 1) * FLEX_BLOCK
+        raise TrainingError(
+            f"--batch-tokens {settings.batch_tokens} is not a multiple of {FLEX_BLOCK}, which it "
+            f"must be on a GPU; give {more}"
+        )
     dtype = getattr(torch, settings.dtype)
     target = Target(settings.target, settings.aux_layers, dtype, "cuda" if on_gpu else "cpu")
-    dataset = load_from_disk(dataset_folder)
-    kept = dataset_folder / "hidden_states"
-    states = KeptStates(kept, target, dataset, limits.keep_bytes)
+    reads = torch.bfloat16 if on_gpu else torch.float32
+    loaders, states = make_loaders(dataset_folder, target, settings, limits.keep_bytes, reads)
     counts = torch.load(dataset_folder / "token_freq.pt", weights_only=True)
     model = make_model(settings, counts)
     config = target_config(settings.target)
-    loaders = create_train_val_loaders(
-        data_path=str(dataset_folder),
-        total_seq_len=settings.batch_tokens,
-        # Of what the model reads. Weights and their gradients are float32 on every device.
-        hidden_states_dtype=torch.bfloat16 if on_gpu else torch.float32,
-        transfer=states,
-        vllm_endpoint="",
-        on_missing="raise",
-        verifier_name_or_path=settings.target,
-        request_timeout=None,
-        max_retries=0,
-        generation_validation_retries=0,
-        max_consecutive_generation_failures=1,
-        hidden_size=config.hidden_size,
-        num_target_layers=len(settings.aux_layers),
-        num_workers=0,  # The target lives in this process.
-        prefetch_factor=1,
-        preprocess=shift_batch,
-        train_data_ratio=(parts["train"] + 0.5) / total,
-        seed=settings.seed,
-    )
     try:
         train_kwargs, val_kwargs = Eagle3DraftModel.get_trainer_kwargs(
             loss_fn=settings.loss,
-            loss_implementation="fused" if on_gpu else "eager",
+            loss_implementation="fused" if compiles() else "eager",
             ttt_steps=settings.ttt_steps,
             ttt_step_loss_decay=settings.step_decay,
         )
@@ -573,7 +671,8 @@ def train(
         train_call_kwargs=train_kwargs,
         val_call_kwargs=val_kwargs,
         scheduler_type="none",
-        hidden_states_dtype=torch.bfloat16 if on_gpu else torch.float32,
+        # Weights and their gradients are float32 on every device.
+        hidden_states_dtype=reads,
         log_freq=math.nan,  # No step is a multiple: its timers need an accelerator.
     )
     ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}

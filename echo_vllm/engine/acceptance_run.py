@@ -71,6 +71,7 @@ def measure(
     dtype: str,
     max_model_len: int | None,
     concurrency: int,
+    engine_args: Mapping[str, Any] | None = None,
     on_set: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, float], Counted]:
     """Run an engine of this process on all prompts, set by set, and end it.
@@ -84,6 +85,7 @@ def measure(
         dtype: as in vLLM.
         max_model_len: tokens of a request; None for the model's own.
         concurrency: requests at once.
+        engine_args: more of vLLM's EngineArgs, or others in the place of these.
         on_set: called after each set at each temperature.
 
     Raises:
@@ -95,7 +97,8 @@ def measure(
         "max_model_len": max_model_len,
         "max_num_seqs": concurrency,
         "enable_prefix_caching": False,
-        "disable_log_stats": False,
+        **(engine_args or {}),
+        "disable_log_stats": False,  # They are what is counted.
     }
     found = {}
     with local_llm(model, **options) as llm:

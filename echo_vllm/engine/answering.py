@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,13 @@ class Answering:
     """A plain engine, without speculation."""
 
     def __init__(
-        self, model: str, *, dtype: str, max_model_len: int | None, concurrency: int
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_model_len: int | None,
+        concurrency: int,
+        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         """Load the target; to be called once in a process that has not imported vLLM before.
 
@@ -46,6 +52,7 @@ class Answering:
             dtype: as in vLLM.
             max_model_len: tokens of a request; None for the model's own.
             concurrency: requests at once.
+            engine_args: more of vLLM's EngineArgs, or others in the place of these.
 
         Raises:
             ValueError, OSError, RuntimeError: vLLM's own, if the target does not load.
@@ -55,16 +62,16 @@ class Answering:
         from vllm import EngineArgs, LLMEngine
 
         self._concurrency = concurrency
-        self._engine: Any = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=model,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=concurrency,
-                enforce_eager=True,
-                disable_log_stats=True,
-            )
-        )
+        arguments: dict[str, Any] = {
+            "model": model,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": concurrency,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+            **(engine_args or {}),
+        }
+        self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.max_model_len = int(self._engine.model_config.max_model_len)
 
     def answer(
@@ -106,6 +113,7 @@ class Answering:
 
     def _add(self, question: Question, running: dict[str, Question]) -> None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self._engine.add_request(
             question.name,
@@ -116,6 +124,7 @@ class Answering:
                 max_tokens=question.max_tokens,
                 seed=question.seed if question.temperature > 0 else None,
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,  # No output each step, which takes time.
             ),
         )
         running[question.name] = question

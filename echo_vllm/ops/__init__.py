@@ -118,7 +118,7 @@ def tree_attention(
     if softcap > 0:
         features += ("softcap",)
     first = ""
-    if query.is_cuda:
+    if query.is_cuda and query.element_size() == 2:
         group = query.shape[1] // max(1, suffix_key.shape[1])
         first = forms.preferred(group, query.shape[2], context_lens.shape[0], mask.shape[0])
     implementation("tree_attention", query.is_cuda, features, first)(

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Which implementation of tree attention was measured to be fastest for which shape, on a GPU.
 
-`benchmarks/gpu.py` writes the table; `ECHO_VLLM_ATTENTION_TABLE` names the file, and `ops` asks
-`preferred` on every call. Without a table, or for a shape that nothing in it resembles, the order
-of `dispatch.py` holds: there the fused kernel comes first, which no GPU has confirmed yet.
+`benchmarks/gpu.py` writes the table; `ECHO_VLLM_ATTENTION_TABLE` names the file, else one of
+`attention_tables/` is used if it was measured on this kind of GPU; `ops` asks `preferred` on every
+call with 16-bit numbers, which is what was measured. Without a table, or for a shape that nothing
+in it resembles, the order of `dispatch.py` holds.
 
 A shape is what the host knows without a look at the device: q heads a kv head, head size, requests
 and rows. The context's length is none of that, so an entry weighs all contexts that were measured.
@@ -24,6 +25,8 @@ from pathlib import Path
 import torch
 
 VARIABLE = "ECHO_VLLM_ATTENTION_TABLE"
+
+FOLDER = Path(__file__).parent / "attention_tables"
 
 # A measured shape speaks for others whose requests and rows are at most this many times more or
 # fewer, both together.
@@ -117,14 +120,21 @@ def read_table(path: Path) -> Table:
     return table
 
 
+def built_in(device: str) -> Table | None:
+    """The table of the package that was measured on this kind of GPU, if there is one."""
+    tables = (read_table(path) for path in sorted(FOLDER.glob("*.json")))
+    return next((table for table in tables if table.device == device), None)
+
+
 @functools.cache
 def table_of_this_gpu() -> Table | None:
-    """The table that the environment names, if it was measured on this kind of GPU."""
+    """The table that the environment names, if it was measured on this kind of GPU; else one of
+    the package."""
     path = os.environ.get(VARIABLE)
-    if not path:
-        return None
-    table = read_table(Path(path))
     name = torch.cuda.get_device_name()
+    if not path:
+        return built_in(name)
+    table = read_table(Path(path))
     if table.device != name:
         logger.warning(
             "%s=%s was measured on %s and is not used on %s: measure with "
@@ -139,7 +149,10 @@ def describe() -> str:
     """Where the choice by shape comes from, for `echo-vllm doctor`."""
     path = os.environ.get(VARIABLE)
     if not path:
-        return f"tree_attention in this order for every shape ({VARIABLE} is unset)"
+        table = built_in(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        if table is None:
+            return f"tree_attention in this order for every shape ({VARIABLE} is unset)"
+        return f"tree_attention by {len(table.measurements)} measurements of {table.device}"
     try:
         table = read_table(Path(path))
     except ValueError as error:

@@ -31,12 +31,18 @@ PACKAGES = ("vllm.vllm_flash_attn", "flash_attn")
 def load_flash_attention() -> tuple[str, Callable[..., Any]]:
     """The package that has `flash_attn_varlen_func`, and the function: vLLM's own first.
 
+    Of vLLM's it is version 3 on a GPU that runs it (Hopper), else the package's default, 2.
+
     Raises RuntimeError if neither can be imported.
     """
     reasons = []
     for package in PACKAGES:
         try:
-            function = importlib.import_module(package).flash_attn_varlen_func
+            module = importlib.import_module(package)
+            function = module.flash_attn_varlen_func
+            supports = getattr(module, "is_fa_version_supported", None)
+            if supports is not None and supports(3):
+                function = functools.partial(function, fa_version=3)
         except Exception as error:  # a broken installation can raise anything
             reasons.append(f"{package} ({error})")
             continue

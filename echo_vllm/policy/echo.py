@@ -141,4 +141,7 @@ def mark_parents(marked: torch.Tensor, parents: torch.Tensor, level: slice) -> N
     A request without candidates in the level has ROOT there, and no marks.
     """
     wanted = marked[:, level] & (parents != ROOT)
-    marked.scatter_reduce_(1, parents.clamp(min=0), wanted, "amax")
+    # Counted, since a GPU scatters no maxima of truth values.
+    counts = torch.zeros(marked.shape, dtype=torch.int32, device=marked.device)
+    counts.scatter_add_(1, parents.clamp(min=0), wanted.int())
+    marked |= counts > 0

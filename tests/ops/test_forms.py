@@ -95,11 +95,11 @@ def test_the_environment_names_the_table_of_this_gpu(
     fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv(forms.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert forms.preferred(4, 128, 64, 64) == ""
     path = tmp_path / "table.json"
     write_table(path, TABLE.device, TABLE.measurements)
     monkeypatch.setenv(forms.VARIABLE, str(path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     forms.table_of_this_gpu.cache_clear()
     forms.preferred.cache_clear()
     assert forms.preferred(4, 128, 64, 64) == "flash"
@@ -112,3 +112,20 @@ def test_the_environment_names_the_table_of_this_gpu(
     with caplog.at_level(logging.WARNING, "echo_vllm.ops.forms"):
         assert forms.preferred(4, 128, 64, 64) == ""
     assert "was measured on a GPU and is not used on another GPU" in caplog.text
+
+
+def test_a_gpu_that_the_package_knows_needs_no_table(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(forms.VARIABLE, raising=False)
+    files = list(forms.FOLDER.glob("*.json"))
+    assert files
+    devices = [read_table(path).device for path in files]
+    assert len(set(devices)) == len(devices)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    # Measured: 209 us against 554 by the extension, and 521 against 619.
+    assert forms.preferred(4, 128, 16, 16 * 33) == "flash"
+    assert forms.preferred(4, 128, 64, 64 * 16) == "triton"
+    assert forms.preferred(4, 64, 16, 16 * 33) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert forms.describe() == "tree_attention by 9 measurements of NVIDIA H100 80GB HBM3"

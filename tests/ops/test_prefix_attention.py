@@ -138,6 +138,10 @@ def test_vllms_flash_attention_comes_first_and_none_is_one_sentence(
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", ours)
     monkeypatch.setitem(sys.modules, "flash_attn", other)
     assert load() == ("vllm.vllm_flash_attn", ours.flash_attn_varlen_func)
+    ours.is_fa_version_supported = lambda version: version == 3
+    package, newest = load()
+    assert isinstance(newest, partial)
+    assert (package, newest.keywords) == ("vllm.vllm_flash_attn", {"fa_version": 3})
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", None)
     assert load() == ("flash_attn", other.flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
