@@ -25,7 +25,7 @@ PYTHON_OF_VENV := .venv/bin/python
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo "  variables: VARIANT=$(VARIANT) (or cuda: never run on a GPU) PORT=$(PORT) HOST=$(HOST) CONFIG=$(CONFIG)"
+	@echo "  variables: VARIANT=$(VARIANT) (or cuda: see README) PORT=$(PORT) HOST=$(HOST) CONFIG=$(CONFIG)"
 	@echo "             DTYPE=(what suits the CPU; or bfloat16, float32) COMPILE=$(COMPILE) (1: torch.compile) ARGS= (more options)"
 
 setup: ## .venv, vLLM, our patches and extension, the demo model; starts nothing

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """A pretended GPU: tensors that say they are on one, and compute on the CPU.
 
-Inside `pretended_gpu()` code that means to run on a GPU runs for real, with real values, and two of
-its mistakes show that a CPU forgives: tensors of host and device in one operation, which raise
-`MixedDevices`, and places where the host waits for the device, which are counted by name.
+Inside `pretended_gpu()` code that means to run on a GPU runs for real, with real values, and three
+of its mistakes show that a CPU forgives: tensors of host and device in one operation, which raise
+`MixedDevices`; operations that PyTorch has for a CPU only, as far as one was met, which raise
+`NotImplementedError`; and places where the host waits for the device, which are counted by name.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ WAITS = {
     aten._unique2.default,
 }
 """Operations whose result, or the size of it, the host must know."""
+
+NOT_OF_TRUTH_VALUES = {aten.scatter_reduce.two, aten.scatter_reduce_.two}
+"""Operations that CUDA has for numbers only."""
 
 FACTORIES = {
     *(torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor),
@@ -82,6 +86,8 @@ class OnGPU(torch.Tensor):
                 Waits.count(f"copy_ between host and device {_non_blocking(args, kwargs)}")
         elif hosts:
             raise MixedDevices(f"{func} of host tensors {[tuple(x.shape) for x in hosts]}")
+        if func in NOT_OF_TRUTH_VALUES and args[0].dtype == torch.bool:
+            raise NotImplementedError(f"{func} of truth values")
         to_host = kwargs.get("device") is not None and kwargs["device"].type == "cpu"
         if to_host:
             Waits.count("to the host")

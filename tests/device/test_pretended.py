@@ -51,6 +51,14 @@ def test_each_way_to_wait_for_a_device_is_counted(wait: object) -> None:
     assert waits.total == 1, waits.places
 
 
+def test_what_cuda_lacks_is_refused() -> None:
+    with pretended_gpu():
+        x, places = on_gpu(torch.zeros(4, dtype=torch.bool)), on_gpu(torch.tensor([1, 2]))
+        with pytest.raises(NotImplementedError, match="truth values"):
+            x.scatter_reduce_(0, places, x[:2], "amax")
+        assert held(x.int().scatter_add_(0, places, x[:2].int())).tolist() == [0] * 4
+
+
 def test_what_does_not_wait_is_not_counted() -> None:
     with pretended_gpu() as waits:
         x = torch.zeros(4, device=GPU) + upload(torch.arange(4), GPU)
