@@ -12,7 +12,7 @@ from pathlib import Path
 
 from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration
 from echo_vllm.bench.engine_process import EngineOptions
-from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_conversations
+from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_shuffled
 from echo_vllm.bench.report import Sample
 from echo_vllm.bench.sweep import Plan, Sweep
 from echo_vllm.machine import fast_dtype
@@ -87,7 +87,7 @@ def measure(
             instrumented=instrumented,
         ),
         "in-process",
-        [turns[:1] for turns in read_conversations([arguments.prompts])],
+        [turns[:1] for turns in read_shuffled([arguments.prompts])],
         keep_alive=len(configurations),
         logs=Path(tempfile.mkdtemp(prefix="echo-vllm-bench-")),
     )

@@ -8,7 +8,7 @@
 #     scripts/gpu_demo_head.sh TARGET HEAD OLD_HEAD
 #
 # Environment: PYTHON, ANSWER_SECONDS (65), HOURS of training (0.036), MORE_ROWS (a file of rows to
-# train on besides). TORCHDYNAMO_DISABLE=0 compiles, which takes longer than a short training.
+# train on besides).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +16,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly TARGET=$1 HEAD=$2 OLD_HEAD=$3
 readonly PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"
 
 say() { printf '[head %3d s] %s\n' "$SECONDS" "$*"; }
 drafter() { "$PYTHON" -m echo_vllm.cli train-drafter "$@"; }

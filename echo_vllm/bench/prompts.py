@@ -4,49 +4,24 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from echo_vllm.bench.configurations import ROOT
+from echo_vllm.conversations import read_conversations
 
 DEFAULT_PROMPTS = ROOT / "tests" / "data" / "prompts.jsonl"
 
 
-def read_conversations(paths: Sequence[Path]) -> list[list[str]]:
-    """The user's turns of every line of JSON-lines files: `prompt`, or `turns`.
-
-    They are shuffled, always in the same way, because such files are sorted by category and a
-    short run takes only some.
+def read_shuffled(paths: Sequence[Path]) -> list[list[str]]:
+    """The conversations of all files, shuffled, always in the same way: such files are sorted by
+    category, and a short run takes only some.
 
     Raises:
-        ValueError: a line has neither, or a file is empty.
+        ValueError: of `read_conversations`.
     """
-    conversations: list[list[str]] = []
-    for path in paths:
-        before = len(conversations)
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            found = entry if isinstance(entry, dict) else {}
-            turns = [found["prompt"]] if "prompt" in found else found.get("turns")
-            if (
-                not isinstance(turns, list)
-                or not turns
-                or not all(isinstance(turn, str) and turn for turn in turns)
-            ):
-                raise ValueError(
-                    f'{path}:{number}: must be like {{"prompt": "..."}} or '
-                    f'{{"turns": ["...", "..."]}}, got {line[:80]}'
-                )
-            conversations.append(turns)
-        if len(conversations) == before:
-            raise ValueError(f"{path} holds no prompt")
+    conversations = [turns for path in paths for turns in read_conversations(path)]
     random.Random(0).shuffle(conversations)
     return conversations
 

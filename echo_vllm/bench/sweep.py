@@ -109,7 +109,7 @@ class Sweep:
     """A plan, and what it runs on.
 
     Attributes:
-        conversations: the user's turns, one or two each, from `read_conversations`.
+        conversations: the user's turns, one or two each, from `read_shuffled`.
         keep_alive: the most workers alive at a time.
         logs: the folder of their logs.
         frozen: where answers to first turns are kept for a later session.

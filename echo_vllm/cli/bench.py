@@ -15,7 +15,7 @@ import typer
 from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration, built_in, choose
 from echo_vllm.bench.engine_process import KV_CACHE_BYTES, EngineOptions
 from echo_vllm.bench.fleet import Kind, exit_on_sigterm, workers_that_fit
-from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_conversations
+from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_shuffled
 from echo_vllm.bench.results import Journal, write_results
 from echo_vllm.bench.sweep import Plan, Sweep
 from echo_vllm.cli.console import errors, fail, located, note
@@ -111,7 +111,7 @@ def bench(
             fail(f"the demo is not at {folder}; run `make setup`, or give MODEL and --drafter")
     try:
         chosen = choose(names, located(drafter))
-        conversations = read_conversations(prompts)
+        conversations = read_shuffled(prompts)
     except (ValueError, OSError) as error:
         fail(str(error))
     plan = Plan(

@@ -106,14 +106,12 @@ def calibrate(
 
 
 def _read_prompts(paths: list[Path]) -> list[list[str]]:
-    from echo_vllm.bench.prompts import read_conversations
+    from echo_vllm.bench.prompts import read_shuffled
 
     try:
-        return read_conversations(paths)
-    except OSError as error:
-        fail(f"--prompts {error.filename} cannot be read ({error.strerror})")
+        return read_shuffled(paths)
     except ValueError as error:
-        fail(str(error))
+        fail(f"--prompts {error}")
 
 
 def _known_costs(header: TraceHeader) -> StepCost | None:

@@ -92,12 +92,12 @@ def record(
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:
     """Record a trace with the real engine."""
-    from echo_vllm.bench.prompts import read_conversations
+    from echo_vllm.bench.prompts import read_shuffled
     from echo_vllm.engine.recording import Recording
 
     speculation = _speculation(drafter, output, config)
     try:
-        conversations = read_conversations(prompts)[:limit]
+        conversations = read_shuffled(prompts)[:limit]
         output.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -117,6 +117,13 @@ CheckpointMinutes = Annotated[float, typer.Option(min=0, help="Between checkpoin
 KeepGb = Annotated[
     float, typer.Option(min=0, help="Gigabytes of hidden states kept for later epochs.")
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="On a GPU: compile the head's model first, which takes minutes. Not proven yet.",
+    ),
+]
 EvalPrompts = Annotated[
     list[str] | None,
     typer.Option(help="NAME=FILE of prompts that training never saw; may be given several times."),
@@ -353,6 +360,7 @@ def train(
     held_out: HeldOut = 0.05,
     checkpoint_minutes: CheckpointMinutes = 5.0,
     keep_gb: KeepGb = 20.0,
+    compile_model: Compile = False,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     resume: Resume = False,
@@ -363,6 +371,8 @@ def train(
         fail(f"--lm-head must be trained or frozen, got {lm_head}")
     # The command has a progress line of its own.
     os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    if not compile_model:  # What speculators would do by itself on a GPU; torch reads it once.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if Path(target).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from echo_vllm.drafter_training.card import add_facts

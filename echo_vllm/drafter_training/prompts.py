@@ -8,12 +8,12 @@ say; that gives prompts for a target of which nothing but the weights is known.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from echo_vllm.conversations import read_conversations
 from echo_vllm.drafter_training.work import TrainingError
 
 SYSTEM_PROMPTS: Sequence[str | None] = (
@@ -40,37 +40,9 @@ def read_prompts(path: Path) -> list[list[str]]:
         TrainingError: the file cannot be read, a line has neither, or there is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(
-            f"--prompts {path} cannot be read ({error.strerror}); give a file of JSON lines"
-        ) from None
-    except UnicodeDecodeError:
-        raise TrainingError(
-            f"--prompts {path} is not UTF-8 text; give a file of JSON lines"
-        ) from None
-    conversations = []
-    remedy = 'each line must be like {"prompt": "..."} or {"turns": ["...", "..."]}'
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TrainingError(
-                f"--prompts {path}, line {number}, is not JSON ({error.msg}); {remedy}"
-            ) from None
-        turns = entry.get("turns", [entry.get("prompt")]) if isinstance(entry, dict) else None
-        if (
-            not isinstance(turns, list)
-            or not turns
-            or not all(isinstance(turn, str) and turn.strip() for turn in turns)
-        ):
-            raise TrainingError(f"--prompts {path}, line {number}, holds no prompt; {remedy}")
-        conversations.append(turns)
-    if not conversations:
-        raise TrainingError(f"--prompts {path} holds no prompt; {remedy}")
-    return conversations
+        return read_conversations(path)
+    except ValueError as error:
+        raise TrainingError(f"--prompts {error}") from None
 
 
 class Unseen:

@@ -19,7 +19,7 @@ Four things of speculators 0.9.0 are not enough here, and are subclassed:
 
 On a CPU attention runs by PyTorch's `sdpa` instead of `flex_attention`, which would compile C++ for
 each length, and losses by speculators' reference implementation instead of its Triton kernels. The
-same where PyTorch compiles nothing (TORCHDYNAMO_DISABLE=1), since `flex_attention` then is slow.
+same on a GPU without `--compile`, since `flex_attention` is slow when it is not compiled.
 """
 
 from __future__ import annotations

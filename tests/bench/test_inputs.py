@@ -19,7 +19,7 @@ from echo_vllm.bench.configurations import (
     choose,
     is_fixed,
 )
-from echo_vllm.bench.prompts import read_conversations, window
+from echo_vllm.bench.prompts import read_shuffled, window
 from echo_vllm.bench.timers import FRONT_END, StageTimers
 from echo_vllm.calibration.profile import FILE_NAME, DepthProfile, DrafterProfile
 from echo_vllm.config import EchoConfig
@@ -126,23 +126,23 @@ def test_prompts_are_read_from_both_forms_in_a_fixed_order(tmp_path: Path) -> No
     path = tmp_path / "prompts.jsonl"
     entries = [{"prompt": f"p{i}"} for i in range(5)] + [{"turns": ["first", "second"]}]
     path.write_text("\n".join(map(json.dumps, entries)) + "\n\n")
-    conversations = read_conversations([path])
+    conversations = read_shuffled([path])
     assert sorted(conversations) == [["first", "second"], ["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
-    assert conversations == read_conversations([path])
-    assert sorted(read_conversations([path, path])) == sorted(conversations * 2)
+    assert conversations == read_shuffled([path])
+    assert sorted(read_shuffled([path, path])) == sorted(conversations * 2)
 
 
 def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r':2: must be like \{"prompt": "..."\}'):
-        read_conversations([path])
+    with pytest.raises(ValueError, match=r"line 2, holds no prompt; each line must be like"):
+        read_shuffled([path])
     path.write_text('{"prompt": "a"}\n{')
-    with pytest.raises(ValueError, match=r":2: not JSON"):
-        read_conversations([path])
+    with pytest.raises(ValueError, match=r"line 2, is not JSON"):
+        read_shuffled([path])
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        read_conversations([path])
+        read_shuffled([path])
 
 
 def test_a_window_begins_again_at_the_end() -> None:
