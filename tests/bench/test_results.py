@@ -123,7 +123,7 @@ def call(*arguments: str) -> tuple[int, str]:
         (["--concurrency", "1,x"], "--concurrency must be numbers from 1 on"),
         (["--concurrency", "0"], "--concurrency must be numbers from 1 on"),
         (["--temperature", "nan"], "--temperature must be numbers from 0 on"),
-        (["--prompts", "absent.jsonl"], "No such file or directory: 'absent.jsonl'"),
+        (["--prompts", "absent.jsonl"], "absent.jsonl cannot be read (No such file or directory)"),
     ],
 )
 def test_arguments_that_make_no_sense_are_one_line(arguments: list[str], message: str) -> None:
