@@ -11,9 +11,8 @@
 #     scripts/gpu_all.sh STAGE...  # of: tests triton sanitizer engine benchmarks engine-benchmark
 #
 # Environment: VLLM_USE_FLASHINFER_SAMPLER=0 where FlashInfer is missing, PYTHON (an interpreter with a
-# CUDA build of torch, pytest and hypothesis; with
-# pytest-xdist it is quicker), OUT (a folder for results; what is there when time runs out is kept),
-# ECHO_CUDA_ARCHS, LIMIT (seconds in all), ENGINE_BENCHMARK (options of benchmarks.gpu_engine). In OUT
+# CUDA build of torch, pytest and hypothesis; with pytest-xdist it is quicker), OUT (a folder for
+# results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all), ENGINE_BENCHMARK (options of benchmarks.gpu_engine). In OUT
 # are summary.txt, the benchmarks' *.json and logs.tar.gz.
 
 set -uo pipefail
@@ -48,9 +47,8 @@ stage() {
   fi
   say "$name (at most $most s)"
   timeout --kill-after=5 "$most" "$@" >"$LOGS/$name.log" 2>&1 || code=$?
-  {
-    echo "$name: exit $code after $((SECONDS - begin)) s; $(tail -n 1 "$LOGS/$name.log" | cut -c 1-200)"
-  } | tee -a "$OUT/summary.txt"
+  echo "$name: exit $code after $((SECONDS - begin)) s; $(tail -n 1 "$LOGS/$name.log" | cut -c 1-200)" |
+    tee -a "$OUT/summary.txt"
   return "$code"
 }
 

@@ -15,10 +15,9 @@ the loss mask.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from echo_vllm.drafter_training.data import SAMPLED, TEMPERATURE
 from echo_vllm.drafter_training.prompts import MARK, Chat, Unseen, read_prompts
+from echo_vllm.drafter_training.rows import Row, RowWriter
 
 USER_TEMPERATURE = 0.8
 USER_TOKENS = 160
@@ -53,18 +53,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
-def glue(chat: Chat, roles: tuple[str, str]) -> list[int]:
-    """Token ids between a turn of the first role and one of the second, the end of turn first."""
+def glue(chat: Chat) -> tuple[list[int], list[int]]:
+    """Token ids between a user's turn and the assistant's, and the other way round; the end of turn
+    comes first in both."""
     marks = [f"{MARK}{i}" for i in range(3)]
-    turns = [
-        {"role": role, "content": mark}
-        for role, mark in zip(("user", "assistant", "user"), marks, strict=True)
-    ]
-    text = chat.tokenizer.apply_chat_template(turns, tokenize=False)
-    first = 0 if roles == ("user", "assistant") else 1
-    between = text.split(marks[first])[1].split(marks[first + 1])[0]
-    ids: list[int] = chat.tokenizer.encode(between, add_special_tokens=False)
-    return ids
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    rest = chat.tokenizer.apply_chat_template(turns, tokenize=False).partition(marks[0])[2]
+    to_assistant, _, rest = rest.partition(marks[1])
+    to_user = rest.partition(marks[2])[0]
+    encode = chat.tokenizer.encode
+    return tuple(encode(text, add_special_tokens=False) for text in (to_assistant, to_user))
 
 
 class Waves:
@@ -79,8 +78,7 @@ class Waves:
         like = torch.empty(0, dtype=dtype, device=device)
         shape = (args.slots, args.length, config.num_key_value_heads, config.head_dim)
         self.layers = [GrowingLayer(*shape, like) for _ in range(config.num_hidden_layers)]
-        self.to_assistant = torch.tensor(glue(chat, ("user", "assistant")), device=device)
-        self.to_user = torch.tensor(glue(chat, ("assistant", "user")), device=device)
+        self.to_assistant, self.to_user = (torch.tensor(x, device=device) for x in glue(chat))
         self.end = int(self.to_user[0])
         if self.end != int(self.to_assistant[0]) or self.end != chat.tokenizer.eos_token_id:
             raise SystemExit("the chat template does not end turns by the end-of-text token")
@@ -104,10 +102,8 @@ class Waves:
         greedy = torch.arange(slots, device=device) % SAMPLED != SAMPLED - 1
         turn = torch.zeros(slots, dtype=torch.long, device=device)  # tokens of the turn so far
         most = torch.tensor([USER_TOKENS, self.args.answer_tokens], device=device)
-        tokens, mask = (
-            plan[:, :length].clone(),
-            torch.zeros_like(plan[:, :length], dtype=torch.bool),
-        )
+        tokens = plan[:, :length].clone()
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
         for layer in self.layers:
             layer.forget()
         cache = Cache(layers=self.layers)
@@ -141,28 +137,17 @@ class Waves:
         return tokens[:, :done].cpu(), mask[:, :done].cpu()
 
 
-def write(
-    file: TextIO, chat: Chat, unseen: Unseen, tokens: Any, mask: Any, first: int
-) -> tuple[int, int]:
-    """Append a wave's chats; how many, and their answers' tokens."""
-    rows = count = 0
-    for slot, (ids, marks) in enumerate(zip(tokens.tolist(), mask.tolist(), strict=True)):
-        if not any(marks):
+def keep(writer: RowWriter, chat: Chat, unseen: Unseen, tokens: Any, mask: Any, first: int) -> int:
+    """Append a wave's chats, numbered from `first`; how many tokens their answers have."""
+    count = 0
+    for slot, (ids, marks) in enumerate(zip(tokens.tolist(), mask.int().tolist(), strict=True)):
+        if 1 not in marks or not unseen.add(chat.decode(ids[: marks.index(1)])):
             continue
-        last = len(marks) - marks[::-1].index(True)
-        begin = marks.index(True)
-        if not unseen.add(chat.decode(ids[:begin])):
-            continue
-        row = {
-            "conversation": first + slot,
-            "turn": 0,
-            "temperature": TEMPERATURE if slot % SAMPLED == SAMPLED - 1 else 0.0,
-            "input_ids": ids[:last],
-            "loss_mask": [int(one) for one in marks[:last]],
-        }
-        file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        rows, count = rows + 1, count + sum(marks)
-    return rows, count
+        last = len(marks) - marks[::-1].index(1)
+        temperature = TEMPERATURE if slot % SAMPLED == SAMPLED - 1 else 0.0
+        writer.append(Row(first + slot, 0, temperature, ids[:last], marks[:last]))
+        count += sum(marks)
+    return count
 
 
 def main() -> None:
@@ -183,21 +168,23 @@ def main() -> None:
     given = iter(read_prompts(args.prompts))
     headers, unseen = chat.openings(), Unseen()
     begin = time.monotonic()
-    first = rows = count = 0
-    with args.output.open("w", encoding="utf-8") as file:
-        while time.monotonic() - begin < args.seconds:
-            openings: list[tuple[list[int], bool]] = []
-            while len(openings) < args.slots:
-                turns = next(given, None) if len(openings) % 2 else None
-                if turns is None:
-                    openings.append((headers[len(openings) // 2 % len(headers)], False))
-                elif len(ids := chat.encode(turns[:1])) < args.length // 2:
-                    openings.append((ids, True))
-            found = waves.run(openings, begin + args.seconds)
-            more, tokens = write(file, chat, unseen, *found, first)
-            first, rows, count = first + args.slots, rows + more, count + tokens
-            took = time.monotonic() - begin
-            print(f"{took:.0f} s: {rows} chats, {count} answer tokens", flush=True)
+    first = count = 0
+    args.output.with_name(args.output.name + ".partial").unlink(missing_ok=True)
+    writer = RowWriter(args.output)
+    while time.monotonic() - begin < args.seconds:
+        openings: list[tuple[list[int], bool]] = []
+        while len(openings) < args.slots:
+            turns = next(given, None) if len(openings) % 2 else None
+            if turns is None:
+                openings.append((headers[len(openings) // 2 % len(headers)], False))
+            elif len(ids := chat.encode(turns[:1])) < args.length // 2:
+                openings.append((ids, True))
+        found = waves.run(openings, begin + args.seconds)
+        count += keep(writer, chat, unseen, *found, first)
+        first += args.slots
+        took = time.monotonic() - begin
+        print(f"{took:.0f} s: {len(writer.rows)} chats, {count} answer tokens", flush=True)
+    writer.finish()
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ class KeptStates:
         Returns:
             [num_tokens, num_aux + 1, hidden_size] each, on the target's device.
         """
-        found = {number: self._load(number) for number in numbers}
-        missing = [number for number, states in found.items() if states is None]
+        found = {n: states for n in numbers if (states := self._load(n)) is not None}
+        missing = [number for number in numbers if number not in found]
         # A CPU gains nothing from running sequences together, and would compute the padding.
         together = len(missing) if self._target.device != "cpu" else 1
         for begin in range(0, len(missing), max(1, together)):
@@ -152,7 +152,7 @@ class KeptStates:
             for number, made in zip(group, self._target.hidden_states_of(ids), strict=True):
                 found[number] = made
                 self._keep(number, made)
-        return [states for number in numbers if (states := found[number]) is not None]
+        return [found[number] for number in numbers]
 
     def _path(self, number: int) -> Path:
         return self._folder / f"hs_{number}.safetensors"

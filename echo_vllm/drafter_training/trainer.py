@@ -352,9 +352,10 @@ class RowsWithStates(BaseDataset):  # type: ignore[misc]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """PyTorch's loader prefers this to `__getitem__`."""
-        states = self._states.of([self._first + int(index) for index in indices])
-        self._batch = dict(zip(map(int, indices), states, strict=True))
-        items = [self[int(index)] for index in indices]
+        places = [int(index) for index in indices]
+        states = self._states.of([self._first + place for place in places])
+        self._batch = dict(zip(places, states, strict=True))
+        items = [self[place] for place in places]
         self._batch.clear()
         # `shift_batch` drops one position of each.
         self.tokens_given += sum(len(states) - 1 for states in states)
@@ -636,17 +637,16 @@ def train(
     """
     # Of torch.autocast, which has nothing to do in float32, and of pinning memory for no GPU.
     warnings.filterwarnings("ignore", message=".*(autocast|pin_memory|layer IDs|target_layer).*")
-    dataset_folder, checkpoints = folders
-    if not (dataset_folder / "split.json").is_file():
-        make_dataset(rows, settings, dataset_folder)
-    parts = json.loads((dataset_folder / "split.json").read_text(encoding="utf-8"))
-    on_gpu = torch.cuda.is_available()
     if compiles() and settings.batch_tokens % FLEX_BLOCK:
         more = (settings.batch_tokens // FLEX_BLOCK + 1) * FLEX_BLOCK
         raise TrainingError(
             f"--batch-tokens {settings.batch_tokens} is not a multiple of {FLEX_BLOCK}, which it "
             f"must be on a GPU; give {more}"
         )
+    dataset_folder, checkpoints = folders
+    if not (dataset_folder / "split.json").is_file():
+        make_dataset(rows, settings, dataset_folder)
+    on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, settings.dtype)
     target = Target(settings.target, settings.aux_layers, dtype, "cuda" if on_gpu else "cpu")
     reads = torch.bfloat16 if on_gpu else torch.float32
@@ -699,7 +699,7 @@ def train(
         progress=trainer.progress(),
         best=trainer.best,
         interrupted=trainer.interrupted,
-        train_rows=parts["train"],
-        held_out_rows=parts["held_out"],
+        train_rows=len(loaders[0].dataset),
+        held_out_rows=len(loaders[1].dataset),
         computed_tokens=states.computed_tokens,
     )

@@ -149,7 +149,7 @@ def describe() -> str:
     """Where the choice by shape comes from, for `echo-vllm doctor`."""
     path = os.environ.get(VARIABLE)
     if not path:
-        table = built_in(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        table = table_of_this_gpu() if torch.cuda.is_available() else None
         if table is None:
             return f"tree_attention in this order for every shape ({VARIABLE} is unset)"
         return f"tree_attention by {len(table.measurements)} measurements of {table.device}"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The waves of chats: their greedy answers are the target's, and their rows train a head."""
+"""The waves of chats: their greedy answers are the target's, and only answers count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echo_vllm.drafter_training.rows import read_rows
 from tests.conftest import ROOT
 from tests.training.targets import SHAPE, make_llama, write_prompts
 
-USER, ASSISTANT, END = 2, 3, 1
+USER, ASSISTANT = 2, 3
 
 
 @pytest.mark.full
