@@ -5,7 +5,8 @@
 speculators gets hidden states from a vLLM server through a connector that writes files; that server
 runs on GPUs only, and needs the target a second time. Here the target runs in the training's own
 process, by transformers and in the dtype that will be served. On a CPU, where that takes as long as
-the training, its states are kept in files, so that later epochs do not run it again.
+the training, its states are kept in files, so that later epochs do not run it again; on a GPU they
+are kept in its memory as far as they fit.
 
 An auxiliary layer id i means the residual stream after i of the target's layers, as in vLLM; the
 last state is the one before the target's final norm, which speculators applies itself.
@@ -26,6 +27,9 @@ from echo_vllm.drafter_training.work import TrainingError, unwritable
 
 FREE_BYTES = 2 << 30
 """What is left free on a disk on which hidden states are kept, however many may be."""
+
+GPU_SHARE = 0.6
+"""Of a GPU's memory that is free beside the target, for hidden states at most."""
 
 
 class Target:
@@ -105,11 +109,80 @@ class Target:
         return [one[: len(ids)] for one, ids in zip(states, sequences, strict=True)]
 
 
-class KeptStates:
-    """Hidden states by number of the row: from their file, or from the target now.
+class StatesInFiles:
+    """Hidden states in a folder, which a later process finds again.
 
-    A file gets its name when it is whole, and one that was cut off is made again. States beyond the
-    limit, or for which the disk has no room, are computed whenever they are needed.
+    A file gets its name when it is whole, and one that was cut off counts as missing.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """
+        Args:
+            folder: for the files.
+            max_bytes: of all files together.
+
+        Raises:
+            TrainingError: the folder cannot be made.
+        """
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._room = max_bytes - sum(file.stat().st_size for file in folder.iterdir())
+        except OSError as error:
+            raise TrainingError(unwritable(folder, error)) from None
+
+    def load(self, number: int, ids: torch.Tensor) -> torch.Tensor | None:
+        """The states of a row, if they are there and of these token ids."""
+        path = self._path(number)
+        try:
+            found = load_file(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError):
+            path.unlink(missing_ok=True)
+            return None
+        return found["hidden_states"] if torch.equal(found["token_ids"], ids) else None
+
+    def keep(self, number: int, ids: torch.Tensor, states: torch.Tensor) -> None:
+        """Write them, if there is room."""
+        size = states.nbytes + ids.nbytes
+        if size > self._room or shutil.disk_usage(self._folder).free < FREE_BYTES + size:
+            return
+        self._room -= size
+        writing = self._path(number).with_suffix(".writing")
+        try:
+            save_file({"hidden_states": states.contiguous(), "token_ids": ids}, writing)
+            writing.replace(self._path(number))
+        except (OSError, SafetensorError):
+            writing.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"hs_{number}.safetensors"
+
+
+class StatesInMemory:
+    """Hidden states in a device's memory, for as long as the process runs."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._room = max_bytes
+        self._states: dict[int, torch.Tensor] = {}
+
+    def load(self, number: int, ids: torch.Tensor) -> torch.Tensor | None:
+        """The states of a row, if they are there."""
+        return self._states.get(number)
+
+    def keep(self, number: int, ids: torch.Tensor, states: torch.Tensor) -> None:
+        """Copy them, if there is room."""
+        if states.nbytes <= self._room:
+            self._room -= states.nbytes
+            self._states[number] = states.clone()
+
+
+class KeptStates:
+    """Hidden states by number of the row: kept from before, or from the target now.
+
+    On a CPU they are kept in files, on a GPU in its memory. Those beyond the limit, or for which
+    there is no room, are computed whenever they are needed.
     """
 
     def __init__(
@@ -120,20 +193,22 @@ class KeptStates:
             folder: for the files.
             target: to make them with.
             rows: token ids by number, [num_tokens] each.
-            max_bytes: of all files together.
+            max_bytes: of all that are kept.
 
         Raises:
             TrainingError: the folder cannot be made.
         """
-        self._folder = folder
         self._target = target
         self._rows = rows
         self.computed_tokens = 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._room = max_bytes - sum(file.stat().st_size for file in folder.iterdir())
-        except OSError as error:
-            raise TrainingError(unwritable(folder, error)) from None
+        self._kept: StatesInFiles | StatesInMemory
+        if target.device == "cpu":
+            self._kept = StatesInFiles(folder, max_bytes)
+        else:
+            if target.device == "cuda":
+                free, _ = torch.cuda.mem_get_info()
+                max_bytes = min(max_bytes, int(GPU_SHARE * free))
+            self._kept = StatesInMemory(max_bytes)
 
     def of(self, numbers: Sequence[int]) -> list[torch.Tensor]:
         """The states of rows, those that the target runs on now in one go on a GPU.
@@ -141,7 +216,11 @@ class KeptStates:
         Returns:
             [num_tokens, num_aux + 1, hidden_size] each, on the target's device.
         """
-        found = {n: states for n in numbers if (states := self._load(n)) is not None}
+        found = {}
+        for number in numbers:
+            states = self._kept.load(number, self._rows[number])
+            if states is not None:
+                found[number] = states
         missing = [number for number in numbers if number not in found]
         # A CPU gains nothing from running sequences together, and would compute the padding.
         together = len(missing) if self._target.device != "cpu" else 1
@@ -149,36 +228,8 @@ class KeptStates:
             group = missing[begin : begin + together]
             ids = [self._rows[number] for number in group]
             self.computed_tokens += sum(map(len, ids))
-            for number, made in zip(group, self._target.hidden_states_of(ids), strict=True):
-                found[number] = made
-                self._keep(number, made)
+            made = self._target.hidden_states_of(ids)
+            for number, tokens, states in zip(group, ids, made, strict=True):
+                found[number] = states
+                self._kept.keep(number, tokens, states)
         return [found[number] for number in numbers]
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"hs_{number}.safetensors"
-
-    def _load(self, number: int) -> torch.Tensor | None:
-        path = self._path(number)
-        try:
-            found = load_file(path)
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError):
-            path.unlink(missing_ok=True)
-            return None
-        if not torch.equal(found["token_ids"], self._rows[number]):
-            return None
-        return found["hidden_states"].to(self._target.device)
-
-    def _keep(self, number: int, states: torch.Tensor) -> None:
-        ids = self._rows[number]
-        size = states.nbytes + ids.nbytes
-        if size > self._room or shutil.disk_usage(self._folder).free < FREE_BYTES + size:
-            return
-        self._room -= size
-        writing = self._path(number).with_suffix(".writing")
-        try:
-            save_file({"hidden_states": states.cpu().contiguous(), "token_ids": ids}, writing)
-            writing.replace(self._path(number))
-        except (OSError, SafetensorError):
-            writing.unlink(missing_ok=True)

@@ -17,9 +17,9 @@ Four things of speculators 0.9.0 are not enough here, and are subclassed:
 - `Eagle3DraftModel` freezes the output layer at the target's rows. A head for a small target gains
   from training it, as EAGLE-3's authors do, so that `--lm-head frozen` is the exception here.
 
-On a CPU attention runs by PyTorch's `sdpa` instead of `flex_attention`, which would compile C++ for
-each length, and losses by speculators' reference implementation instead of its Triton kernels. The
-same on a GPU without `--compile`, since `flex_attention` is slow when it is not compiled.
+Without `--compile`, and on a CPU always, attention runs document by document (`packing`) instead of by
+`flex_attention`, which would be compiled for each length, and losses by speculators' reference
+implementation instead of its Triton kernels.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from speculators.train.vocab_mapping import (
 )
 from torch.utils.data import DataLoader
 
-from echo_vllm.drafter_training import head
+from echo_vllm.drafter_training import head, packing
 from echo_vllm.drafter_training.features import KeptStates, Target
 from echo_vllm.drafter_training.rows import Row
 from echo_vllm.drafter_training.targets import resolve_dtype, target_config
@@ -117,7 +117,7 @@ class Limits:
         epochs: after which it ends.
         max_steps: updates after which it ends; None for no limit.
         checkpoint_minutes: between checkpoints.
-        keep_bytes: of hidden states on the disk.
+        keep_bytes: of hidden states, on the disk or in a GPU's memory.
     """
 
     hours: float | None
@@ -262,8 +262,10 @@ def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> 
             ttt_steps=settings.ttt_steps,
             verifier_name_or_path=settings.target,
             target_layer_ids=settings.aux_layers,
-            draft_attn_impl="simple_flex_attention" if compiles() else "sdpa",
+            draft_attn_impl="simple_flex_attention" if compiles() else packing.NAME,
         ).float()
+    # Otherwise speculators makes its mask over all pairs of positions.
+    model.uses_full_attn = compiles()
     if tensors:
         head.load_weights(model, tensors, f"--init {settings.init}")
     model.lm_head.weight.requires_grad_(settings.lm_head == "trained")
@@ -372,6 +374,18 @@ class RowsWithStates(BaseDataset):  # type: ignore[misc]
         }
 
 
+class CollateWithPacking(CollateFn):  # type: ignore[misc]
+    """speculators' batches, each with the packing that attention by document reads."""
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().__call__(items)
+        documents = batch["document_ids"][0]
+        lengths = torch.bincount(documents[documents >= 0]).tolist()
+        device = batch["hidden_states"].device
+        batch["packing"] = packing.Packing.of(lengths, device) if lengths else None
+        return batch
+
+
 def make_loaders(
     folder: Path, target: Target, settings: TrainSettings, keep_bytes: int, dtype: torch.dtype
 ) -> tuple[tuple[Any, Any], KeptStates]:
@@ -381,7 +395,7 @@ def make_loaders(
         folder: with the dataset of `make_dataset`, for the files of hidden states.
         target: to make them with.
         settings: of the training.
-        keep_bytes: of hidden states on the disk.
+        keep_bytes: of hidden states, on the disk or in a GPU's memory.
         dtype: of those that the model reads.
     """
     parts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
@@ -401,7 +415,7 @@ def make_loaders(
                 rank=0,
                 seed=seed,
             ),
-            collate_fn=CollateFn(
+            collate_fn=(CollateFn if compiles() else CollateWithPacking)(
                 limit,
                 target.hidden_size,
                 num_target_layers=len(settings.aux_layers),
