@@ -4,12 +4,15 @@
 
     python scripts/demo_prompts.py --count 3000 --seed 0 > prompts.jsonl
     python scripts/demo_prompts.py --count 15000 --seed 1 --library > prompts.jsonl
+    python scripts/demo_prompts.py --count 45000 --seed 2 --library --wide > prompts.jsonl
 
 Tasks of the kinds that users give to an assistant, each with a subject put in: questions, writing,
 editing, reasoning, sums, code to write and code to finish, some with a second turn. All were written
 for this project; none is from a benchmark. With --library most of the functions to finish are those
-of the standard library of the Python that runs this: their first line and docstring. The same count
-and seed give the same file; with --library, of the same Python.
+of the standard library of the Python that runs this: their first line and docstring. With --wide
+there are more subjects and longer tasks: sciences and humanities, roles, puzzles, sums with their
+steps, texts to take apart, advice. The same options give the same file; with --library, of the same
+Python.
 """
 
 from __future__ import annotations
@@ -39,6 +42,38 @@ the moon; Mars; comets; the Sun; satellites; telescopes; gravity; light;
 poetry; novels; film music; theatre; museums; architecture; fashion; video games;
 fractions; prime numbers; probability; geometry; statistics; algebra; graphs; logic;
 honesty; friendship; courage; curiosity; patience; democracy; human rights; education
+"""
+MORE_TOPICS = """
+quantum mechanics; the theory of relativity; electromagnetism; thermodynamics; chemical bonds; the periodic table; acids and bases;
+catalysts; polymers; the cell membrane; mitosis; DNA replication; natural selection; genetics; proteins; enzymes; bacteria; viruses;
+the nervous system; the heart; the kidneys; digestion; hormones; antibiotics; allergies; plate tectonics; earthquakes; glaciers;
+the ozone layer; the carbon cycle; ecosystems; food chains; hurricanes; deserts; rainforests; ocean currents; fossils; dinosaurs;
+neutron stars; the Big Bang; exoplanets; galaxies; the speed of light; lasers; semiconductors; magnets; sound waves; lenses; friction;
+steam engines; bridges; concrete; satellites in orbit; nuclear power; hydrogen; superconductors; radar; 3D printing; microscopes;
+sorting algorithms; hash tables; recursion; neural networks; compilers; the internet; public-key cryptography; computer memory;
+derivatives; integrals; matrices; vectors; the Pythagorean theorem; logarithms; infinity; the normal distribution; Bayes' theorem;
+the Enlightenment; the Industrial Revolution; feudalism; colonialism; the American Civil War; the First World War; the Ottoman Empire;
+ancient Greece; ancient China; the Mongol Empire; the Aztecs; the Vikings; the Black Death; the Reformation; the moon landing;
+capitalism; socialism; globalization; unemployment; interest rates; monopolies; taxes; trade agreements; central banks; stock markets;
+the separation of powers; voting systems; constitutions; the United Nations; freedom of speech; privacy; copyright; juries;
+utilitarianism; stoicism; existentialism; free will; justice; the self; logic and truth; beauty; happiness; virtue;
+memory and learning; habits; motivation; dreams; emotions; prejudice; childhood development; stress; group behaviour; attention;
+tragedy and comedy; metaphor; the epic poem; science fiction; fairy tales; autobiography; impressionism; cubism; baroque music; the symphony;
+mythology; folk songs; dance; sculpture; documentary films; comics; calligraphy; gothic cathedrals; ballet; satire;
+languages and dialects; the alphabet; grammar; translation; slang; sign language; body language; writing systems; etymology; rhetoric
+"""
+ROLES = """
+a ship's captain; a detective; a time traveller; a talking tree; a medieval knight; a stand-up comedian; a travel guide; an old professor;
+a robot that wants to be human; a sports commentator; a pirate; a royal cook; a ghost in a library; a chess grandmaster; an astronaut;
+a news anchor; a football referee; a philosopher of ancient times; a strict editor; a friendly alien; a gardener; a private investigator;
+a personal trainer; a museum guard; a wise owl; a math tutor; an interviewer; a career coach; a storyteller by a fire; a mayor
+"""
+PROBLEMS = """
+I cannot fall asleep at night; my team misses its deadlines; I am nervous before exams; my neighbour is loud; I want to change my career;
+I spend too much money; I feel lonely in a new city; my child does not like to read; I forget names; I argue with my brother;
+my plants keep dying; I want to eat less sugar; my code is hard to read; nobody answers my emails; I want to learn a language;
+I have to give a speech; my laptop is slow; I am always late; I want to start a small business; I have too many meetings;
+my dog pulls on the lead; my back hurts from sitting; I cannot decide between two jobs; I want to write a novel; I get distracted by my phone
 """
 PEOPLE = """
 a teacher; a nurse; a farmer; a pilot; a chef; a lawyer; a carpenter; a student; a grandmother; a child of eight;
@@ -255,6 +290,116 @@ FINISH = [
     "Fill in the missing code.\n{code}",
     "Here is a function without a body. Complete it.\n\n{code}",
 ]
+WIDE: dict[str, list[str]] = {
+    "knowledge": [
+        "Explain how {topic} works, step by step, and give an example from everyday life.",
+        "What is the difference between {topic} and {topic2}? Which of them came first?",
+        "Describe the role of {topic} in the history of science, with at least two examples.",
+        "In what ways has {topic} influenced {topic2}?",
+        "I am studying {topic}. What are the three most important ideas, and how do they fit together?",
+        "Give a short overview of {topic}: causes, course and consequences.",
+        "What evidence do we have for what we believe about {topic}?",
+        "Explain {topic} in two ways: first to {person}, then to an expert.",
+        "What are the main theories about {topic}, and what does each fail to explain?",
+        "How do scientists study {topic}? Describe one experiment in detail.",
+        "Imagine a lesson of 45 minutes about {topic}. What happens in it, minute by minute?",
+        "Write four multiple-choice questions about {topic} and mark the right answers.",
+        "Which economic and social effects does {topic} have? Answer in {format}.",
+        "Some people think that {topic} is overrated. Argue for both sides and then judge.",
+        "How are {topic}, {topic2} and money connected?",
+        "What would {person} ask about {topic}, and what would you answer?",
+        "Suggest a method to measure the effect of {topic2} on {topic}.",
+        "Why is {topic} hard to understand? Use an analogy to make it easy.",
+        "Tell me about {topic}.",
+        "What is {topic}?",
+        "Who discovered or invented {topic}, and when?",
+    ],
+    "roles": [
+        "Pretend that you are {role}. Answer my first question: what do you think about {topic}?",
+        "Act as {role} and describe a day in {place}.",
+        "You are {role}. Convince me to buy {thing}.",
+        "From now on you are {role}, and you never leave your role. I ask: {problem}. What should I do?",
+        "Speak like {role} and explain {topic}.",
+        "Write a conversation in which {role} teaches {person} about {topic}.",
+        "As {role}, write a diary entry about your first visit to {place}.",
+        "Imagine that {role} and {role2} meet in {place}. What do they say to each other?",
+        "Introduce yourself as {role} and tell us about your greatest success.",
+    ],
+    "puzzles": [
+        "{name}, {name2} and {name3} stand in a line. {name} is behind {name2} and in front of {name3}. Who is first? Explain.",
+        "{name} is {c} years old. In {c2} years {name} will be twice as old as {name2} is now. How old is {name2}?",
+        "A clock strikes {c} times in {c2} seconds. How long does it take to strike twelve?",
+        "Three boxes are labelled {thing}, {topic} and both. All labels are wrong. Which box do you open?",
+        "A box holds {b} red, {c} blue and {c2} green pens. How many must you take to be sure of two of one colour?",
+        "If all {plural} are quick and nothing quick is lazy, can a lazy {thing} be one of the {plural}? Think step by step.",
+        "A farmer takes a wolf, a goat and a cabbage across a river. The boat holds {c} things. How?",
+        "It takes {c} minutes to boil {c} eggs in one pot. How long does it take to boil {c2} eggs?",
+        "{name} faces north, turns right twice and then left. Where does {name} look now?",
+        "Yesterday was two days before Friday. Which day is tomorrow? Explain each step.",
+        "Two doors lead out of {place}. One guard always lies and one tells the truth. What do you ask?",
+        "{name} says that {name2} lies, and {name2} says that both lie. Who tells the truth?",
+    ],
+    "sums": [
+        "A circle has a radius of {c} cm. How much larger is the area of one of {c2} cm?",
+        "A baker makes {a} rolls a day and sells {b} percent of them before noon. How many are left?",
+        "Where does the line y = {c}x + {b} cross the line y = {c2}x? Calculate step by step.",
+        "Write {a} as a product of primes.",
+        "A map has a scale of 1 to {a}00. How long is a road of {b} cm on the map?",
+        "A coin is tossed {c} times. How probable is it that it never shows heads?",
+        "Is {a} a multiple of {c}? How can one see it from the digits?",
+        "{name} invests {a}0 dollars at {c} percent a year. How much is it after three years, with compound interest?",
+        "Solve the system: x + y = {b}, x - y = {c}.",
+        "A tank of {a} litres is filled at {b} litres a minute and leaks {c} litres a minute. When is it full?",
+        "How many integers between {b} and {a} can be divided by {c}?",
+        "The sides of a box are {c}, {c2} and {b} cm. What are its volume and surface?",
+        "Simplify ({c}x + {b})({c2}x - {c}).",
+        "The mean of {c}, {d}, {e} and y is {f}. What is y?",
+    ],
+    "extraction": [
+        "Here is a text. List who did what, as a table.\n\n{passage}\n\n{passage2}",
+        "Read the two texts and say what they have in common.\n\n1. {passage}\n\n2. {passage2}",
+        "Underline the most important words of this text with stars.\n\n{passage}",
+        "Sort these sentences from the shortest to the longest.\n- {sentence}\n- {sentence2}\n- {sentence3}",
+        "Put these sentences into the past tense.\n{sentence}\n{sentence2}",
+        "Which of these two texts is easier to read, and why?\n\n{passage}\n\n{passage2}",
+        "Answer only with the text below: what happened, where and when?\n\n{passage}",
+        "Find the main claim of this text and one reason given for it.\n\n{passage}",
+        "Turn this text into a list of questions and answers.\n\n{passage}",
+        "Write this text again with all sentences in the future tense.\n\n{passage}",
+        "Write a headline and three bullet points for this.\n\n{passage}",
+        "Correct the mistakes and explain each.\n\n{sentence} {sentence2} {sentence3}",
+    ],
+    "longer writing": [
+        "Write a postcard from {country} in which {person} tells {person2} about {topic}.",
+        "Write a {tone} note that {person} leaves on the door of {person2}.",
+        "Write the back cover of a novel about {person} and {person2} in {place}.",
+        "Write a story that ends with this sentence: {sentence}",
+        "Write the table of contents of a book on {topic} and {topic2}.",
+        "Write a {tone} letter in which {person} complains to {person2} about {thing}.",
+        "Write a toast by {person} at a party for {person2}.",
+        "Tell a legend that explains why there is {topic}.",
+        "Write the script of a podcast about {topic}, with two speakers.",
+        "Join these sentences into one paragraph: {sentence} {sentence2} {sentence3}",
+        "Write a riddle whose answer is {thing}.",
+        "Write the rules of a game about {topic} for four players.",
+        "Compose a song with two verses and a chorus about {place}.",
+        "Write a {tone} conversation on the phone between {person} and {person2}.",
+        "Write a formal proposal for a project on {topic}: goal, plan, cost, risk.",
+    ],
+    "advice": [
+        "{problem}. What can I do?",
+        "{problem}. Give me five tips in order of importance.",
+        'My friend says: "{problem}." What should I answer?',
+        "{problem}. Ask me three questions first, then advise me.",
+        "How would {role} help with this: {problem}?",
+        "Make a plan of four weeks for this: {problem}.",
+        "What are good goals for {person} who is interested in {topic}?",
+        "How can {person} get better at {topic}?",
+        "What should I pack for a week in {country}, if I love {topic}?",
+        "Suggest ten presents for {person} who likes {topic}.",
+    ],
+}
+"""Longer tasks of more kinds, for --wide."""
 SECOND = {
     "questions": [
         "Give an example.",
@@ -311,15 +456,20 @@ def library_stubs() -> list[str]:
     return sorted(found)
 
 
-def make_prompts(count: int, seed: int, *, library: bool) -> list[dict[str, object]]:
+def make_prompts(
+    count: int, seed: int, *, library: bool, wide: bool = False
+) -> list[dict[str, object]]:
     """`count` different prompts: id, category and one or two turns."""
     draw = random.Random(seed)
     stubs = library_stubs() if library else []
+    roles, problems = _list(ROLES), _list(PROBLEMS)
     topics, people, places = _list(TOPICS), _list(PEOPLE), _list(PLACES)
     things, ideas, functions = _list(THINGS), _list(CODE_IDEAS), _lines(FUNCTIONS)
     languages, formats, tones = _list(LANGUAGES), _list(FORMATS), _list(TONES)
     sentences, passages = _lines(SENTENCES), _lines(PASSAGES)
     countries = topics[topics.index("Japan") : topics.index("Italy") + 1]
+    if wide:
+        topics += _list(MORE_TOPICS)
     names = ["Anna", "Ben", "Chen", "Dana", "Emil", "Fatima", "Gina", "Hugo", "Ines", "Jack"]
 
     def fill(template: str) -> str:
@@ -327,6 +477,16 @@ def make_prompts(count: int, seed: int, *, library: bool) -> list[dict[str, obje
         name, name2, name3 = draw.sample(names, 3)
         topic, topic2 = draw.sample(topics, 2)
         person, person2 = draw.sample(people, 2)
+        more: dict[str, object] = {}
+        if wide:
+            more = {
+                "role": draw.choice(roles),
+                "role2": draw.choice(roles),
+                "problem": (problem := draw.choice(problems))[0].upper() + problem[1:],
+                "passage2": draw.choice(passages),
+                "sentence2": draw.choice(sentences),
+                "sentence3": draw.choice(sentences),
+            }
         return template.format(
             topic=topic,
             topic2=topic2,
@@ -356,6 +516,7 @@ def make_prompts(count: int, seed: int, *, library: bool) -> list[dict[str, obje
             d=first + step,
             e=first + 2 * step,
             f=first + 3 * step,
+            **more,
         )
 
     # Shares of what users ask for; code to finish has the longest prompts.
@@ -367,13 +528,16 @@ def make_prompts(count: int, seed: int, *, library: bool) -> list[dict[str, obje
         ("code", CODE, 10),
         ("code", FINISH, 18),
     ]
+    if wide:
+        weights = (20, 10, 8, 10, 10, 14, 10)
+        kinds += [(name, WIDE[name], share) for name, share in zip(WIDE, weights, strict=True)]
     shares = [share for *_, share in kinds]
     found: dict[str, dict[str, object]] = {}
     while len(found) < count:
         category, templates, _ = draw.choices(kinds, shares)[0]
         prompt = fill(draw.choice(templates))
         turns = [prompt]
-        if draw.random() < 0.15:
+        if category in SECOND and draw.random() < 0.15:
             turns.append(draw.choice(SECOND[category]))
         found.setdefault(prompt, {"id": len(found), "category": category, "turns": turns})
     return list(found.values())
@@ -384,8 +548,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--library", action="store_true", help="with Python's own functions")
+    parser.add_argument("--wide", action="store_true", help="more subjects and kinds of tasks")
     args = parser.parse_args()
-    for prompt in make_prompts(args.count, args.seed, library=args.library):
+    for prompt in make_prompts(args.count, args.seed, library=args.library, wide=args.wide):
         sys.stdout.write(json.dumps(prompt, ensure_ascii=False) + "\n")
     return 0
 

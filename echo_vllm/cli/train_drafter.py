@@ -99,7 +99,14 @@ AuxLayers = Annotated[
         show_default="2, n/2, n-3 of n layers, as vLLM",
     ),
 ]
-DraftVocab = Annotated[int, typer.Option(min=1, help="Tokens that the head can draft.")]
+DraftVocab = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens that the head can draft; more than --init's are added to its own.",
+        show_default="32000, or --init's",
+    ),
+]
 TttSteps = Annotated[int, typer.Option(min=1, max=16, help="Depth of the training-time test.")]
 StepDecay = Annotated[float, typer.Option(min=0, max=1, help="Step k of it weighs this to the k.")]
 Loss = Annotated[str, typer.Option(help="One of speculators' losses, or a JSON object of weights.")]
@@ -147,7 +154,7 @@ def everything(
     epochs: Epochs = 10,
     init: Init = None,
     aux_layers: AuxLayers = None,
-    draft_vocab: DraftVocab = 32000,
+    draft_vocab: DraftVocab = None,
     ttt_steps: TttSteps = 3,
     max_tokens: MaxTokens = 512,
     max_model_len: MaxModelLen = None,
@@ -173,8 +180,8 @@ def everything(
             *_given("--hours", hours),
             *_given("--init", init),
             *_given("--aux-layers", aux_layers),
-            *("--epochs", str(epochs), "--draft-vocab", str(draft_vocab)),
-            *("--ttt-steps", str(ttt_steps)),
+            *_given("--draft-vocab", draft_vocab),
+            *("--epochs", str(epochs), "--ttt-steps", str(ttt_steps)),
         ],
     ]
     if eval_prompts:
@@ -349,7 +356,7 @@ def train(
     max_steps: MaxSteps = None,
     init: Init = None,
     aux_layers: AuxLayers = None,
-    draft_vocab: DraftVocab = 32000,
+    draft_vocab: DraftVocab = None,
     ttt_steps: TttSteps = 3,
     step_decay: StepDecay = 0.8,
     loss: Loss = "kl_div",
@@ -396,7 +403,7 @@ def train(
             target=target,
             dtype=dtype,
             aux_layers=layers,
-            draft_vocab=draft_vocab,
+            draft_vocab=_draft_vocab(draft_vocab, init),
             ttt_steps=ttt_steps,
             step_decay=step_decay,
             loss=loss,
@@ -458,6 +465,14 @@ def _layers(
 
         return resolve(target, read_config(init).get("eagle_aux_hidden_state_layer_ids"))
     return resolve(target, None if wanted is None else _integers("--aux-layers", wanted, 0))
+
+
+def _draft_vocab(wanted: int | None, init: Path | None) -> int:
+    if wanted is None and init is not None:
+        from echo_vllm.drafter_training.head import draft_vocab_of, read_config
+
+        return draft_vocab_of(read_config(init))
+    return 32000 if wanted is None else wanted
 
 
 def _progress_line() -> Callable[[Any], None]:

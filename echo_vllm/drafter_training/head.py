@@ -11,6 +11,7 @@ embedding is left out, and so are the target's final norm and output layer.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def read_config(folder: Path, option: str = "--init") -> dict[str, Any]:
     return config
 
 
+def draft_vocab_of(config: Mapping[str, Any]) -> int:
+    """Tokens that a head can draft, by its config.json."""
+    return int(config.get("draft_vocab_size") or config["vocab_size"])
+
+
 def read_weights(folder: Path, option: str = "--init") -> dict[str, torch.Tensor]:
     """A head's tensors by speculators' names; floats in float32."""
     try:
@@ -142,3 +148,46 @@ def load_weights(model: Any, tensors: dict[str, torch.Tensor], where: str) -> No
             "shape; give a head for this target with the same layers and draft vocabulary"
         )
     model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
+
+
+def larger_vocabulary(
+    t2d: torch.Tensor, token_counts: Mapping[int, int], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps of a draft vocabulary that holds an older one.
+
+    Args:
+        t2d: [vocab_size], whether each of the target's tokens can be drafted so far.
+        token_counts: of the answers' tokens; the most frequent are added, then those of low ids.
+        size: tokens of the new one.
+
+    Returns:
+        d2t [size], what is added to a draft token's id to get the target's, and t2d.
+    """
+    missing = (~t2d).nonzero()[:, 0].tolist()
+    missing.sort(key=lambda token: (-token_counts.get(token, 0), token))
+    larger = t2d.clone()
+    larger[missing[: size - int(t2d.sum())]] = True
+    return larger.nonzero()[:, 0] - torch.arange(size), larger
+
+
+def larger_output_layer(
+    rows: torch.Tensor, target_rows: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """An output layer for a larger draft vocabulary.
+
+    Rows of added tokens are the target's, through the linear map that comes nearest to turning
+    the target's rows of the known tokens into the head's.
+
+    Args:
+        rows: [num_known, hidden_size], the head's so far.
+        target_rows: [size, hidden_size], the target's output layer at all tokens.
+        known: [size], which of them the head has.
+
+    Returns:
+        [size, hidden_size].
+    """
+    target_rows = target_rows.float()
+    mapping = torch.linalg.lstsq(target_rows[known], rows).solution
+    found: torch.Tensor = target_rows @ mapping
+    found[known] = rows
+    return found

@@ -113,6 +113,8 @@ def attention_by_document(
     Returns:
         [1, positions, heads, size], and no weights.
     """
+    # Under autocast, rotary embeddings are float32 and values are not.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     positions = query.shape[2]
     if packing is None:
         packing = Packing.of([positions], query.device)

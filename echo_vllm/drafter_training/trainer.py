@@ -17,8 +17,8 @@ Four things of speculators 0.9.0 are not enough here, and are subclassed:
 - `Eagle3DraftModel` freezes the output layer at the target's rows. A head for a small target gains
   from training it, as EAGLE-3's authors do, so that `--lm-head frozen` is the exception here.
 
-Without `--compile`, and on a CPU always, attention runs document by document (`packing`) instead of by
-`flex_attention`, which would be compiled for each length, and losses by speculators' reference
+Without `--compile`, and on a CPU always, attention runs document by document (`packing`) instead of
+by `flex_attention`, which would be compiled for each length, and losses by speculators' reference
 implementation instead of its Triton kernels.
 """
 
@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors import SafetensorError
@@ -48,10 +49,7 @@ from speculators.train.cli import create_transformer_layer_config
 from speculators.train.data import BaseDataset, CollateFn
 from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 from speculators.train.trainer import Trainer, TrainerConfig
-from speculators.train.vocab_mapping import (
-    build_vocab_mappings_from_distribution,
-    save_token_frequency_distribution,
-)
+from speculators.train.vocab_mapping import build_vocab_mappings_from_distribution
 from torch.utils.data import DataLoader
 
 from echo_vllm.drafter_training import head, packing
@@ -76,7 +74,8 @@ class TrainSettings:
         target: a folder or a name.
         dtype: the target's, as it will be served.
         aux_layers: auxiliary layer ids, as in vLLM.
-        draft_vocab: tokens that the head can draft; all of the target's if not less.
+        draft_vocab: tokens that the head can draft; all of the target's if not less. One that is
+            larger than that of `init` has its tokens and more.
         ttt_steps: depth of the training-time test.
         step_decay: weight of step k of it is step_decay**k.
         loss: one of speculators' losses, or a JSON object of losses with weights.
@@ -196,7 +195,7 @@ def make_dataset(rows: Sequence[Row], settings: TrainSettings, folder: Path) -> 
         shutil.rmtree(writing, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         concatenate_datasets(made).save_to_disk(writing)
-        save_token_frequency_distribution(made[0], writing / "token_freq.pt")
+        torch.save(count_answer_tokens(parts[0], settings.batch_tokens), writing / "token_freq.pt")
         write_json(writing / "split.json", {"train": len(made[0]), "held_out": len(made[1])})
         writing.replace(folder)
     except OSError as error:
@@ -204,12 +203,28 @@ def make_dataset(rows: Sequence[Row], settings: TrainSettings, folder: Path) -> 
     return len(made[0])
 
 
+def count_answer_tokens(rows: Sequence[Row], longest: int) -> dict[int, int]:
+    """How often answers have each token, as speculators counts it, which takes a minute for 20 M.
+
+    Args:
+        rows: of which only the first `longest` tokens are trained on.
+        longest: tokens of a row.
+    """
+    found = [
+        np.array(row.input_ids[:longest])[np.array(row.loss_mask[:longest], dtype=bool)]
+        for row in rows
+    ]
+    counts = np.bincount(np.concatenate(found))
+    return {int(token): int(counts[token]) for token in counts.nonzero()[0]}
+
+
 def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> Eagle3DraftModel:
     """speculators' model of the head, with its first weights.
 
     Args:
         settings: of the training.
-        token_counts: of the answers' tokens, for the draft vocabulary; not needed with `init`.
+        token_counts: of the answers' tokens, for the draft vocabulary; not needed with `init`, if
+            that of `init` is kept.
 
     Raises:
         TrainingError: the target's config does not do, or `init` does not fit it.
@@ -240,18 +255,29 @@ def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> 
         config = head.read_config(Path(settings.init))
         for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             setattr(layer, name, config[name])
-        draft_vocab = config["draft_vocab_size"]
+        known_vocab = head.draft_vocab_of(config)
+        if draft_vocab < known_vocab:
+            raise TrainingError(
+                f"--draft-vocab {draft_vocab} is smaller than that of --init {settings.init}; give "
+                f"{known_vocab} to keep it, or more"
+            )
+        width = settings.intermediate_size or layer.intermediate_size
+        if width != layer.intermediate_size:
+            raise TrainingError(
+                f"--intermediate-size {width} is not that of --init {settings.init}; give "
+                f"{layer.intermediate_size}, or train without --init"
+            )
     elif settings.intermediate_size is not None:
         layer.intermediate_size = settings.intermediate_size
     maps = {}
     if draft_vocab < layer.vocab_size:
         if "d2t" in tensors:
-            maps = {"d2t": tensors["d2t"], "t2d": tensors["t2d"]}
+            d2t, t2d = head.larger_vocabulary(tensors["t2d"], token_counts or {}, draft_vocab)
         else:
             d2t, t2d = build_vocab_mappings_from_distribution(
                 token_counts or {}, draft_vocab, layer.vocab_size
             )
-            maps = {"d2t": d2t, "t2d": t2d}
+        maps = {"d2t": d2t, "t2d": t2d}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = Eagle3DraftModel.from_training_args(
@@ -267,6 +293,12 @@ def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> 
     # Otherwise speculators makes its mask over all pairs of positions.
     model.uses_full_attn = compiles()
     if tensors:
+        if "t2d" in tensors and known_vocab < draft_vocab:
+            known = tensors["t2d"] if not maps else tensors["t2d"][maps["t2d"]]
+            tensors["lm_head.weight"] = head.larger_output_layer(
+                tensors["lm_head.weight"], model.verifier_lm_head.weight.detach(), known
+            )
+        tensors |= maps
         head.load_weights(model, tensors, f"--init {settings.init}")
     model.lm_head.weight.requires_grad_(settings.lm_head == "trained")
     return model
