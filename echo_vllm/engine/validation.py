@@ -425,8 +425,8 @@ def check_features(vllm_config: VllmConfig) -> None:
     for option, value in given:
         if value:
             refuse(option, "remove it")
-    _check_environment()
     dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
+    _check_environment(dtype)
     if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
         refuse(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} and --dtype {dtype}",
@@ -434,15 +434,17 @@ def check_features(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_environment() -> None:
+def _check_environment(dtype: str) -> None:
     """Refuse what the operators would refuse in the first step.
 
-    On a GPU only the names: what can run there the worker finds out.
+    On a GPU only the names and the target's dtype: what else can run there the worker finds out.
     """
     from vllm.platforms import current_platform
 
     try:
-        dispatch.forced_implementation()
+        forced = dispatch.forced_implementation()
+        if reason := dispatch.LACKS.get(forced, {}).get(dtype):
+            raise RuntimeError(f"{dispatch.VARIABLE}={forced} and --dtype {dtype}: {reason}")
         if current_platform.is_cpu():
             for op in dispatch.ORDER:
                 dispatch.choose(op, "cpu")

@@ -111,6 +111,8 @@ def tree_attention(
             block numbers are trusted.
     """
     features: tuple[str, ...] = ()
+    if query.dtype is torch.float32:
+        features += ("float32",)
     if key_cache.dtype != query.dtype:
         features += ("fp8 cache",)
     if sliding_window > 0:
@@ -118,7 +120,7 @@ def tree_attention(
     if softcap > 0:
         features += ("softcap",)
     first = ""
-    if query.is_cuda and query.element_size() == 2:
+    if query.is_cuda and query.element_size() == 2:  # That is what tables are measured with.
         group = query.shape[1] // max(1, suffix_key.shape[1])
         first = forms.preferred(group, query.shape[2], context_lens.shape[0], mask.shape[0])
     implementation("tree_attention", query.is_cuda, features, first)(

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Which implementation runs an operator on a device: one table, and why the better ones do not.
 
-Some implementations of tree attention lack a feature (an 8-bit cache, a window, a softcap): calls
-that need it pass them over. `forms.py` may put another one first for a shape.
+Some implementations of tree attention lack a feature (float32, an 8-bit cache, a window, a
+softcap): calls that need it pass them over. `forms.py` may put another one first for a shape.
 
 `echo_vllm.ops` asks `implementation` on every call, so its answers are cached; `echo-vllm doctor`
 prints `report`. `ECHO_VLLM_OPS` in the environment names an implementation to use for every
@@ -48,16 +48,20 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Operator -> device type -> its implementations, best first."""
 
-FEATURES = ("fp8 cache", "window", "softcap")
+FEATURES = ("float32", "fp8 cache", "window", "softcap")
 """What a call of tree attention may need beyond the ordinary."""
 
 LACKS: dict[str, dict[str, str]] = {
     "triton": {"fp8 cache": "its kernels read caches of the query's dtype only"},
     "flash": {
+        "float32": "FlashAttention computes in 16 bits only",
         "fp8 cache": "FlashAttention reads 8-bit caches with 8-bit queries only",
         "window": "FlashAttention counts windows by rows, not by their positions in a tree",
     },
-    "xformers": {"softcap": "xformers has no softcap"},
+    "xformers": {
+        "float32": "xformers' partial attention computes in 16 bits only",
+        "softcap": "xformers has no softcap",
+    },
 }
 """Implementation -> feature that it lacks -> why."""
 

@@ -541,6 +541,17 @@ def test_what_no_operator_can_run_with_is_refused_at_the_start(
     assert f"unset {name}" in str(error.value) or "unset it" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["flash", "xformers"])
+def test_kernels_without_float32_are_refused_for_a_float32_model(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ECHO_VLLM_OPS", name)
+    with pytest.raises(EchoConfigError) as error:
+        make_config(dtype="float32")
+    assert str(error.value).startswith(f"ECHO_VLLM_OPS={name} and --dtype float32: ")
+    assert str(error.value).endswith("unset ECHO_VLLM_OPS.")
+
+
 def test_the_target_is_no_head(make_config: MakeConfig, target: Path) -> None:
     with pytest.raises(EchoConfigError, match="is the target itself; set it to the folder"):
         make_config({"model": str(target)})

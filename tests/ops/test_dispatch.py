@@ -141,6 +141,7 @@ def test_what_lacks_a_feature_is_passed_over_with_a_reason(
     assert choice.passed_over["flash"].startswith("fp8 cache: FlashAttention reads")
     assert dispatch.choose("tree_attention", "cuda", dispatch.FEATURES).name == "reference"
     assert dispatch.choose("tree_attention", "cuda", ("window",)).name == "triton"
+    assert dispatch.choose("tree_attention", "cuda", ("float32",), "flash").name == "triton"
     # One that is asked for first goes first, where it can.
     assert dispatch.choose("tree_attention", "cuda", (), "flash").name == "flash"
     assert dispatch.choose("tree_attention", "cuda", ("window",), "flash").name == "triton"
