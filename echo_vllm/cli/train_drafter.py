@@ -521,6 +521,7 @@ def evaluate(
 ) -> None:
     """Count in the real engine how many draft tokens are accepted."""
     from echo_vllm.drafter_training.card import FILE_NAME, add_facts, evaluation_rows
+    from echo_vllm.drafter_training.head import draft_vocabulary
     from echo_vllm.drafter_training.prompts import Chat, read_prompts
     from echo_vllm.drafter_training.work import TrainingError, read_json
     from echo_vllm.engine.acceptance_run import chain_of, measure, tree_of
@@ -536,6 +537,7 @@ def evaluate(
         f"tree of {n}": tree_of(head, n) for n in (_integers("--trees", trees, 1) if trees else [])
     }
     with _one_sentence():
+        vocabulary = draft_vocabulary(output)
         chat = Chat(target, chat_template)
         sets = {}
         for text in eval_prompts:
@@ -583,6 +585,7 @@ def evaluate(
                         "temperature": temperature,
                         "steps": found.drafts,
                         "tokens": found.tokens,
+                        "in_draft_vocabulary": found.share_of(vocabulary),
                         "acceptance_length": found.length,
                         "accepted_per_position": found.per_position,
                     }

@@ -11,7 +11,7 @@ embedding is left out, and so are the target's final norm and output layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,19 @@ def read_config(folder: Path, option: str = "--init") -> dict[str, Any]:
 def draft_vocab_of(config: Mapping[str, Any]) -> int:
     """Tokens that a head can draft, by its config.json."""
     return int(config.get("draft_vocab_size") or config["vocab_size"])
+
+
+def draft_vocabulary(folder: Path) -> Container[int]:
+    """The target's tokens that the head of a folder can draft.
+
+    Raises:
+        TrainingError: the folder holds no head.
+    """
+    config = read_config(folder, "-o")
+    d2t = read_weights(folder, "-o").get("d2t")
+    if d2t is None:
+        return range(draft_vocab_of(config))
+    return set((torch.arange(len(d2t)) + d2t).tolist())
 
 
 def read_weights(folder: Path, option: str = "--init") -> dict[str, torch.Tensor]:

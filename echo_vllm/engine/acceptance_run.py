@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,23 @@ class Counted:
         drafts: chains or trees that were verified.
         accepted_tokens: of them.
         accepted: drafts that were accepted at least to each position (of a tree: depth).
-        tokens: generated.
+        answers: token ids generated, by prompt.
     """
 
     drafts: int
     accepted_tokens: int
     accepted: list[int]
-    tokens: int
+    answers: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Generated."""
+        return sum(map(len, self.answers))
+
+    def share_of(self, vocabulary: Container[int]) -> float:
+        """Of the generated tokens, how many are in a vocabulary."""
+        hits = sum(token in vocabulary for answer in self.answers for token in answer)
+        return hits / max(self.tokens, 1)
 
     @property
     def length(self) -> float:
@@ -127,7 +137,7 @@ def measure(
                     accepted=[
                         b - a for a, b in zip(before[NAMES[2]], after[NAMES[2]], strict=True)
                     ],
-                    tokens=sum(len(output.outputs[0].token_ids) for output in outputs),
+                    answers=[list(output.outputs[0].token_ids) for output in outputs],
                 )
                 on_set()
     return found

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 
+from echo_vllm.drafter_training.head import draft_vocabulary
 from echo_vllm.engine.acceptance_run import chain_of, measure
 from tests.conftest import ROOT
 from tests.engine.engines import counters, echo, engine, generate, runner
@@ -138,6 +139,13 @@ def test_a_trained_head_is_accepted_more_often_than_an_untrained_one(
         max_model_len=MAX_LEN,
         concurrency=8,
     )
+    shares = {run["in_draft_vocabulary"] for run in runs if run["temperature"] == 0}
+    assert len(shares) == 1, "greedy answers are the same however they are drafted"
+    drafted = draft_vocabulary(made.head)
+    greedy = untrained["unseen", 0].answers
+    assert shares == {
+        sum(token in drafted for answer in greedy for token in answer) / sum(map(len, greedy))
+    }
     card = (made.head / "README.md").read_text()
     assert "tree of 16" in card
     assert "echo-vllm train-drafter eval" in card
