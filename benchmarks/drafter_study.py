@@ -62,14 +62,15 @@ tensor's shape or meaning cannot continue a head."""
 
 
 def base_settings(batch_tokens: int, learning_rate: float, init: Path | None) -> TrainSettings:
-    """The shipped head's settings, from the weights of `init` or from new ones."""
+    """The study's settings, from the weights of `init` or from new ones."""
+    from echo_vllm.drafter_training.head import draft_vocab_of, read_config
     from echo_vllm.drafter_training.trainer import TrainSettings
 
     return TrainSettings(
         target=str(DEMO_TARGET),
         dtype="float32",
         aux_layers=[2, 15, 27],
-        draft_vocab=8_192,
+        draft_vocab=8_192 if init is None else draft_vocab_of(read_config(init)),
         ttt_steps=3,
         step_decay=0.8,
         loss="kl_div",
