@@ -7,8 +7,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tests.engine.tiny import Shape, make_target
+
+if TYPE_CHECKING:
+    from echo_vllm.drafter_training.trainer import TrainSettings
 
 SPECIAL = ["<bos>", "<eos>", "<user>", "<assistant>", "<system>"]
 WORDS = 64 - len(SPECIAL)
@@ -81,3 +85,26 @@ def write_prompts(path: Path, count: int, seed: int, turns: int = 1) -> Path:
     lines = [{"turns": [prompt() for _ in range(turns if i % 5 == 0 else 1)]} for i in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def train_settings(target: Path, **changes: Any) -> TrainSettings:
+    """Settings of a small training in float32; needs speculators."""
+    from echo_vllm.drafter_training.trainer import TrainSettings
+
+    settings: dict[str, Any] = {
+        "target": str(target),
+        "dtype": "float32",
+        "aux_layers": [1, 2, 3],
+        "draft_vocab": 48,
+        "ttt_steps": 3,
+        "step_decay": 0.8,
+        "loss": "kl_div",
+        "lm_head": "trained",
+        "intermediate_size": None,
+        "batch_tokens": 512,
+        "learning_rate": 0.0,
+        "held_out": 0.1,
+        "seed": 3,
+        "init": None,
+    }
+    return TrainSettings(**settings | changes)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_vllm.drafter_training.packing import Packing, attention_by_document
+from tests.training.targets import SHAPE, make_llama, train_settings
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 
@@ -88,25 +89,10 @@ def test_a_batch_has_the_loss_that_its_documents_have_with_speculators_own_mask(
 ) -> None:
     """The whole model, three steps of the training-time test, against documents one by one."""
     pytest.importorskip("speculators", reason="speculators is not installed: make train-setup")
-    from echo_vllm.drafter_training.trainer import TrainSettings, make_model
-    from tests.training.targets import SHAPE, make_llama
+    from echo_vllm.drafter_training.trainer import make_model
 
-    target = make_llama(tmp_path_factory.mktemp("packing") / "target")
-    settings = TrainSettings(
-        target=str(target),
-        dtype="float32",
-        aux_layers=[1, 2, 3],
-        draft_vocab=SHAPE.vocab,
-        ttt_steps=3,
-        step_decay=0.8,
-        loss="kl_div",
-        lm_head="trained",
-        intermediate_size=None,
-        batch_tokens=64,
-        learning_rate=1e-3,
-        held_out=0.1,
-        seed=0,
-        init=None,
+    settings = train_settings(
+        make_llama(tmp_path_factory.mktemp("packing") / "target"), draft_vocab=SHAPE.vocab
     )
     model = make_model(settings, None).eval()
     lengths = [21, 4, 17]

@@ -28,7 +28,7 @@ from echo_vllm.drafter_training.head import draft_vocabulary
 from echo_vllm.engine.acceptance_run import chain_of, measure
 from tests.conftest import ROOT
 from tests.engine.engines import counters, echo, engine, generate, runner
-from tests.training.targets import SHAPE, make_llama, make_qwen3, write_prompts
+from tests.training.targets import SHAPE, make_llama, make_qwen3, train_settings, write_prompts
 
 pytestmark = [
     pytest.mark.full,
@@ -303,24 +303,9 @@ def test_a_full_disk_ends_training_in_one_sentence_and_keeps_the_last_checkpoint
 
 def model_of(target: Path, init: Path | None = None) -> Any:
     """speculators' model of a head."""
-    from echo_vllm.drafter_training.trainer import TrainSettings, make_model
+    from echo_vllm.drafter_training.trainer import make_model
 
-    settings = TrainSettings(
-        target=str(target),
-        dtype="float32",
-        aux_layers=AUX,
-        draft_vocab=48,
-        ttt_steps=3,
-        step_decay=0.8,
-        loss="kl_div",
-        lm_head="trained",
-        intermediate_size=None,
-        batch_tokens=512,
-        learning_rate=0.0,
-        held_out=0.1,
-        seed=3,
-        init=None if init is None else str(init),
-    )
+    settings = train_settings(target, aux_layers=AUX, init=None if init is None else str(init))
     counts = dict.fromkeys(range(1, SHAPE.vocab, 4), 1)
     return make_model(settings, counts).eval()
 

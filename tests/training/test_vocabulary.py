@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from echo_vllm.drafter_training.head import larger_output_layer, larger_vocabulary
 from echo_vllm.drafter_training.work import TrainingError
-from tests.training.targets import SHAPE, make_llama
+from tests.training.targets import SHAPE, make_llama, train_settings
 
 VOCAB = 20
 
@@ -55,24 +55,9 @@ def test_added_rows_follow_the_map_that_the_known_ones_show() -> None:
 def test_a_grown_head_has_the_logits_it_had(tmp_path: Path) -> None:
     pytest.importorskip("speculators", reason="speculators is not installed: make train-setup")
     from echo_vllm.drafter_training.head import export_head
-    from echo_vllm.drafter_training.trainer import TrainSettings, make_model
+    from echo_vllm.drafter_training.trainer import make_model
 
-    settings = TrainSettings(
-        target=str(make_llama(tmp_path / "target")),
-        dtype="float32",
-        aux_layers=[1, 2, 3],
-        draft_vocab=24,
-        ttt_steps=2,
-        step_decay=0.8,
-        loss="kl_div",
-        lm_head="trained",
-        intermediate_size=None,
-        batch_tokens=64,
-        learning_rate=1e-3,
-        held_out=0.1,
-        seed=0,
-        init=None,
-    )
+    settings = train_settings(make_llama(tmp_path / "target"), draft_vocab=24)
     first = make_model(settings, dict.fromkeys(range(1, SHAPE.vocab, 2), 1))
     old = tmp_path / "old"
     export_head(first, old, dtype=torch.float32, bos_and_eos={})
