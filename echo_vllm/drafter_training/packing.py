@@ -5,7 +5,8 @@
 speculators packs documents into one sequence and keeps them apart by a mask over all pairs of
 positions. Only `flex_attention`, compiled, skips what the mask hides; any other implementation
 computes it, which for a batch of 16,384 tokens in documents of 512 is 32 times the work. Here each
-document is a row of its own, padded at its end, where no position before sees it.
+document is a row of its own, padded at its end, where no position before sees it. Documents of about
+the same length run together.
 
 In step m of the training-time test the query at a position stands m positions further on. It sees
 the keys of step 0 up to its own position, and of each later step the key at its own position.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,59 +29,101 @@ NAME = "sdpa_by_document"
 ALIGNMENT = 16
 """Lengths of rows are multiples of it, which PyTorch's kernels ask of masks."""
 
+SHORTEST = 63
+"""Documents of up to so many positions are padded to the longest of them."""
+
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN, which makes a plan for each new shape."""
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where the positions of packed documents stand when each document is a row.
+class Rows:
+    """Documents of about the same length, each a row.
 
     Attributes:
-        rows: documents.
+        count: documents.
         length: of a row, padding included.
-        places: [positions of all documents], row * length + position in the row, of each.
+        positions: [positions of these documents], where each stands in the packed sequence.
+        places: [positions of these documents], row * length + position in the row.
     """
 
-    rows: int
+    count: int
     length: int
+    positions: torch.Tensor
     places: torch.Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Packing:
-        """Packing of documents that follow each other.
-
-        Args:
-            lengths: positions of each document.
-            device: for the places.
-        """
-        length = -(-max(lengths) // ALIGNMENT) * ALIGNMENT
-        places = [torch.arange(i * length, i * length + n) for i, n in enumerate(lengths)]
-        return cls(len(lengths), length, torch.cat(places).to(device))
 
     def unpack(self, packed: torch.Tensor, positions: int) -> torch.Tensor:
         """Packed vectors of one or more steps, by document.
 
         Args:
             packed: [heads, steps * positions, size].
-            positions: of a step; those behind the last document are padding.
+            positions: of a step.
 
         Returns:
-            [rows, heads, steps * length, size].
+            [count, heads, steps * length, size].
         """
         heads, _, size = packed.shape
         by_position = packed.view(heads, -1, positions, size).permute(2, 1, 0, 3)
         steps = by_position.shape[1]
-        empty = packed.new_zeros(self.rows * self.length, steps, heads, size)
-        filled = empty.index_copy(0, self.places, by_position[: len(self.places)])
-        by_row = filled.view(self.rows, self.length, steps, heads, size).permute(0, 3, 2, 1, 4)
-        return by_row.reshape(self.rows, heads, steps * self.length, size)
+        empty = packed.new_zeros(self.count * self.length, steps, heads, size)
+        filled = empty.index_copy(0, self.places, by_position[self.positions])
+        by_row = filled.view(self.count, self.length, steps, heads, size).permute(0, 3, 2, 1, 4)
+        return by_row.reshape(self.count, heads, steps * self.length, size)
 
-    def pack(self, by_row: torch.Tensor, positions: int) -> torch.Tensor:
-        """The other way round, for one step: [rows, heads, length, size] to [positions, heads,
-        size], with zeros for padding."""
+    def pack_into(self, packed: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:
+        """The other way round, for one step.
+
+        Args:
+            packed: [positions, heads, size], of other documents and padding.
+            by_row: [count, heads, length, size].
+
+        Returns:
+            `packed` with these documents in it.
+        """
         vectors = by_row.transpose(1, 2).flatten(0, 1)[self.places]
-        return torch.nn.functional.pad(vectors, (0, 0, 0, 0, 0, positions - len(vectors)))
+        return packed.index_copy(0, self.positions, vectors)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Documents that follow each other, as rows.
+
+    Attributes:
+        groups: of which none has rows more than twice as long as one of its documents, if that has
+            more than `SHORTEST` positions.
+    """
+
+    groups: list[Rows]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Packing:
+        """Packing of documents.
+
+        Args:
+            lengths: positions of each, in their order.
+            device: for the places.
+        """
+        begins = [0, *accumulate(lengths)]
+        by_size: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            by_size.setdefault(max(length, SHORTEST).bit_length(), []).append(number)
+        groups = []
+        for members in by_size.values():
+            longest = max(lengths[number] for number in members)
+            length = -(-longest // ALIGNMENT) * ALIGNMENT
+            positions, places = [], []
+            for row, number in enumerate(members):
+                positions.append(torch.arange(begins[number], begins[number + 1]))
+                places.append(torch.arange(row * length, row * length + lengths[number]))
+            groups.append(
+                Rows(
+                    len(members),
+                    length,
+                    torch.cat(positions).to(device),
+                    torch.cat(places).to(device),
+                )
+            )
+        return cls(groups)
 
 
 def mask_of(length: int, steps: int, device: torch.device) -> torch.Tensor:
@@ -120,15 +164,18 @@ def attention_by_document(
         packing = Packing.of([positions], query.device)
     shared = query.shape[1] // key.shape[1]
     steps = key.shape[2] // positions
-    with sdpa_kernel(BACKENDS):
-        by_row = torch.nn.functional.scaled_dot_product_attention(
-            packing.unpack(query[0], positions),
-            packing.unpack(key[0], positions).repeat_interleave(shared, dim=1),
-            packing.unpack(value[0], positions).repeat_interleave(shared, dim=1),
-            attn_mask=mask_of(packing.length, steps, query.device),
-            scale=scaling,
-        )
-    return packing.pack(by_row, positions)[None], None
+    packed = query.new_zeros(positions, query.shape[1], query.shape[3])
+    for rows in packing.groups:
+        with sdpa_kernel(BACKENDS):
+            by_row = torch.nn.functional.scaled_dot_product_attention(
+                rows.unpack(query[0], positions),
+                rows.unpack(key[0], positions).repeat_interleave(shared, dim=1),
+                rows.unpack(value[0], positions).repeat_interleave(shared, dim=1),
+                attn_mask=mask_of(rows.length, steps, query.device),
+                scale=scaling,
+            )
+        packed = rows.pack_into(packed, by_row)
+    return packed[None], None
 
 
 AttentionInterface.register(NAME, attention_by_document)

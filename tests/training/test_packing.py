@@ -14,7 +14,7 @@ from tests.training.targets import SHAPE, make_llama, train_settings
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 
-lengths = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+lengths = st.lists(st.integers(1, 40) | st.integers(60, 140), min_size=1, max_size=5)
 
 
 def dense_mask(lengths: list[int], positions: int, steps: int) -> torch.Tensor:
@@ -78,9 +78,17 @@ def test_padding_gets_zeros_and_one_document_needs_no_packing() -> None:
     out, weights = attention_by_document(module, query, key, key, None, packing=packing)
     assert weights is None
     assert torch.equal(out[:, 7:], torch.zeros(1, 2, HEADS, SIZE))
-    assert packing.length == 16
+    assert [(rows.count, rows.length) for rows in packing.groups] == [(2, 16)]
     alone, _ = attention_by_document(module, query[:, :, :4], key[:, :, :4], key[:, :, :4], None)
     torch.testing.assert_close(out[:, :4], alone)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=30))
+def test_rows_are_little_longer_than_their_documents(lengths: list[int]) -> None:
+    packing = Packing.of(lengths, "cpu")
+    assert sum(rows.count for rows in packing.groups) == len(lengths)
+    size = sum(rows.count * rows.length for rows in packing.groups)
+    assert size <= 2 * sum(lengths) + 64 * len(lengths)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_by_document"])
@@ -95,7 +103,7 @@ def test_a_batch_has_the_loss_that_its_documents_have_with_speculators_own_mask(
         make_llama(tmp_path_factory.mktemp("packing") / "target"), draft_vocab=SHAPE.vocab
     )
     model = make_model(settings, None).eval()
-    lengths = [21, 4, 17]
+    lengths = [21, 4, 70]
     positions = sum(lengths) + 5
     states = torch.randn(1, positions, 3 * model.hidden_size)
     ids = torch.randint(5, SHAPE.vocab, (1, positions))
