@@ -5,7 +5,7 @@
 speculators packs documents into one sequence and keeps them apart by a mask over all pairs of
 positions. Only `flex_attention`, compiled, skips what the mask hides; any other implementation
 computes it, which for a batch of 16,384 tokens in documents of 512 is 32 times the work. Here each
-document is a row of its own, padded at its end, where no position before sees it. Documents of about
+document is a row of its own, padded at its end, where no position before sees it. Those of about
 the same length run together.
 
 In step m of the training-time test the query at a position stands m positions further on. It sees
