@@ -12,8 +12,9 @@
 #
 # Environment: VLLM_USE_FLASHINFER_SAMPLER=0 where FlashInfer is missing, PYTHON (an interpreter with a
 # CUDA build of torch, pytest and hypothesis; with pytest-xdist it is quicker), OUT (a folder for
-# results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all), ENGINE_BENCHMARK (options of benchmarks.gpu_engine). In OUT
-# are summary.txt, the benchmarks' *.json and logs.tar.gz.
+# results; what is there when time runs out is kept), ECHO_CUDA_ARCHS, LIMIT (seconds in all),
+# ENGINE_BENCHMARK (options of benchmarks.gpu_engine). In OUT are summary.txt, the benchmarks' *.json
+# and logs.tar.gz.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -8,9 +8,10 @@
 #
 #     scripts/gpu_demo_head.sh TARGET HEAD OLD_HEAD
 #
-# Environment: PYTHON; LEARNING_RATE (1.5e-3); PROMPTS (a file of prompts, made by scripts/demo_prompts.py if not given),
-# ANSWER_SECONDS (190), HOURS of training (0.1), DRAFT_VOCAB (16384), BATCH_TOKENS (16384), MORE_ROWS (a
-# file of rows to train on besides), KEEP_GB (45) of hidden states in the GPU's memory.
+# Environment: PYTHON; PROMPTS (a file of prompts, made by scripts/demo_prompts.py if not given),
+# ANSWER_SECONDS (190), MORE_ROWS (a file of rows to train on besides), HOURS of training (0.1),
+# DRAFT_VOCAB (16384), BATCH_TOKENS (16384), LEARNING_RATE (1.5e-3), KEEP_GB (45) of hidden states in
+# the GPU's memory.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
