@@ -529,6 +529,7 @@ def evaluate(
     if not eval_prompts:
         fail("--eval-prompts is missing; give NAME=FILE, such as mt-bench=mt_bench.jsonl")
     target, head = located(target), str(output.absolute())
+    vocabulary = draft_vocabulary(output)
     more = _engine_args(engine_args)
     lengths = _integers("--chains", chains, 1)
     ways = {f"chain of {k}, vLLM's eagle3": chain_of(head, k, "eagle3") for k in lengths}
@@ -537,7 +538,6 @@ def evaluate(
         f"tree of {n}": tree_of(head, n) for n in (_integers("--trees", trees, 1) if trees else [])
     }
     with _one_sentence():
-        vocabulary = draft_vocabulary(output)
         chat = Chat(target, chat_template)
         sets = {}
         for text in eval_prompts:
@@ -585,7 +585,9 @@ def evaluate(
                         "temperature": temperature,
                         "steps": found.drafts,
                         "tokens": found.tokens,
-                        "in_draft_vocabulary": found.share_of(vocabulary),
+                        "in_draft_vocabulary": None
+                        if vocabulary is None
+                        else found.share_of(vocabulary),
                         "acceptance_length": found.length,
                         "accepted_per_position": found.per_position,
                     }

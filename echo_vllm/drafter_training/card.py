@@ -49,8 +49,8 @@ def evaluation_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{run['temperature']:g}",
             f"{run['acceptance_length']:.2f}",
             ", ".join(f"{100 * share:.0f} %" for share in run["accepted_per_position"]),
-            # Runs made by an earlier version have none.
-            f"{100 * run['in_draft_vocabulary']:.1f} %" if "in_draft_vocabulary" in run else "-",
+            # Runs by an earlier version have none, and heads that do not tell their vocabulary.
+            "-" if (share := run.get("in_draft_vocabulary")) is None else f"{100 * share:.1f} %",
         ]
         for run in runs
     ]
@@ -80,8 +80,10 @@ def _card(head: Path, facts: Mapping[str, Any]) -> str:
             parts += [f"## {name.capitalize()}", "", table(["", ""], rows), ""]
     evaluation = facts.get("evaluation")
     if isinstance(evaluation, Mapping):
-        header = ["drafts", "prompts", "temperature", "acceptance length", "accepted at 1, 2, ..."]
-        header.append("tokens that can be drafted")
+        header = [
+            *("drafts", "prompts", "temperature", "acceptance length", "accepted at 1, 2, ..."),
+            "tokens that can be drafted",
+        ]
         parts += [
             "## Acceptance",
             "",

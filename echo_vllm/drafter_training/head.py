@@ -11,11 +11,13 @@ embedding is left out, and so are the target's final norm and output layer.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from echo_vllm.drafter_training.work import TrainingError, unwritable
@@ -114,17 +116,25 @@ def draft_vocab_of(config: Mapping[str, Any]) -> int:
     return int(config.get("draft_vocab_size") or config["vocab_size"])
 
 
-def draft_vocabulary(folder: Path) -> Container[int]:
-    """The target's tokens that the head of a folder can draft.
+def draft_vocabulary(folder: Path) -> Container[int] | None:
+    """The target's tokens that a head can draft, of any layout that vLLM loads.
 
-    Raises:
-        TrainingError: the folder holds no head.
+    Args:
+        folder: of the head.
+
+    Returns:
+        None where that cannot be told: the weights are not in files of safetensors.
     """
-    config = read_config(folder, "-o")
-    d2t = read_weights(folder, "-o").get("d2t")
-    if d2t is None:
-        return range(draft_vocab_of(config))
-    return set((torch.arange(len(d2t)) + d2t).tolist())
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                if "d2t" in tensors.keys():  # noqa: SIM118  # It cannot be iterated itself.
+                    d2t = tensors.get_tensor("d2t")
+                    return set((torch.arange(len(d2t)) + d2t).tolist())
+        except (OSError, SafetensorError):
+            return None  # The engine will say so.
+    return range(sys.maxsize) if files else None
 
 
 def read_weights(folder: Path, option: str = "--init") -> dict[str, torch.Tensor]:

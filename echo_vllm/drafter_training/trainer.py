@@ -270,9 +270,12 @@ def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> 
     elif settings.intermediate_size is not None:
         layer.intermediate_size = settings.intermediate_size
     maps = {}
+    grows = "t2d" in tensors and known_vocab < draft_vocab
     if draft_vocab < layer.vocab_size:
-        if "d2t" in tensors:
+        if grows:
             d2t, t2d = head.larger_vocabulary(tensors["t2d"], token_counts or {}, draft_vocab)
+        elif "d2t" in tensors:
+            d2t, t2d = tensors["d2t"], tensors["t2d"]
         else:
             d2t, t2d = build_vocab_mappings_from_distribution(
                 token_counts or {}, draft_vocab, layer.vocab_size
@@ -293,8 +296,8 @@ def make_model(settings: TrainSettings, token_counts: dict[int, int] | None) -> 
     # Otherwise speculators makes its mask over all pairs of positions.
     model.uses_full_attn = compiles()
     if tensors:
-        if "t2d" in tensors and known_vocab < draft_vocab:
-            known = tensors["t2d"] if not maps else tensors["t2d"][maps["t2d"]]
+        if grows:
+            known = tensors["t2d"][maps["t2d"]] if maps else tensors["t2d"]
             tensors["lm_head.weight"] = head.larger_output_layer(
                 tensors["lm_head.weight"], model.verifier_lm_head.weight.detach(), known
             )

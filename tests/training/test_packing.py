@@ -92,7 +92,7 @@ def test_rows_are_little_longer_than_their_documents(lengths: list[int]) -> None
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_by_document"])
-def test_a_batch_has_the_loss_that_its_documents_have_with_speculators_own_mask(
+def test_a_batch_has_the_drafts_that_its_documents_have_with_speculators_own_mask(
     attention: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The whole model, three steps of the training-time test, against documents one by one."""

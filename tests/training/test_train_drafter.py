@@ -142,6 +142,7 @@ def test_a_trained_head_is_accepted_more_often_than_an_untrained_one(
     shares = {run["in_draft_vocabulary"] for run in runs if run["temperature"] == 0}
     assert len(shares) == 1, "greedy answers are the same however they are drafted"
     drafted = draft_vocabulary(made.head)
+    assert drafted is not None
     greedy = untrained["unseen", 0].answers
     assert shares == {
         sum(token in drafted for answer in greedy for token in answer) / sum(map(len, greedy))

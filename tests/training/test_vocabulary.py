@@ -12,8 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from echo_vllm.drafter_training.head import larger_output_layer, larger_vocabulary
+from echo_vllm.drafter_training.head import (
+    draft_vocabulary,
+    larger_output_layer,
+    larger_vocabulary,
+)
 from echo_vllm.drafter_training.work import TrainingError
 from tests.training.targets import SHAPE, make_llama, train_settings
 
@@ -40,6 +45,21 @@ def test_a_larger_vocabulary_adds_the_most_frequent_tokens(
     left = set(range(VOCAB)) - set(tokens)
     for token in added:
         assert all(counts.get(token, 0) >= counts.get(other, 0) for other in left)
+
+
+def test_what_a_head_can_draft_is_read_from_whatever_vllm_loads(tmp_path: Path) -> None:
+    """Published heads have other architectures, several files, or none of safetensors."""
+    assert draft_vocabulary(tmp_path / "missing") is None
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    assert draft_vocabulary(tmp_path) is None
+    save_file({"norm.weight": torch.ones(4)}, tmp_path / "model-1.safetensors")
+    everything = draft_vocabulary(tmp_path)
+    assert everything is not None
+    assert 7 in everything
+    save_file({"d2t": torch.tensor([1, 1, 4])}, tmp_path / "model-2.safetensors")
+    assert draft_vocabulary(tmp_path) == {1, 2, 6}
+    (tmp_path / "model-1.safetensors").write_bytes(b"cut off")
+    assert draft_vocabulary(tmp_path) is None
 
 
 def test_added_rows_follow_the_map_that_the_known_ones_show() -> None:
