@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration
-from echo_vllm.bench.engine_process import EngineOptions
-from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_shuffled
-from echo_vllm.bench.report import Sample
-from echo_vllm.bench.sweep import Plan, Sweep
 from echo_vllm.machine import fast_dtype
+from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration
+from echo_vllm.offline.bench.engine_process import EngineOptions
+from echo_vllm.offline.bench.prompts import DEFAULT_PROMPTS, read_shuffled
+from echo_vllm.offline.bench.sweep import Plan, Sweep
+from echo_vllm.offline.bench.tables import Sample
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import integers
-from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET
-from echo_vllm.bench.report import markdown
-from echo_vllm.engine.local import local_llm
 from echo_vllm.machine import fast_dtype
+from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
+from echo_vllm.offline.bench.tables import markdown
+from echo_vllm.offline.engine import local_llm
 
 Medians = dict[tuple[int, int], float]
 

@@ -8,7 +8,7 @@
 
 All see the same rows in the same order. The figure is the acceptance length of a greedy chain,
 predicted on held-out greedy answers by walking over them as the engine does
-(`echo_vllm.drafter_training.acceptance`), with its difference to the base on the same answers.
+(`echo_vllm.training.acceptance`), with its difference to the base on the same answers.
 OUTPUT.jsonl keeps each variant as soon as it is done; the next run goes on. Needs
 `make train-setup`.
 """
@@ -30,13 +30,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from benchmarks.command_line import names
-from echo_vllm.bench.configurations import DEMO_TARGET
-from echo_vllm.bench.report import markdown
+from echo_vllm.offline.bench.configurations import DEMO_TARGET
+from echo_vllm.offline.bench.tables import markdown
 
 if TYPE_CHECKING:
-    from echo_vllm.drafter_training.acceptance import Acceptance
-    from echo_vllm.drafter_training.rows import Row
-    from echo_vllm.drafter_training.trainer import TrainSettings
+    from echo_vllm.training.acceptance import Acceptance
+    from echo_vllm.training.rows import Row
+    from echo_vllm.training.trainer import TrainSettings
 
 CHAIN = 5
 RESAMPLES = 2000
@@ -63,8 +63,8 @@ tensor's shape or meaning cannot continue a head."""
 
 def base_settings(batch_tokens: int, learning_rate: float, init: Path | None) -> TrainSettings:
     """The study's settings, from the weights of `init` or from new ones."""
-    from echo_vllm.drafter_training.head import draft_vocab_of, read_config
-    from echo_vllm.drafter_training.trainer import TrainSettings
+    from echo_vllm.training.head_files import draft_vocab_of, read_config
+    from echo_vllm.training.trainer import TrainSettings
 
     return TrainSettings(
         target=str(DEMO_TARGET),
@@ -90,9 +90,9 @@ def held_out_acceptance(
     """The chain's acceptance on each held-out greedy answer."""
     import torch
 
-    from echo_vllm.drafter_training.acceptance import predicted_acceptance
-    from echo_vllm.drafter_training.features import Target
-    from echo_vllm.drafter_training.trainer import make_model, split
+    from echo_vllm.training.acceptance import predicted_acceptance
+    from echo_vllm.training.features import Target
+    from echo_vllm.training.trainer import make_model, split
 
     _, held_out = split(rows, settings.held_out)
     greedy = [row for row in held_out if row.temperature == 0]
@@ -109,8 +109,8 @@ def held_out_acceptance(
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train one variant, and what came of it."""
-    from echo_vllm.drafter_training.rows import read_rows
-    from echo_vllm.drafter_training.trainer import Limits, Progress, train
+    from echo_vllm.training.rows import read_rows
+    from echo_vllm.training.trainer import Limits, Progress, train
 
     base, changes = VARIANTS[name]
     settings = base_settings(

@@ -11,7 +11,7 @@ with is in `attention_baselines.py`; each is checked against the fused kernel be
 
 The most telling shapes come first, and no new one starts when the time is up. JSON is written after
 every shape: a run that is cut off leaves what it had. `--table` writes the times of our own
-implementations for `ECHO_VLLM_ATTENTION_TABLE` (`echo_vllm/ops/forms.py`).
+implementations for `ECHO_VLLM_ATTENTION_TABLE` (`echo_vllm/ops/attention_table.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.attention_baselines import (
     trees,
 )
 from echo_vllm import ops
-from echo_vllm.ops import forms
+from echo_vllm.ops import attention_table
 
 BLOCK_SIZE = 16
 DTYPE = torch.bfloat16
@@ -292,11 +292,13 @@ def claims(results: Sequence[Result], rates: Rates) -> list[dict[str, Any]]:
     return found
 
 
-def measurements(results: Sequence[Result], models: Sequence[Model]) -> list[forms.Measurement]:
-    """The times of our own implementations, for the table of `echo_vllm.ops.forms`."""
+def measurements(
+    results: Sequence[Result], models: Sequence[Model]
+) -> list[attention_table.Measurement]:
+    """The times of our own implementations, for the table of `echo_vllm.ops.attention_table`."""
     by_name = {model.name: model for model in models}
     return [
-        forms.Measurement(
+        attention_table.Measurement(
             group=by_name[r.model].num_heads // by_name[r.model].num_kv_heads,
             head_size=by_name[r.model].head_size,
             requests=r.requests,
@@ -352,7 +354,7 @@ class Report:
             fresh.replace(self.out)  # never half a file
         found = measurements(self.results, self.models)
         if self.table is not None and found:
-            forms.write_table(self.table, self.device, found)
+            attention_table.write_table(self.table, self.device, found)
 
     def conclude(self) -> None:
         for name, reason in {

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.command_line import integers
 from echo_vllm import ops
-from echo_vllm.bench.report import markdown
+from echo_vllm.offline.bench.tables import markdown
 
 LAYERS, HIDDEN, VOCAB = 30, 576, 49_152
 SHAPES = [(960, HIDDEN), (HIDDEN, HIDDEN), (3072, HIDDEN), (HIDDEN, 1536)]

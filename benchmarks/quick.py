@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.command_line import add_common_options, integers, measure, names
-from echo_vllm.bench.configurations import DEMO_HEAD, QUICK, SAME_CHAIN, built_in, choose
-from echo_vllm.bench.fleet import run_program
-from echo_vllm.bench.report import table
-from echo_vllm.bench.results import versions
+from echo_vllm.offline.bench.configurations import DEMO_HEAD, QUICK, SAME_CHAIN, built_in, choose
+from echo_vllm.offline.bench.fleet import run_program
+from echo_vllm.offline.bench.results import versions
+from echo_vllm.offline.bench.tables import table
 
 DESCRIPTION = "Speed of plain decoding, vLLM's eagle3 and echo's policies, in one interleaved run."
 

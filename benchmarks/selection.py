@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 
-from echo_vllm.bench.configurations import DEMO_HEAD
-from echo_vllm.calibration.profile import FILE_NAME, DrafterProfile
 from echo_vllm.config import EchoConfig
-from echo_vllm.cost import CostCurve, StepCost
-from echo_vllm.policy import CandidatePool, DraftBatch, DraftPlan, make_policy
-from echo_vllm.policy.auto import AutoPolicy
-from echo_vllm.policy.base import DraftPolicy
-from echo_vllm.policy.forecast import Forecaster
+from echo_vllm.forecast import CostCurve, StepCost
+from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
+from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.offline.bench.configurations import DEMO_HEAD
+from echo_vllm.policies import DraftBatch, make_policy
+from echo_vllm.policies.auto import AutoPolicy
+from echo_vllm.policies.base import DraftPolicy
+from echo_vllm.trees.pool import CandidatePool
 
 RUNS = 30
 
@@ -125,7 +126,7 @@ def main() -> None:
 
 def forecasting(policy: AutoPolicy, requests: int, cost: StepCost) -> Callable[[], float]:
     """One plan, the expected tokens worked out as often as while serving."""
-    forecaster = Forecaster.of(policy, online=True)
+    forecaster = policy.forecaster(online=True)
     for i in range(64):
         forecaster.observe_draft(
             [-0.1 * (j + i % 3) for j in range(16)], [1 + j // 4 for j in range(16)]

@@ -5,9 +5,9 @@
     python -m benchmarks.step_profile --json profile.json
 
 Every configuration runs the same prompts in turns, as in `benchmarks.quick`, with clocks around
-the stages (`echo_vllm.bench.timers`). Only steps in which all requests in flight decode count.
-Times are given in hundredths of a step of plain decoding at the same concurrency, so that rows and
-tables compare.
+the stages (`echo_vllm.offline.bench.timers`). Only steps in which all requests in flight decode
+count. Times are given in hundredths of a step of plain decoding at the same concurrency, so that
+rows and tables compare.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.command_line import add_common_options, integers, measure, names
-from echo_vllm.bench.configurations import PLAIN, choose
-from echo_vllm.bench.fleet import run_program
-from echo_vllm.bench.report import Sample, acceptance_length, markdown
-from echo_vllm.bench.results import versions
-from echo_vllm.bench.timers import STAGES
+from echo_vllm.offline.bench.configurations import PLAIN, choose
+from echo_vllm.offline.bench.fleet import run_program
+from echo_vllm.offline.bench.results import versions
+from echo_vllm.offline.bench.tables import Sample, acceptance_length, markdown
+from echo_vllm.offline.bench.timers import STAGES
 
 DESCRIPTION = "Shares of a decoding step by stage, in one interleaved run."
 CONFIGURATIONS = ["plain", "eagle3-k4", "chain-k4", "topn-16"]

@@ -114,12 +114,12 @@ def check_engine_config() -> None:
     config = EngineArgs(
         model=str(ROOT / "models" / "smollm2-135m-instruct"), speculative_config=speculation
     ).create_engine_config()
-    assert config.parallel_config.worker_cls == "echo_vllm.engine.cuda.EchoWorker"
+    assert config.parallel_config.worker_cls == "echo_vllm.step.v1.cuda.EchoWorker"
     assert not config.use_v2_model_runner
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-    from echo_vllm.engine.attention.cuda import backend_for
-    from echo_vllm.engine.cuda import EchoGPUModelRunner, EchoWorker
+    from echo_vllm.step.attention.cuda import backend_for
+    from echo_vllm.step.v1.cuda import EchoGPUModelRunner, EchoWorker
 
     backend = backend_for(config.model_config.dtype)
     assert issubclass(backend, FlashAttentionBackend)

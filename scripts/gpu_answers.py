@@ -28,10 +28,10 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from echo_vllm.drafter_training.data import SAMPLED, TEMPERATURE
-from echo_vllm.drafter_training.packing import BACKENDS
-from echo_vllm.drafter_training.prompts import MARK, Chat, Unseen, read_prompts
-from echo_vllm.drafter_training.rows import Row, RowWriter
+from echo_vllm.training.data import SAMPLED, TEMPERATURE
+from echo_vllm.training.packing import BACKENDS
+from echo_vllm.training.prompts import MARK, Chat, Unseen, read_prompts
+from echo_vllm.training.rows import Row, RowWriter
 
 USER_TEMPERATURE = 0.8
 USER_TOKENS = 96

@@ -12,14 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from echo_vllm.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration, built_in, choose
-from echo_vllm.bench.engine_process import KV_CACHE_BYTES, EngineOptions
-from echo_vllm.bench.fleet import Kind, exit_on_sigterm, workers_that_fit
-from echo_vllm.bench.prompts import DEFAULT_PROMPTS, read_shuffled
-from echo_vllm.bench.results import Journal, write_results
-from echo_vllm.bench.sweep import Plan, Sweep
 from echo_vllm.cli.console import errors, fail, located, note
 from echo_vllm.machine import fast_dtype
+from echo_vllm.offline.bench.configurations import (
+    DEMO_HEAD,
+    DEMO_TARGET,
+    Configuration,
+    built_in,
+    choose,
+)
+from echo_vllm.offline.bench.engine_process import KV_CACHE_BYTES, EngineOptions
+from echo_vllm.offline.bench.fleet import Kind, exit_on_sigterm, workers_that_fit
+from echo_vllm.offline.bench.prompts import DEFAULT_PROMPTS, read_shuffled
+from echo_vllm.offline.bench.results import Journal, write_results
+from echo_vllm.offline.bench.sweep import Plan, Sweep
 
 CONFIGURATIONS = (
     "plain,eagle3-k1,eagle3-k2,eagle3-k3,eagle3-k5,eagle3-adaptive,ngram,topn-8,echo,auto"

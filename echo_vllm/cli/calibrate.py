@@ -20,10 +20,10 @@ from echo_vllm.cli.console import errors, fail, located, note, read_step_cost, r
 from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K, num_candidates
 
 if TYPE_CHECKING:
-    from echo_vllm.calibration.fit import Calibration
-    from echo_vllm.cost import StepCost
-    from echo_vllm.engine.recording import Recording
-    from echo_vllm.trace.format import TraceHeader
+    from echo_vllm.forecast import StepCost
+    from echo_vllm.offline.calibrate.fit import Calibration
+    from echo_vllm.offline.recording import Recording
+    from echo_vllm.trace_format import TraceHeader
 
 
 def calibrate(
@@ -106,7 +106,7 @@ def calibrate(
 
 
 def _read_prompts(paths: list[Path]) -> list[list[str]]:
-    from echo_vllm.bench.prompts import read_shuffled
+    from echo_vllm.offline.bench.prompts import read_shuffled
 
     try:
         return read_shuffled(paths)
@@ -116,7 +116,7 @@ def _read_prompts(paths: list[Path]) -> list[list[str]]:
 
 def _known_costs(header: TraceHeader) -> StepCost | None:
     """The newest measurement in the cost cache for the trace's models and dtype."""
-    from echo_vllm.cost import CostCache, CostError, StepCost
+    from echo_vllm.forecast import CostCache, CostError, StepCost
 
     folder = CostCache().folder
     newest: tuple[float, Path, StepCost] | None = None
@@ -148,7 +148,7 @@ def _recording(
     model: str, drafter: str, trace: Path, *, max_depth: int, top_k: int, **options: Any
 ) -> Recording:
     """A run that verifies the whole pool, or the best MAX_NODES of it."""
-    from echo_vllm.engine.recording import Recording
+    from echo_vllm.offline.recording import Recording
 
     pool = num_candidates(max_depth, top_k, top_k)
     if pool > MAX_NODES:
@@ -192,10 +192,10 @@ def _fit(
     delta: float,
 ) -> tuple[Calibration, StepCost | None]:
     """Returns the calibration, and the step cost that its thresholds weigh."""
-    from echo_vllm.calibration.fit import fit
-    from echo_vllm.calibration.gates import GateCosts
-    from echo_vllm.calibration.samples import collect
-    from echo_vllm.trace.format import TraceError, read_trace
+    from echo_vllm.offline.calibrate.fit import fit
+    from echo_vllm.offline.calibrate.gates import GateCosts
+    from echo_vllm.offline.calibrate.samples import collect
+    from echo_vllm.trace_format import TraceError, read_trace
 
     try:
         header, steps = read_trace(trace)
@@ -259,8 +259,8 @@ def _check_names(header: TraceHeader, model: str, drafter: str) -> None:
 def _write(
     calibration: Calibration, output: Path, report: Path | None, cost: StepCost | None
 ) -> None:
-    from echo_vllm.calibration.report import rows_of, write_report
-    from echo_vllm.cost import fit_hinge
+    from echo_vllm.forecast import fit_hinge
+    from echo_vllm.offline.calibrate.page import rows_of, write_report
 
     written = [output]
     try:

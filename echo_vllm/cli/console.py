@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from echo_vllm.cost import StepCost
-    from echo_vllm.engine.recording import Recording
+    from echo_vllm.forecast import StepCost
+    from echo_vllm.offline.recording import Recording
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -43,7 +43,7 @@ def located(model: str) -> str:
 
 def read_step_cost(option: str, path: Path) -> StepCost:
     """A step cost, or a file of the engine's cache, which has one under a key of its own."""
-    from echo_vllm.cost import CostError, StepCost
+    from echo_vllm.forecast import CostError, StepCost
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -57,8 +57,8 @@ def read_step_cost(option: str, path: Path) -> StepCost:
 
 def record_prompts(recording: Recording, conversations: list[list[str]]) -> tuple[int, int]:
     """Record the engine on the first turns that fit; returns (prompts answered, tokens)."""
-    from echo_vllm.bench.prompts import Tokenizer
-    from echo_vllm.engine.recording import record
+    from echo_vllm.offline.bench.prompts import Tokenizer
+    from echo_vllm.offline.recording import record
 
     try:
         tokenizer = Tokenizer(recording.model)

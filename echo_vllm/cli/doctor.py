@@ -25,8 +25,8 @@ from echo_vllm import VLLM_VERSION, __version__
 from echo_vllm.patching import PatchError, PatchState, find_installation, load_series
 
 ENTRY_POINTS = {
-    "vllm.general_plugins": "echo_vllm.engine.plugin:register",
-    "vllm.stat_logger_plugins": "echo_vllm.engine.metrics:EchoStatLogger",
+    "vllm.general_plugins": "echo_vllm.startup.plugin:register",
+    "vllm.stat_logger_plugins": "echo_vllm.step.metrics:EchoStatLogger",
 }
 
 
@@ -110,15 +110,15 @@ def check_extension() -> Finding:
 
 
 REPORT_OPERATORS = (
-    "import json, torch; from echo_vllm.ops import dispatch, forms; "
+    "import json, torch; from echo_vllm.ops import dispatch, attention_table; "
     "print(json.dumps({'gpu': torch.cuda.is_available(), 'devices': dispatch.report(), "
-    "'by_shape': forms.describe()}))"
+    "'by_shape': attention_table.describe()}))"
 )
 
 
 @functools.cache
 def report_operators() -> dict[str, Any]:
-    """`ops.dispatch.report()`, `ops.forms.describe()`, and whether there is a GPU."""
+    """`ops.dispatch.report()`, `ops.attention_table.describe()`, and whether there is a GPU."""
     printed, error = run_apart(REPORT_OPERATORS)
     report: dict[str, Any] = {"error": error} if error else json.loads(printed)
     return report

@@ -21,10 +21,10 @@ from echo_vllm.config import num_candidates
 from echo_vllm.machine import fast_dtype
 
 if TYPE_CHECKING:
-    from echo_vllm.calibration import DrafterProfile
-    from echo_vllm.cost import StepCost
-    from echo_vllm.trace.recorded import RecordedDrafter
-    from echo_vllm.trace.replay import Contender, ReplayResult
+    from echo_vllm.forecast import StepCost
+    from echo_vllm.forecast.drafter_profile import DrafterProfile
+    from echo_vllm.offline.trace.recorded import RecordedDrafter
+    from echo_vllm.offline.trace.replay import Contender, ReplayResult
 
 trace_app = typer.Typer(
     help="Record what a policy could have known in each step, and replay any policy over it.",
@@ -44,8 +44,8 @@ TraceFile = Annotated[Path, typer.Argument(help="A recorded trace.", show_defaul
 @contextlib.contextmanager
 def _errors_shown() -> Iterator[None]:
     from echo_vllm.config import EchoConfigError
-    from echo_vllm.cost import CostError
-    from echo_vllm.trace import TraceError
+    from echo_vllm.forecast import CostError
+    from echo_vllm.trace_format import TraceError
 
     try:
         yield
@@ -92,8 +92,8 @@ def record(
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:
     """Record a trace with the real engine."""
-    from echo_vllm.bench.prompts import read_shuffled
-    from echo_vllm.engine.recording import Recording
+    from echo_vllm.offline.bench.prompts import read_shuffled
+    from echo_vllm.offline.recording import Recording
 
     speculation = _speculation(drafter, output, config)
     try:
@@ -148,8 +148,8 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
 @trace_app.command()
 def show(trace: TraceFile) -> None:
     """Say what a trace holds."""
-    from echo_vllm.trace import read_trace
-    from echo_vllm.trace.replay import summary
+    from echo_vllm.offline.trace.replay import summary
+    from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
         found = summary(*read_trace(trace, whole=False))
@@ -209,11 +209,11 @@ def replay(
     ] = None,
 ) -> None:
     """Replay policies over a trace, at any load and under any step cost."""
-    from echo_vllm.calibration import DrafterProfile
-    from echo_vllm.trace import read_trace
-    from echo_vllm.trace.recorded import RecordedDrafter
-    from echo_vllm.trace.replay import Contender, fully_verified
-    from echo_vllm.trace.replay import replay as run
+    from echo_vllm.forecast.drafter_profile import DrafterProfile
+    from echo_vllm.offline.trace.recorded import RecordedDrafter
+    from echo_vllm.offline.trace.replay import Contender, fully_verified
+    from echo_vllm.offline.trace.replay import replay as run
+    from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
         known = None if profile is None else DrafterProfile.load(profile)
@@ -281,7 +281,7 @@ def _loads(text: str) -> list[int]:
 
 def _cost(text: str) -> tuple[StepCost, list[str]]:
     """The step cost and what is to be said about it."""
-    from echo_vllm.trace.published import PUBLISHED
+    from echo_vllm.offline.trace.published import PUBLISHED
 
     if text.startswith(PUBLISHED_PREFIX):
         name = text.removeprefix(PUBLISHED_PREFIX)
@@ -304,7 +304,7 @@ def _usual(
     at_load: Callable[[Contender], ReplayResult],
 ) -> list[ReplayResult]:
     """Plain, the best chain, echo, auto and evict, and trees of equal size with their budgets."""
-    from echo_vllm.trace.replay import PLAIN, Contender, best_chain
+    from echo_vllm.offline.trace.replay import PLAIN, Contender, best_chain
 
     shape = {"max_depth": drafter.max_depth, "top_k": min(4, drafter.num_ranks)}
     elastic = {**shape, "width": drafter.num_ranks}
@@ -351,8 +351,8 @@ def _table(load: int, results: list[ReplayResult]) -> Table:
 
 
 def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
-    from echo_vllm.trace import read_trace
-    from echo_vllm.trace.replay import recorded_policy, replay_exact
+    from echo_vllm.offline.trace.replay import recorded_policy, replay_exact
+    from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
         header, steps = read_trace(trace, whole=False)

@@ -29,7 +29,7 @@ from echo_vllm import VLLM_VERSION
 from echo_vllm.cli.console import errors, fail, last_line, located, note
 
 if TYPE_CHECKING:
-    from echo_vllm.drafter_training.work import Work
+    from echo_vllm.training.work import Work
 
 EVERYTHING = "all"
 SPECULATORS = "0.9.0"
@@ -224,9 +224,9 @@ def data(
     resume: Resume = False,
 ) -> None:
     """Let the target answer prompts; the answers are what a head is trained on."""
-    from echo_vllm.drafter_training.data import DataSettings, check_plan, make_data
-    from echo_vllm.drafter_training.prompts import Chat, read_prompts
-    from echo_vllm.drafter_training.work import Work
+    from echo_vllm.training.data import DataSettings, check_plan, make_data
+    from echo_vllm.training.prompts import Chat, read_prompts
+    from echo_vllm.training.work import Work
 
     if rows is None and not prompts and not self_prompts:
         fail("there is nothing to answer: give --prompts FILE, or --self-prompts N")
@@ -301,8 +301,8 @@ def _engine_args(text: str | None) -> dict[str, Any]:
 def _answering(
     target: str, dtype: str, max_model_len: int | None, concurrency: int, more: dict[str, Any]
 ) -> Any:
-    from echo_vllm.drafter_training.work import TrainingError
-    from echo_vllm.engine.answering import Answering
+    from echo_vllm.offline.answering import Answering
+    from echo_vllm.training.work import TrainingError
 
     try:
         return Answering(
@@ -323,8 +323,8 @@ def _answering(
 
 def _take_rows(source: Path, target: str, work: Work) -> None:
     """Rows that were answered elsewhere, checked and copied."""
-    from echo_vllm.drafter_training.rows import RowWriter, read_rows
-    from echo_vllm.drafter_training.work import write_json
+    from echo_vllm.training.rows import RowWriter, read_rows
+    from echo_vllm.training.work import write_json
 
     found = read_rows(source)
     work.make()
@@ -382,11 +382,11 @@ def train(
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if Path(target).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from echo_vllm.drafter_training.card import add_facts
-    from echo_vllm.drafter_training.data import check_plan
-    from echo_vllm.drafter_training.rows import read_rows
-    from echo_vllm.drafter_training.targets import resolve_dtype, resolve_layers
-    from echo_vllm.drafter_training.work import Work, read_json
+    from echo_vllm.training.card import add_facts
+    from echo_vllm.training.data import check_plan
+    from echo_vllm.training.rows import read_rows
+    from echo_vllm.training.targets import resolve_dtype, resolve_layers
+    from echo_vllm.training.work import Work, read_json
 
     target, work = located(target), Work(output.absolute())
     with _one_sentence():
@@ -397,7 +397,7 @@ def train(
         if data.get("target") != target:
             fail(f"TARGET is {target}, but the data in {work.folder} are from {data.get('target')}")
         dtype = resolve_dtype(target, dtype)
-        from echo_vllm.drafter_training.trainer import Limits, TrainSettings, train
+        from echo_vllm.training.trainer import Limits, TrainSettings, train
 
         settings = TrainSettings(
             target=target,
@@ -461,7 +461,7 @@ def _layers(
     target: str, wanted: str | None, init: Path | None, resolve: Callable[..., list[int]]
 ) -> list[int]:
     if wanted is None and init is not None:
-        from echo_vllm.drafter_training.head import read_config
+        from echo_vllm.training.head_files import read_config
 
         return resolve(target, read_config(init).get("eagle_aux_hidden_state_layer_ids"))
     return resolve(target, None if wanted is None else _integers("--aux-layers", wanted, 0))
@@ -469,7 +469,7 @@ def _layers(
 
 def _draft_vocab(wanted: int | None, init: Path | None) -> int:
     if wanted is None and init is not None:
-        from echo_vllm.drafter_training.head import draft_vocab_of, read_config
+        from echo_vllm.training.head_files import draft_vocab_of, read_config
 
         return draft_vocab_of(read_config(init))
     return 32000 if wanted is None else wanted
@@ -520,11 +520,11 @@ def evaluate(
     ] = False,
 ) -> None:
     """Count in the real engine how many draft tokens are accepted."""
-    from echo_vllm.drafter_training.card import FILE_NAME, add_facts, evaluation_rows
-    from echo_vllm.drafter_training.head import draft_vocabulary
-    from echo_vllm.drafter_training.prompts import Chat, read_prompts
-    from echo_vllm.drafter_training.work import TrainingError, read_json
-    from echo_vllm.engine.acceptance_run import chain_of, measure, tree_of
+    from echo_vllm.offline.acceptance_run import chain_of, measure, tree_of
+    from echo_vllm.training.card import FILE_NAME, add_facts, evaluation_rows
+    from echo_vllm.training.head_files import draft_vocabulary
+    from echo_vllm.training.prompts import Chat, read_prompts
+    from echo_vllm.training.work import TrainingError, read_json
 
     if not eval_prompts:
         fail("--eval-prompts is missing; give NAME=FILE, such as mt-bench=mt_bench.jsonl")
@@ -641,7 +641,7 @@ def _command() -> str:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    from echo_vllm.drafter_training.work import TrainingError
+    from echo_vllm.training.work import TrainingError
 
     try:
         yield

@@ -3,9 +3,9 @@
 """The operators: tree attention, K/V commit, the forest's mask and walk, the budget's choice, and
 on a CPU the linear layers.
 
-Called by `echo_vllm.acceptance`, `echo_vllm.policy` and `echo_vllm.engine`; knows tensors only, no
-vLLM. Each function runs the best implementation for the device of its tensors (`dispatch.py` has
-the table): the C++ extension, Triton, FlashAttention, xFormers or the plain-torch `reference.py`.
+Called by `echo_vllm.policies` and `echo_vllm.step`; knows tensors only, no vLLM. Each function runs
+the best implementation for the device of its tensors (`dispatch.py` has the table): the C++
+extension, Triton, FlashAttention, xFormers or the plain-torch `reference.py`.
 `ECHO_VLLM_OPS` in the environment names the one to use. `ECHO_VLLM_CPU_ISA` forces the instruction
 set of the CPU kernels (`supported_cpu_isas()`).
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from echo_vllm.ops import forms
+from echo_vllm.ops import attention_table
 from echo_vllm.ops.dispatch import implementation
 from echo_vllm.ops.library import load_library
 
@@ -122,7 +122,9 @@ def tree_attention(
     first = ""
     if query.is_cuda and query.element_size() == 2:  # That is what tables are measured with.
         group = query.shape[1] // max(1, suffix_key.shape[1])
-        first = forms.preferred(group, query.shape[2], context_lens.shape[0], mask.shape[0])
+        first = attention_table.preferred(
+            group, query.shape[2], context_lens.shape[0], mask.shape[0]
+        )
     implementation("tree_attention", query.is_cuda, features, first)(
         query,
         key_cache,

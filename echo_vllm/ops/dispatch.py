@@ -3,7 +3,8 @@
 """Which implementation runs an operator on a device: one table, and why the better ones do not.
 
 Some implementations of tree attention lack a feature (float32, an 8-bit cache, a window, a
-softcap): calls that need it pass them over. `forms.py` may put another one first for a shape.
+softcap): calls that need it pass them over. `attention_table.py` may put another one first for a
+shape.
 
 `echo_vllm.ops` asks `implementation` on every call, so its answers are cached; `echo-vllm doctor`
 prints `report`. `ECHO_VLLM_OPS` in the environment names an implementation to use for every

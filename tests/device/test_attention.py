@@ -27,9 +27,9 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from echo_vllm import ops
-from echo_vllm.engine.attention import cuda
-from echo_vllm.engine.attention.backend import TreeAttentionMetadata
-from echo_vllm.engine.attention.tree import VerificationRows
+from echo_vllm.step.attention import cuda
+from echo_vllm.step.attention.backend import TreeAttentionMetadata
+from echo_vllm.step.attention.tree import VerificationRows
 from tests.device import flash
 
 HEADS, KV_HEADS, D, BLOCK, BLOCKS_EACH = 4, 2, 16, 16, 6
@@ -248,7 +248,7 @@ def test_float32_has_the_backend_that_can_compute_it() -> None:
 def test_vllm_finds_the_backend_under_its_name_and_only_while_layers_are_built() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from echo_vllm.engine.worker import attention_backend
+    from echo_vllm.step.v1.worker import attention_backend
 
     custom = AttentionBackendEnum.CUSTOM
     with attention_backend(custom, cuda.EchoFlashAttentionBackend):
@@ -267,9 +267,9 @@ def test_the_gpu_worker_builds_our_runner_over_vllm_s() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
-    from echo_vllm.engine import validation
-    from echo_vllm.engine.cuda import EchoGPUModelRunner, EchoWorker
-    from echo_vllm.engine.model_runner import EchoRunnerMixin
+    from echo_vllm.startup import validation
+    from echo_vllm.step.v1.cuda import EchoGPUModelRunner, EchoWorker
+    from echo_vllm.step.v1.runner import EchoRunnerMixin
 
     assert f"{EchoWorker.__module__}.{EchoWorker.__qualname__}" == validation.CUDA_WORKER
     assert issubclass(EchoWorker, Worker)
@@ -282,11 +282,11 @@ def pairs() -> list[tuple[type, type, set[str]]]:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
-    from echo_vllm.engine.attention.backend import TreeAttentionImpl, TreeMetadataBuilder
-    from echo_vllm.engine.cuda import EchoWorker
-    from echo_vllm.engine.drafter import EchoProposer
-    from echo_vllm.engine.model_runner import EchoRunnerMixin
-    from echo_vllm.engine.worker import EchoWorkerMixin
+    from echo_vllm.step.attention.backend import TreeAttentionImpl, TreeMetadataBuilder
+    from echo_vllm.step.v1.cuda import EchoWorker
+    from echo_vllm.step.v1.drafter import EchoProposer
+    from echo_vllm.step.v1.runner import EchoRunnerMixin
+    from echo_vllm.step.v1.worker import EchoWorkerMixin
 
     runner = {
         *("execute_model", "sample_tokens", "propose_draft_token_ids", "_update_states"),

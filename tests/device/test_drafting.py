@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from echo_vllm import ops
-from echo_vllm.calibration.survival import SurvivalModel
-from echo_vllm.cost import CostCurve, StepCost
-from echo_vllm.engine.attention.tree import TreeAttention
-from echo_vllm.engine.drafter import DraftReport, EchoProposer
-from echo_vllm.forest import DraftForest
-from echo_vllm.policy import DraftBatch, DraftPlan, DraftPolicy
-from echo_vllm.policy.auto import AutoPolicy
-from echo_vllm.policy.chain import ChainPolicy
-from echo_vllm.policy.echo import EchoPolicy
-from echo_vllm.policy.evict import EvictPolicy
-from echo_vllm.policy.graft import GraftPolicy
-from echo_vllm.policy.static import StaticPolicy
-from echo_vllm.policy.topn import TopNPolicy
+from echo_vllm.forecast import CostCurve, StepCost
+from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.forecast.survival import SurvivalModel
+from echo_vllm.policies import DraftBatch, DraftPolicy
+from echo_vllm.policies.auto import AutoPolicy
+from echo_vllm.policies.chain import ChainPolicy
+from echo_vllm.policies.echo import EchoPolicy
+from echo_vllm.policies.evict import EvictPolicy
+from echo_vllm.policies.graft import GraftPolicy
+from echo_vllm.policies.static import StaticPolicy
+from echo_vllm.policies.topn import TopNPolicy
+from echo_vllm.step.attention.tree import TreeAttention
+from echo_vllm.step.v1.drafter import DraftReport, EchoProposer
+from echo_vllm.trees.forest import DraftForest
 from tests.device.pretended import GPU, OnGPU, on_gpu, pretended_gpu
 
 VOCAB, HIDDEN, HEADS, HEAD_SIZE, BLOCK = 23, 32, 2, 16, 16

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from echo_vllm import ops
-from echo_vllm.forest import DraftForest
 from echo_vllm.transfer import download, upload
+from echo_vllm.trees.forest import DraftForest
 from tests.device.pretended import GPU, MixedDevices, held, on_gpu, pretended_gpu
 
 

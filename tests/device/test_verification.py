@@ -15,11 +15,11 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from echo_vllm import ops
-from echo_vllm.engine.attention.tree import VerificationRows
-from echo_vllm.engine.clock import DeviceClock, StepClock, clock_of
-from echo_vllm.engine.model_runner import EchoRunnerMixin, Step
-from echo_vllm.engine.verification import NO_TOKEN, Verdict, verify
-from echo_vllm.forest import DraftForest
+from echo_vllm.step.attention.tree import VerificationRows
+from echo_vllm.step.clock import DeviceClock, StepClock, clock_of
+from echo_vllm.step.v1.runner import EchoRunnerMixin, Step
+from echo_vllm.step.verification import NO_TOKEN, Verdict, verify
+from echo_vllm.trees.forest import DraftForest
 from tests.device.pretended import GPU, OnGPU, held, on_gpu, pretended_gpu
 
 VOCAB = 11
@@ -205,7 +205,7 @@ def test_masks_are_built_on_the_device_without_waiting() -> None:
 def test_the_commit_moves_what_was_accepted_without_waiting(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echo_vllm.engine.model_runner.MAX_MOVES", most)
+    monkeypatch.setattr("echo_vllm.step.v1.runner.MAX_MOVES", most)
     caches = {}
     for device in (torch.device("cpu"), GPU):
         with pretended_gpu() as waits:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from echo_vllm.engine.local import local_llm
+from echo_vllm.offline.engine import local_llm
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from echo_vllm.engine.verification import argmax_of_rows
+from echo_vllm.ops.argmax import argmax_of_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

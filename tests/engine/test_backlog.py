@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from echo_vllm.engine.backlog import DrafterBacklog, DrafterInput
+from echo_vllm.step.v1.window import DrafterBacklog, DrafterInput
 
 BLOCK = 4
 

@@ -200,7 +200,7 @@ def test_a_batch_of_mixed_settings_gives_each_its_own_distribution(
 
 def plant_accept_on_less_or_equal(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
     """The walk compares with <= where it must ask for equality."""
-    from echo_vllm.engine import verification
+    from echo_vllm.step import verification
 
     def find(tokens: list[int], parents: list[int], node: int, token: int) -> int | None:
         for child, parent in enumerate(parents):
@@ -324,8 +324,8 @@ def test_samples_under_a_shared_budget_have_the_targets_distribution(
     target_logits: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from echo_vllm.cost import CostCurve, StepCost
-    from echo_vllm.engine.scheduler import EchoScheduler
+    from echo_vllm.forecast import CostCurve, StepCost
+    from echo_vllm.step.scheduler import EchoScheduler
 
     # A drafter that costs nothing, so that no clock decides whether `auto` drafts.
     free = CostCurve((1.0,), (1e-9,))

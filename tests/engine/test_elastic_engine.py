@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.policy import DraftPlan
-from echo_vllm.trace.format import read_trace
-from echo_vllm.trace.replay import recorded_policy, replay_exact
+from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.offline.trace.replay import recorded_policy, replay_exact
+from echo_vllm.trace_format import read_trace
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner
 from tests.engine.test_exactness import check_forests, greedy, tiny_engine, tiny_prompts
@@ -176,7 +176,7 @@ def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
     tiny: TinyModel, plain_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More requests than the budget has rows: the drafter rests until they are gone."""
-    monkeypatch.setattr("echo_vllm.engine.scheduler.budget_rows", lambda curve: 6.0)
+    monkeypatch.setattr("echo_vllm.step.scheduler.budget_rows", lambda curve: 6.0)
     prompts = tiny_prompts(8)
     lengths = [96 if i < 3 else 24 for i in range(8)]
     params = [greedy(length) for length in lengths]

@@ -31,8 +31,8 @@ def pad_like_graphs(patch: pytest.MonkeyPatch) -> list[int]:
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import BatchDescriptor
 
-    from echo_vllm.engine.cpu import EchoCPUModelRunner
-    from echo_vllm.engine.drafter import EchoProposer
+    from echo_vllm.step.v1.cpu import EchoCPUModelRunner
+    from echo_vllm.step.v1.drafter import EchoProposer
 
     counts: list[int] = []
 
@@ -62,11 +62,12 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> list[int]:
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from echo_vllm.engine import drafter, model_runner
-    from echo_vllm.engine.attention.cuda import EchoFlashAttentionBackend
-    from echo_vllm.engine.cpu import EchoCPUModelRunner, EchoCPUWorker
-    from echo_vllm.engine.verification import verify
-    from echo_vllm.policy.base import CPU, CandidatePool
+    from echo_vllm.step.attention.cuda import EchoFlashAttentionBackend
+    from echo_vllm.step.v1 import drafter
+    from echo_vllm.step.v1 import runner as model_runner
+    from echo_vllm.step.v1.cpu import EchoCPUModelRunner, EchoCPUWorker
+    from echo_vllm.step.verification import verify
+    from echo_vllm.trees.pool import CPU, CandidatePool
 
     flash.install(patch)
     patch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 2)
@@ -114,7 +115,8 @@ def test_the_paths_of_a_gpu_are_token_identical(
 def test_all_rows_at_once_have_the_targets_distribution(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from echo_vllm.engine import model_runner, verification
+    from echo_vllm.step import verification
+    from echo_vllm.step.v1 import runner as model_runner
     from tests.engine import test_distribution as distribution
 
     six = distribution.tiny.__wrapped__(tmp_path_factory)  # type: ignore[attr-defined]

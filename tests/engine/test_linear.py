@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from echo_vllm import ops
-from echo_vllm.engine.linear import packed_linear_is_faster, packed_linears
+from echo_vllm.startup.linear import packed_linear_is_faster, packed_linears
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, engine, generate, runner
 from tests.engine.test_exactness import greedy, tiny_prompts
 
 HAS_AVX2 = "avx2" in ops.supported_cpu_isas()
-OURS = "echo_vllm.engine.linear"
+OURS = "echo_vllm.startup.linear"
 
 
 def makers(llm: Any) -> set[str]:

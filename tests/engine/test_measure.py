@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from echo_vllm.cost import CostCurve
-from echo_vllm.engine import measure
+from echo_vllm.forecast import CostCurve
+from echo_vllm.startup import measure
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, engine, runner
 

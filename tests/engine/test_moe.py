@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from echo_vllm.engine.measure import _forwards
+from echo_vllm.startup.measure import _forwards
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner
 from tests.engine.test_exactness import check_forests, greedy, tiny_engine, tiny_prompts

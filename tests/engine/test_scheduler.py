@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_vllm.engine.scheduler import trimmed
+from echo_vllm.step.scheduler import trimmed
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, generate
 from tests.engine.test_elastic_engine import AUTO, dictate, scheduler

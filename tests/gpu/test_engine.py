@@ -76,8 +76,8 @@ def test_the_engine_is_the_one_of_a_gpu(tiny: TinyModel) -> None:
     """Worker, runner, backend of both models, device of the step, CUDA kernels."""
     import torch
 
-    from echo_vllm.engine.cuda import EchoGPUModelRunner, EchoWorker
     from echo_vllm.ops.dispatch import choose
+    from echo_vllm.step.v1.cuda import EchoGPUModelRunner, EchoWorker
 
     for dtype, impl in (("float32", "Triton"), ("bfloat16", "Flash")):
         with gpu_engine(tiny, echo(tiny.head, 8), dtype=dtype) as llm:

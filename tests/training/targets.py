@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tests.engine.tiny import Shape, make_target
 
 if TYPE_CHECKING:
-    from echo_vllm.drafter_training.trainer import TrainSettings
+    from echo_vllm.training.trainer import TrainSettings
 
 SPECIAL = ["<bos>", "<eos>", "<user>", "<assistant>", "<system>"]
 WORDS = 64 - len(SPECIAL)
@@ -89,7 +89,7 @@ def write_prompts(path: Path, count: int, seed: int, turns: int = 1) -> Path:
 
 def train_settings(target: Path, **changes: Any) -> TrainSettings:
     """Settings of a small training in float32; needs speculators."""
-    from echo_vllm.drafter_training.trainer import TrainSettings
+    from echo_vllm.training.trainer import TrainSettings
 
     settings: dict[str, Any] = {
         "target": str(target),

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from echo_vllm.drafter_training.card import FILE_NAME, add_facts
+from echo_vllm.training.card import FILE_NAME, add_facts
 
 
 def evaluation(length: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from echo_vllm.cli import app
-from echo_vllm.drafter_training.acceptance import Acceptance, walk
+from echo_vllm.training.acceptance import Acceptance, walk
 from tests.training.targets import SHAPE, TEMPLATE, add_tokenizer, write_prompts
 
 Command = Callable[..., str]

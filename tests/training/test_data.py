@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.drafter_training.data import (
+from echo_vllm.training.data import (
     TEMPERATURE,
     Asked,
     DataSettings,
     check_plan,
     make_data,
 )
-from echo_vllm.drafter_training.prompts import Chat, Unseen, read_prompts
-from echo_vllm.drafter_training.rows import Row, RowWriter, read_rows
-from echo_vllm.drafter_training.work import TrainingError, Work
+from echo_vllm.training.prompts import Chat, Unseen, read_prompts
+from echo_vllm.training.rows import Row, RowWriter, read_rows
+from echo_vllm.training.work import TrainingError, Work
 from tests.training.targets import add_tokenizer, write_prompts
 
 EOS = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from echo_vllm.drafter_training.features import KeptStates, Target
+from echo_vllm.training.features import KeptStates, Target
 from tests.training.targets import make_llama
 
 ROWS = [torch.arange(5, 5 + length) for length in (7, 3, 12)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from echo_vllm.drafter_training.rows import read_rows
+from echo_vllm.training.rows import read_rows
 from tests.conftest import ROOT
 from tests.training.targets import SHAPE, make_llama, write_prompts
 

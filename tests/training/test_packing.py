@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_vllm.drafter_training.packing import Packing, attention_by_document
+from echo_vllm.training.packing import Packing, attention_by_document
 from tests.training.targets import SHAPE, make_llama, train_settings
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
@@ -97,7 +97,7 @@ def test_a_batch_has_the_drafts_that_its_documents_have_with_speculators_own_mas
 ) -> None:
     """The whole model, three steps of the training-time test, against documents one by one."""
     pytest.importorskip("speculators", reason="speculators is not installed: make train-setup")
-    from echo_vllm.drafter_training.trainer import make_model
+    from echo_vllm.training.trainer import make_model
 
     settings = train_settings(
         make_llama(tmp_path_factory.mktemp("packing") / "target"), draft_vocab=SHAPE.vocab

@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 import torch
 
-from echo_vllm.drafter_training.head import draft_vocabulary
-from echo_vllm.engine.acceptance_run import chain_of, measure
+from echo_vllm.offline.acceptance_run import chain_of, measure
+from echo_vllm.training.head_files import draft_vocabulary
 from tests.conftest import ROOT
 from tests.engine.engines import counters, echo, engine, generate, runner
 from tests.training.targets import SHAPE, make_llama, make_qwen3, train_settings, write_prompts
@@ -158,7 +158,7 @@ def test_a_trained_head_is_accepted_more_often_than_an_untrained_one(
 
 
 def prompt_ids(made: Made, count: int) -> list[list[int]]:
-    from echo_vllm.drafter_training.prompts import Chat, read_prompts
+    from echo_vllm.training.prompts import Chat, read_prompts
 
     chat = Chat(str(made.target))
     return [chat.encode(turns[:1]) for turns in read_prompts(made.prompts)[:count]]
@@ -199,9 +199,9 @@ def test_answers_with_it_are_those_of_plain_decoding_and_as_predicted(
 
 
 def predicted_length(made: Made, prompts: list[list[int]], answers: list[list[int]]) -> float:
-    from echo_vllm.drafter_training.acceptance import Acceptance, predicted_acceptance
-    from echo_vllm.drafter_training.features import Target
-    from echo_vllm.drafter_training.rows import Row
+    from echo_vllm.training.acceptance import Acceptance, predicted_acceptance
+    from echo_vllm.training.features import Target
+    from echo_vllm.training.rows import Row
 
     target = Target(str(made.target), AUX, torch.float32, "cpu")
     model = model_of(made.target, init=made.head)
@@ -304,7 +304,7 @@ def test_a_full_disk_ends_training_in_one_sentence_and_keeps_the_last_checkpoint
 
 def model_of(target: Path, init: Path | None = None) -> Any:
     """speculators' model of a head."""
-    from echo_vllm.drafter_training.trainer import make_model
+    from echo_vllm.training.trainer import make_model
 
     settings = train_settings(target, aux_layers=AUX, init=None if init is None else str(init))
     counts = dict.fromkeys(range(1, SHAPE.vocab, 4), 1)
@@ -313,7 +313,7 @@ def model_of(target: Path, init: Path | None = None) -> Any:
 
 def make_head_of(target: Path, folder: Path, *, lively: bool = False) -> Path:
     """An untrained head; if `lively`, with weights large enough that every part of it matters."""
-    from echo_vllm.drafter_training.head import export_head
+    from echo_vllm.training.head_files import export_head
 
     model = model_of(target)
     if lively:
@@ -377,7 +377,7 @@ def test_logits_are_the_same_in_training_and_in_vllm(
 ) -> None:
     """On vLLM's own hidden states, for each token of the first chain that vLLM drafts; and the
     target's hidden states are vLLM's."""
-    from echo_vllm.drafter_training.features import Target
+    from echo_vllm.training.features import Target
 
     target = make_target(tmp_path / "target")
     head = make_head_of(target, tmp_path / "head", lively=True)

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from echo_vllm.drafter_training.head import (
+from echo_vllm.training.head_files import (
     draft_vocabulary,
     larger_output_layer,
     larger_vocabulary,
 )
-from echo_vllm.drafter_training.work import TrainingError
+from echo_vllm.training.work import TrainingError
 from tests.training.targets import SHAPE, make_llama, train_settings
 
 VOCAB = 20
@@ -74,8 +74,8 @@ def test_added_rows_follow_the_map_that_the_known_ones_show() -> None:
 
 def test_a_grown_head_has_the_logits_it_had(tmp_path: Path) -> None:
     pytest.importorskip("speculators", reason="speculators is not installed: make train-setup")
-    from echo_vllm.drafter_training.head import export_head
-    from echo_vllm.drafter_training.trainer import make_model
+    from echo_vllm.training.head_files import export_head
+    from echo_vllm.training.trainer import make_model
 
     settings = train_settings(make_llama(tmp_path / "target"), draft_vocab=24)
     first = make_model(settings, dict.fromkeys(range(1, SHAPE.vocab, 2), 1))
@@ -113,8 +113,8 @@ def test_answer_tokens_are_counted_as_speculators_counts_them(tmp_path: Path) ->
     from datasets import Dataset
     from speculators.train.vocab_mapping import save_token_frequency_distribution
 
-    from echo_vllm.drafter_training.rows import Row
-    from echo_vllm.drafter_training.trainer import count_answer_tokens
+    from echo_vllm.training.rows import Row
+    from echo_vllm.training.trainer import count_answer_tokens
 
     draw = torch.Generator().manual_seed(0)
     rows = []

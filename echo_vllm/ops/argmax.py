@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""The maximum of each row, faster than torch finds it on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+
+def argmax_of_rows(logits: torch.Tensor, block: int = 1024) -> torch.Tensor:
+    """[rows] int64, `logits.argmax(1)`: the first of equal maxima.
+
+    torch finds the position of a maximum several times slower than its value on a CPU, so only the
+    block of columns that holds the maximum is searched for the position. On a GPU vLLM's sampler
+    takes torch's own, and so does this: equal maxima must fall alike with and without speculation.
+    """
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    num_columns = logits.shape[1]
+    whole = num_columns // block * block
+    tops = [torch.unflatten(logits[:, :whole], 1, (-1, block)).amax(2)] if whole else []
+    if whole < num_columns:
+        tops.append(logits[:, whole:].amax(1, keepdim=True))
+    first = torch.cat(tops, dim=1).argmax(1, keepdim=True) * block
+    # Past the end the last column stands again; the first of equal ones is taken.
+    columns = (first + torch.arange(block)).clamp(max=num_columns - 1)
+    return columns.gather(1, logits.gather(1, columns).argmax(1, keepdim=True)).squeeze(1)

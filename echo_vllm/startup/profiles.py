@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Finds the drafter's profile and checks the files that the `echo` section names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm.logger import init_logger
+
+from echo_vllm.config import PROFILED, SECTION, EchoConfig, EchoConfigError, show
+from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
+    """The profile that the policy uses; None, with a warning, if there is none.
+
+    Args:
+        config: the echo section.
+        head: the EAGLE-3 head as the user named it; only a local folder is searched.
+
+    Raises:
+        EchoConfigError: the profile that the section names cannot be used.
+    """
+    if config.policy not in PROFILED:
+        return None
+    if config.profile is not None:
+        profile = DrafterProfile.load(config.profile)
+        if Path(profile.drafter).name != Path(head).name:
+            logger.warning_once(
+                "The profile %s was made for the draft head %s, and the head is %s: what it says "
+                "of confidence may not be true. `echo-vllm calibrate` makes one for this head.",
+                config.profile,
+                profile.drafter,
+                head,
+            )
+        return profile
+    beside = Path(head) / FILE_NAME
+    if beside.is_file():
+        return DrafterProfile.load(beside)
+    lost = {
+        "echo": "its gates are built-in values that were never measured for this head",
+        "graft": "its gates are built-in values that were never measured for this head",
+        "auto": "it takes the head's own probabilities for true until it has seen enough nodes",
+    }[config.policy]
+    logger.warning_once(
+        "No profile of the draft head %s: policy %s works, but %s. `echo-vllm calibrate` makes "
+        "one.",
+        head,
+        config.policy,
+        lost,
+    )
+    return None
+
+
+def check_files(config: EchoConfig, head: str) -> None:
+    """Refuse a profile that cannot be read and a trace that cannot be written.
+
+    Raises:
+        EchoConfigError: in one sentence.
+    """
+    find_profile(config, head)
+    if config.trace is None:
+        return
+    try:
+        file = Path(config.trace)
+        is_new = not file.exists()
+        with file.open("a", encoding="utf-8"):
+            pass
+        if is_new:
+            file.unlink()
+    except (OSError, ValueError):
+        raise EchoConfigError(
+            f"{SECTION}.trace must name a file in a folder that exists and is writable, got "
+            f"{show(config.trace)}; make the folder, or choose another."
+        ) from None

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""vLLM's scheduler, told that drafts are ragged trees, and the place of all timing decisions.
+
+Every step it attaches a `DraftPlan` to its output (as the attribute `echo_plan`): what the policy
+may know that is not in the draft itself. Step times and the plan's consequences come back in the
+worker's stats. There is one scheduler and there may be many ranks, so ranks never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from echo_vllm.config import EchoConfig
+from echo_vllm.forecast import Hinge, OnlineCost, StepCost, budget_rows
+from echo_vllm.forecast.forecaster import Forecaster
+from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.policies import make_policy
+from echo_vllm.policies.auto import AutoPolicy
+from echo_vllm.policies.base import MAX_BACKLOG
+from echo_vllm.policies.echo import EchoPolicy
+from echo_vllm.policies.evict import EvictPolicy
+from echo_vllm.policies.graft import GraftPolicy
+from echo_vllm.startup.profiles import find_profile
+from echo_vllm.step.stats import StepStats
+
+LONGEST_GAP_S = 0.05
+"""A longer time between two steps is a lack of requests, not work of the scheduler."""
+
+
+def needs_cost(config: EchoConfig) -> bool:
+    """Whether the policy asks what forwards cost."""
+    return config.policy in ("auto", "evict") or (config.policy == "echo" and config.k_max is None)
+
+
+def trimmed(sizes: Sequence[int], budget: int) -> list[int]:
+    """How much of each draft to keep so that all have at most `budget` nodes: the longest are cut
+    first, to one length; what is left over by that goes to the first of them."""
+    cap = max(sizes, default=0)
+    while cap > 0 and sum(min(size, cap) for size in sizes) > budget:
+        cap -= 1
+    spare = max(0, budget) - sum(min(size, cap) for size in sizes)
+    kept = []
+    for size in sizes:
+        more = int(size > cap and spare > 0)
+        kept.append(min(size, cap + more))
+        spare -= more
+    return kept
+
+
+class EchoScheduler(Scheduler):
+    """The stock scheduler without draft padding, with a budget, a plan, and the trees' stats."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # With a lookup table vLLM does not pad new requests with placeholder drafts, which have
+        # no tree; the table itself leaves N as it is.
+        self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+        self._step_stats: StepStats | None = None
+        spec = self.vllm_config.speculative_config
+        self._echo: EchoConfig = spec.echo
+        self._cost: OnlineCost | None = None
+        self._max_rows: float | None = None
+        self._waiting = 0
+        self._forecaster: Forecaster | None = None
+        profile = find_profile(spec.echo, spec.model)
+        self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+        if isinstance(self._policy, AutoPolicy):
+            self._forecaster = self._policy.forecaster(online=spec.echo.online)
+
+    # ---- Before the step ----
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._trim_drafts()
+        output = super().schedule(*args, **kwargs)
+        output.echo_plan = self._plan(output)
+        return output
+
+    def _trim_drafts(self) -> None:
+        """Keep the batch's budget when drafts of different steps meet.
+
+        A policy keeps it for the requests that it drafts for together. A request that was not
+        scheduled meanwhile still has its older draft, and the first draft of an engine is made
+        before anybody knows what a forward costs. Whatever the policy, every running request keeps
+        a row, and half of the remaining rows of a step are for prompts that are being read: without
+        drafts they would have all of them.
+        """
+        prompts = decoding = 0
+        for request in self.running:
+            left = request.num_tokens - request.num_computed_tokens
+            prompts += left if left > 1 else 0
+            decoding += left <= 1
+        room = max(0, self.max_num_scheduled_tokens - len(self.running))
+        budget = room - min(prompts, room // 2)
+        if self._echo.k_max is not None:
+            budget = min(budget, self._echo.k_max - prompts)
+        elif isinstance(self._policy, EchoPolicy) and self._max_rows is not None:
+            budget = min(budget, int(self._max_rows) - prompts - decoding)
+        sizes = [len(request.spec_token_ids) for request in self.running]
+        if sum(sizes) <= budget:
+            return
+        for request, kept in zip(self.running, trimmed(sizes, budget), strict=True):
+            if kept < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:kept]
+
+    def _plan(self, output: Any) -> DraftPlan:
+        """What the worker is told for the drafting at the end of this step."""
+        if not isinstance(self._policy, EchoPolicy | AutoPolicy | EvictPolicy | GraftPolicy):
+            return DraftPlan()
+        num_decoding, prefill_tokens = self._next_load(output)
+        if isinstance(self._policy, EchoPolicy):
+            return self._policy.plan(num_decoding, prefill_tokens, self._max_rows)
+        if isinstance(self._policy, EvictPolicy):
+            cost = None if self._cost is None else self._cost.with_trees()
+            return self._policy.plan(prefill_tokens, cost)
+        if self._forecaster is None:
+            return DraftPlan(prefill_tokens=prefill_tokens)
+        if self._cost is None:
+            return self._forecaster.plan(num_decoding, prefill_tokens, None)
+        return self._forecaster.plan(
+            num_decoding,
+            prefill_tokens,
+            self._cost.with_trees(),
+            self._cost.current(),
+            waiting=self._waiting + self._deferrable(output),
+            left=self._left(),
+        )
+
+    def _deferrable(self, output: Any) -> int:
+        """Prompt tokens of this step that pass the drafter now only if it drafts."""
+        if self.cache_config.enable_prefix_caching:
+            return 0
+        drafts = output.scheduled_spec_decode_tokens
+        return sum(
+            count - 1 - len(drafts.get(request, ()))
+            for request, count in output.num_scheduled_tokens.items()
+            # The drafter reads longer prompts at once, whether it rests or not.
+            if self.requests[request].num_tokens <= MAX_BACKLOG // 2
+        )
+
+    def _left(self) -> float:
+        """Tokens that a running request may still generate, on average."""
+        left = [request.max_tokens - request.num_output_tokens for request in self.running]
+        return sum(left) / max(1, len(left))
+
+    def _next_load(self, output: Any) -> tuple[int, int]:
+        """Requests that the next step will decode, and prompt tokens that it will prefill.
+
+        A prompt that still waits after `output` was scheduled will be read in the next step if it
+        was the step's tokens that ran out; what else keeps it waiting (no free block, no place in
+        the batch, a grammar that is being compiled) will as a rule do so again.
+        """
+        prefill = decoding = 0
+        for request in self.running:
+            left = request.num_tokens - request.num_computed_tokens
+            if left > 0:
+                prefill += left
+            else:
+                decoding += 1
+        free = self.scheduler_config.max_num_seqs - len(self.running)
+        if output.total_num_scheduled_tokens < self.max_num_scheduled_tokens:
+            free = 0
+        for request in self.waiting:
+            if free <= 0:
+                break
+            free -= 1
+            prefill += request.num_tokens - request.num_computed_tokens
+        room = max(0, self.scheduler_config.max_num_batched_tokens - decoding)
+        return decoding, min(prefill, room)
+
+    # ---- After the step ----
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """Take the drafts over, but for sessions whose input is still coming: where such a request
+        stops within an accepted path, vLLM goes on as if the rest of the path belonged to it."""
+        super().update_draft_token_ids(draft_token_ids)
+        for req_id in draft_token_ids.req_ids:
+            request = self.requests.get(req_id)
+            if request is not None and request.resumable:
+                request.spec_token_ids = []
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._step_stats = model_runner_output.echo_stats
+        if self._step_stats is not None:
+            self._learn(self._step_stats)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _learn(self, stats: StepStats) -> None:
+        self._waiting = stats.waiting
+        if stats.cost is not None:
+            self._set_cost(StepCost.from_dict(stats.cost))
+            stats.cost = None
+        elif self._cost is not None and self._echo.online:
+            if self._echo.gamma is None:  # Else the user says what a target forward costs.
+                self._cost.observe_verify(stats.rows, stats.verify_s, trees=bool(stats.nodes))
+            if stats.committed:
+                self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)
+            if stats.idle_s < LONGEST_GAP_S:
+                self._cost.observe_other(stats.idle_s)
+        if self._forecaster is not None:
+            for scores, depths in stats.samples:
+                self._forecaster.observe_draft(scores, depths)
+            self._forecaster.observe_acceptance(stats.depth_scores, stats.accepted)
+        # The front end needs neither.
+        stats.samples, stats.depth_scores = [], []
+
+    def _set_cost(self, cost: StepCost) -> None:
+        """Take over what was measured, corrected by what echo.json says."""
+        if self._echo.gamma is not None and self._echo.k_max is not None:
+            hinge = Hinge(float(self._echo.k_max), self._echo.gamma, float(cost.verify(1)))
+            cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
+        self._cost = OnlineCost(cost)
+        self._max_rows = budget_rows(cost.verify)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._step_stats is not None:
+            stats.echo_stats = self._step_stats.to_dict()
+        self._step_stats = None
+        return stats

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Worker and model runner on a CPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from echo_vllm.machine import fast_dtype
+from echo_vllm.startup.linear import packed_linears
+from echo_vllm.step.attention.cpu import EchoCPUAttentionBackend
+from echo_vllm.step.v1.runner import EchoRunnerMixin
+from echo_vllm.step.v1.worker import EchoWorkerMixin
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
+    """The CPU runner with trees."""
+
+    def _kv_layout(self, layer: Any) -> str:
+        return str(layer.isa)
+
+
+class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
+    """vLLM's CPU worker with `EchoCPUModelRunner`."""
+
+    def init_device(self) -> None:
+        is_bfloat16 = self.model_config.dtype == torch.bfloat16
+        if self.rank == 0 and is_bfloat16 and fast_dtype() == "float32":
+            logger.warning(
+                "This CPU has no bfloat16 instructions: a row of a forward takes several times "
+                "as long as in float32, and speculation gains nothing; serve with --dtype float32."
+            )
+        # vLLM names its runner class inside this method; building that one first and replacing it
+        # would allocate everything twice.
+        with patch.object(cpu_worker, "CPUModelRunner", EchoCPUModelRunner):
+            super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        own = self.vllm_config.speculative_config.echo.linear == "auto"
+        with packed_linears() if own else nullcontext():
+            super().load_model(*args, **kwargs)
+
+    def tree_backend(self) -> tuple[AttentionBackendEnum, type]:
+        return AttentionBackendEnum.CPU_ATTN, EchoCPUAttentionBackend
