@@ -28,6 +28,8 @@ class DraftPlan:
         price: what a second is worth, in tokens; 0 if unknown.
         cost: predicted times of forwards, None if unknown.
         factors: per depth, accepted over predicted acceptance lately; empty if unknown.
+        reads_prompts: whether prompts pass the drafter as they are read, so that their requests
+            draft from the whole of them; where it rests, they do not.
     """
 
     max_depth: int | None = None
@@ -38,6 +40,7 @@ class DraftPlan:
     price: float = 0.0
     cost: StepCost | None = None
     factors: tuple[float, ...] = ()
+    reads_prompts: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` undoes it."""

@@ -20,7 +20,6 @@ from echo_vllm.forecast.forecaster import Forecaster
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import make_policy
 from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.base import MAX_BACKLOG
 from echo_vllm.policies.echo import EchoPolicy
 from echo_vllm.policies.evict import EvictPolicy
 from echo_vllm.policies.graft import GraftPolicy
@@ -53,6 +52,9 @@ def trimmed(sizes: Sequence[int], budget: int) -> list[int]:
 
 class EchoScheduler(Scheduler):
     """The stock scheduler without draft padding, with a budget, a plan, and the trees' stats."""
+
+    drafts_come_with_output = True
+    """Asked by the patched engine core, which else sends a message of its own for the drafts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -125,20 +127,8 @@ class EchoScheduler(Scheduler):
             prefill_tokens,
             self._cost.with_trees(),
             self._cost.current(),
-            waiting=self._waiting + self._deferrable(output),
+            waiting=self._waiting,
             left=self._left(),
-        )
-
-    def _deferrable(self, output: Any) -> int:
-        """Prompt tokens of this step that pass the drafter now only if it drafts."""
-        if self.cache_config.enable_prefix_caching:
-            return 0
-        drafts = output.scheduled_spec_decode_tokens
-        return sum(
-            count - 1 - len(drafts.get(request, ()))
-            for request, count in output.num_scheduled_tokens.items()
-            # The drafter reads longer prompts at once, whether it rests or not.
-            if self.requests[request].num_tokens <= MAX_BACKLOG // 2
         )
 
     def _left(self) -> float:
@@ -186,7 +176,10 @@ class EchoScheduler(Scheduler):
         self._step_stats = model_runner_output.echo_stats
         if self._step_stats is not None:
             self._learn(self._step_stats)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if model_runner_output.echo_drafts is not None:
+            self.update_draft_token_ids(model_runner_output.echo_drafts)
+        return outputs
 
     def _learn(self, stats: StepStats) -> None:
         self._waiting = stats.waiting

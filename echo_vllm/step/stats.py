@@ -7,12 +7,11 @@ Plain lists of integers: they cross process borders inside vLLM's own output and
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from echo_vllm.trees.forest import DraftForest
 
@@ -33,7 +32,7 @@ class StepStats:
         committed, level_rows: see `DraftReport`; of the drafting at the end of this step, if its
             time is known.
         starved: requests that were drafted for at the end of this step and got no node.
-        waiting: tokens in the drafter's backlog.
+        waiting: tokens that would pass the drafter if every request caught up now.
         samples: for a few requests drafted to full depth, the path log-probabilities and depths of
             their best candidates.
         cost: the measured cost of steps (`StepCost.to_dict()`), in the first report only.
@@ -56,20 +55,21 @@ class StepStats:
     cost: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, forest: DraftForest, num_accepted: Sequence[int]) -> StepStats:
-        """The stats of a verified forest; `num_accepted` has one entry a request."""
-        stats = cls()
-        cu = forest.cu_nodes.tolist()
-        for i, (start, stop) in enumerate(itertools.pairwise(cu)):
-            if start == stop:
-                continue
-            levels = torch.bincount(forest.depths[start:stop])
-            stats.nodes.append(stop - start)
-            stats.depths.append(len(levels) - 1)
-            stats.widths.append(int(levels.max()))
-            stats.accepted.append(int(num_accepted[i]))
-        return stats
+    def of(cls, forest: DraftForest, num_accepted: NDArray[np.int32]) -> StepStats:
+        """The stats of a verified forest; `num_accepted` is [R]."""
+        sizes = forest.cu_nodes.diff().numpy()
+        trees = np.flatnonzero(sizes)
+        depths, owner = forest.depths.numpy(), forest.request_of_node().numpy()
+        num_levels = 1 + int(depths.max())
+        levels = np.bincount(owner * num_levels + depths, minlength=len(sizes) * num_levels)
+        widths = levels.reshape(-1, num_levels)[trees]
+        return cls(
+            nodes=sizes[trees].tolist(),
+            depths=(widths > 0).sum(1).tolist(),
+            widths=widths.max(1).tolist(),
+            accepted=num_accepted[trees].tolist(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The form that crosses process borders; `StepStats(**d)` undoes it."""
-        return asdict(self)
+        return vars(self).copy()

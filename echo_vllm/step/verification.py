@@ -6,15 +6,15 @@ Candidates are deterministic given the past, so this rule is exact at any temper
 target's token at the root; if a child holds it, accept the child and go on from there, else stop.
 The last sampled token is the bonus token.
 
-Each level of the walk is one call of vLLM's own sampler on the rows that requests have reached, in
-the state (penalties, bad words, minimum tokens, random generators) in which plain decoding
-would be at that token. A request draws from its generator once per generated token, as without
-speculation, so even a seeded request gets the tokens that it would get without speculation.
+There are two ways, and each request of a batch goes its own (`Drawing`):
 
-On a GPU each level costs one transfer of its tokens to the host. Where no request asks for anything
-that depends on the path (`_samples_rows_alone`), the GPU is not waited for: every row is sampled at
-once, and the walk is `ops.accept_path`. A row's token is drawn from the target's distribution
-after the row's own path, so it does not matter that rows off the path drew too.
+- *at once*: a token is drawn for every row of the request, and the walk is `ops.accept_path`. A
+  row's token is drawn from the target's distribution after the row's own path, so it does not
+  matter that rows off the path drew too. Nobody waits for a GPU.
+- *level by level*: a row is sampled only when the walk has reached it, by vLLM's own sampler in
+  the state (penalties, bad words, minimum tokens, random generators) in which plain decoding would
+  be at that token. A request draws from its generator once per generated token, as without
+  speculation, so even a seeded request gets the tokens that it would get without speculation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -35,11 +38,14 @@ from vllm.v1.sample.sampler import Sampler
 from echo_vllm import ops
 from echo_vllm.ops.argmax import argmax_of_rows
 from echo_vllm.transfer import download, upload
-from echo_vllm.trees.acceptance import find_child
-from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.forest import ROOT, DraftForest
 
 NO_TOKEN = -1
 """vLLM's placeholder for a token that was not generated."""
+
+MAX_SAMPLED_ROWS = 256
+"""Rows that are sampled together: sampling copies logits, in float32 and sorted, so a piece bounds
+its memory whatever the number of trees. vLLM profiles its sampler with as many rows."""
 
 
 @dataclass(frozen=True)
@@ -69,91 +75,137 @@ class Verdict:
         return Verdict(replace(output, sampled_token_ids=tokens), rows, accepted)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How a request's tokens may be drawn, which its sampling parameters say once and for all.
+
+    Attributes:
+        is_random: its temperature is not 0.
+        by_level: a row's token depends on the path that leads to it, on the request's generator, or
+            is reported with log-probabilities: only the rows on the accepted path may be sampled.
+    """
+
+    is_random: bool
+    by_level: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Drawing:
+        """The drawing of a request with these parameters."""
+        is_random = params.temperature >= _SAMPLING_EPS
+        changes_logits = (
+            params.presence_penalty != 0
+            or params.frequency_penalty != 0
+            or params.repetition_penalty != 1
+            or params.min_tokens > 0
+            or any(
+                (
+                    params.bad_words_token_ids,
+                    params.logit_bias,
+                    params.allowed_token_ids,
+                    params.logprob_token_ids,
+                )
+            )
+            or params.logprobs is not None
+            or params.thinking_token_budget is not None
+        )
+        keeps_own_order = is_random and (params.seed is not None or params.min_p > 0)
+        return cls(is_random, changes_logits or keeps_own_order)
+
+
+_SAMPLING_EPS = 1e-5
+"""Below this vLLM's sampler takes a temperature for 0."""
+
+
 def verify(
     sampler: Sampler,
     logits: torch.Tensor,
     forest: DraftForest,
     sampling: SamplingMetadata,
     output_token_ids: list[list[int]],
-    skipped: np.ndarray,
-    at_once: bool | None = None,
+    skipped: NDArray[np.bool_],
+    by_level: NDArray[np.bool_],
+    is_random: NDArray[np.bool_],
 ) -> Verdict:
     """Walk every tree from its root.
 
     Args:
         sampler: vLLM's sampler.
         logits: [sum of (nodes + 1), vocab], rows of request i: root, then its nodes.
-        forest: the trees as verified, one a request of the batch, maybe empty.
+        forest: the trees as verified, one a request of the batch, maybe empty; on the host.
         sampling: of the batch, vLLM's.
         output_token_ids: per request, the list that logits processors look at. It grows during
             the walk and is restored at the end.
         skipped: [R] bool, requests that generate nothing in this step (partial prefills).
-        at_once: whether all rows may be sampled at once; by default on a GPU, where it saves
-            waiting. On a CPU sampling rows that the walk does not reach costs more than it saves.
+        by_level: [R] bool, requests that are sampled level by level; the others' rows at once.
+        is_random: [R] bool, requests whose tokens are drawn; the others take the maximum.
     """
     max_depth = int(forest.depths.max()) if forest.num_nodes else 0
-    if _samples_plain_argmax(sampling):
-        return _accept(argmax_of_rows(logits), forest, max_depth)
-    if at_once is None:
-        at_once = logits.device.type != "cpu"
-    if at_once and _samples_rows_alone(sampling):
-        return _accept(_sample_rows(sampler, logits, forest, sampling), forest, max_depth)
-    walk = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
-    return walk.run(np.flatnonzero(~skipped))
+    walking = by_level & ~skipped
+    at_once = ~by_level
+    if not at_once.any():
+        walk = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
+        return walk.run(np.flatnonzero(walking))
+    if at_once.all():
+        sampled = _sample_at_once(sampler, logits, forest, sampling, is_random)
+        return _accept(sampled, forest, max_depth)
+    rows = np.flatnonzero(np.repeat(at_once, forest.cu_nodes.diff().numpy() + 1))
+    index = upload(torch.from_numpy(rows), logits.device)
+    some = _sample_at_once(sampler, logits, forest, sampling, is_random, (rows, index))
+    sampled = torch.full((len(logits),), NO_TOKEN, dtype=torch.int64, device=logits.device)
+    sampled[index] = some
+    verdict = _accept(sampled, forest, max_depth).on_host()
+    if walking.any():
+        walk = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
+        verdict = walk.run(np.flatnonzero(walking), verdict)
+    return verdict
 
 
-def _samples_plain_argmax(sampling: SamplingMetadata) -> bool:
-    """Whether every row's token is the argmax of its logits, whatever path leads to it."""
-    return (
-        sampling.all_greedy
-        and sampling.max_num_logprobs is None
-        and not sampling.logprob_token_ids
-        and sampling.no_penalties
-        and not sampling.bad_words_token_ids
-        and sampling.allowed_token_ids_mask is None
-        and not _has_thinking_budget(sampling)
-        and not any(map(_is_active, sampling.logitsprocs.non_argmax_invariant))
-    )
-
-
-def _samples_rows_alone(sampling: SamplingMetadata) -> bool:
-    """Whether every row's token can be drawn without knowing the path that leads to it.
-
-    Not with seeds: a request's generator must be drawn from once per generated token.
-    """
-    return (
-        not sampling.generators
-        and sampling.max_num_logprobs is None
-        and not sampling.logprob_token_ids
-        and sampling.no_penalties
-        and not sampling.bad_words_token_ids
-        and sampling.allowed_token_ids_mask is None
-        and not _has_thinking_budget(sampling)
-        and not any(map(_is_active, sampling.logitsprocs.all))
-    )
-
-
-def _sample_rows(
-    sampler: Sampler, logits: torch.Tensor, forest: DraftForest, sampling: SamplingMetadata
+def _sample_at_once(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    forest: DraftForest,
+    sampling: SamplingMetadata,
+    is_random: NDArray[np.bool_],
+    only: tuple[NDArray[np.int64], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[rows] int64, a token for every row, by the parameters of its request."""
-    sizes = forest.cu_nodes.diff() + 1
-    owner = torch.repeat_interleave(
-        torch.arange(forest.num_requests), sizes, output_size=len(logits)
-    )
-    owner = upload(owner, logits.device)
-    output = sampler(
-        logits=logits,
-        sampling_metadata=replace(
-            sampling,
-            temperature=_rows(sampling.temperature, owner),
-            top_p=_rows(sampling.top_p, owner),
-            top_k=_rows(sampling.top_k, owner),
-            output_token_ids=[],
-            spec_token_ids=None,
-        ),
-    )
-    return output.sampled_token_ids[:, 0].to(torch.int64)
+    """[n] int64, a token for each of the rows `only`, which is on the host and on the device; for
+    every row without it."""
+    owner = np.repeat(np.arange(forest.num_requests), forest.cu_nodes.diff().numpy() + 1)
+    if only is not None:
+        owner = owner[only[0]]
+    count = len(owner)
+    if not is_random[owner].any() and only is None:
+        return argmax_of_rows(logits)
+    owners = upload(torch.from_numpy(owner), logits.device)
+    pieces = []
+    for start in range(0, count, MAX_SAMPLED_ROWS):
+        part = slice(start, min(start + MAX_SAMPLED_ROWS, count))
+        rows = logits[part] if only is None else logits[only[1][part]]
+        if not is_random[owner[part]].any():
+            pieces.append(argmax_of_rows(rows))
+            continue
+        output = sampler(
+            logits=rows,
+            sampling_metadata=replace(
+                sampling,
+                temperature=_rows(sampling.temperature, owners[part]),
+                top_p=_rows(sampling.top_p, owners[part]),
+                top_k=_rows(sampling.top_k, owners[part]),
+                generators={},
+                max_num_logprobs=None,
+                logprob_token_ids=None,
+                no_penalties=True,
+                prompt_token_ids=None,
+                output_token_ids=[],
+                spec_token_ids=None,
+                allowed_token_ids_mask=None,
+                bad_words_token_ids={},
+                logitsprocs=LogitsProcessors(),
+                thinking_budget_state_holder=None,
+            ),
+        )
+        pieces.append(output.sampled_token_ids[:, 0].to(torch.int64))
+    return torch.cat(pieces)
 
 
 def _accept(sampled: torch.Tensor, forest: DraftForest, max_depth: int) -> Verdict:
@@ -173,7 +225,7 @@ def _accept(sampled: torch.Tensor, forest: DraftForest, max_depth: int) -> Verdi
 
 
 class _Walk:
-    """One walk, level by level, of all requests of a batch."""
+    """One walk, level by level, of some requests of a batch."""
 
     def __init__(
         self,
@@ -188,17 +240,29 @@ class _Walk:
         self.logits = logits
         self.sampling = sampling
         self.output_token_ids = output_token_ids
-        self.trees = forest.trees()
-        num_requests = len(self.trees)
-        self.first_row = forest.cu_nodes[:-1].numpy() + np.arange(num_requests)
-        self.tokens = torch.full((num_requests, max_depth + 1), NO_TOKEN, dtype=torch.int32)
-        self.rows = np.full((num_requests, max_depth + 1), -1, dtype=np.int32)
+        self.num_requests = forest.num_requests
+        self.owner = forest.request_of_node().numpy()
+        self.node_tokens = forest.token_ids.numpy()
+        self.parents = forest.parents.numpy()
+        cu_nodes = forest.cu_nodes.numpy()
+        self.place = np.arange(forest.num_nodes) - cu_nodes[self.owner]
+        self.first_row = cu_nodes[:-1] + np.arange(self.num_requests)
+        shape = (self.num_requests, max_depth + 1)
+        self.tokens = np.full(shape, NO_TOKEN, dtype=np.int32)
+        self.rows = np.full(shape, -1, dtype=np.int32)
         self.rows[:, 0] = 0
-        self.num_accepted = np.zeros(num_requests, dtype=np.int32)
+        self.num_accepted = np.zeros(self.num_requests, dtype=np.int32)
         self.logprobs: LogprobsTensors | None = None
 
-    def run(self, requests: np.ndarray) -> Verdict:
-        """Walk from the roots of `requests`."""
+    def run(self, requests: NDArray[np.int64], others: Verdict | None = None) -> Verdict:
+        """Walk from the roots of `requests`; `others`, on the host, says what the rest accepted."""
+        if others is not None:
+            self.tokens = others.sampler_output.sampled_token_ids.numpy().copy()
+            self.rows = others.accepted_rows.numpy().copy()
+            self.num_accepted = others.num_accepted.numpy().copy()
+            self.tokens[requests] = NO_TOKEN
+            self.rows[requests, 1:] = -1
+            self.num_accepted[requests] = 0
         lengths = [len(tokens) for tokens in self.output_token_ids]
         try:
             level = 0
@@ -209,12 +273,12 @@ class _Walk:
             for tokens, length in zip(self.output_token_ids, lengths, strict=True):
                 del tokens[length:]
         return Verdict(
-            SamplerOutput(sampled_token_ids=self.tokens, logprobs_tensors=self.logprobs),
+            SamplerOutput(torch.from_numpy(self.tokens), logprobs_tensors=self.logprobs),
             torch.from_numpy(self.rows),
             torch.from_numpy(self.num_accepted),
         )
 
-    def _step(self, level: int, requests: np.ndarray) -> np.ndarray:
+    def _step(self, level: int, requests: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample one token for each of `requests`; returns those that accepted a node."""
         processors = self.sampling.logitsprocs
         if level:
@@ -229,38 +293,53 @@ class _Walk:
             or bool(self.sampling.logprob_token_ids)
             or (level == 0 and _has_thinking_budget(self.sampling))
         )
-        batch = np.arange(len(self.trees)) if whole else requests
-        rows = self.first_row[batch] + self.rows[batch, np.minimum(level, self.num_accepted[batch])]
+        batch = np.arange(self.num_requests) if whole else requests
+        reached = np.minimum(level, self.num_accepted[batch])
+        rows = self.first_row[batch] + self.rows[batch, reached]
         output = self.sampler(
             logits=self.logits[self._upload(rows)],
             sampling_metadata=_sampling_of(
                 self.sampling, batch, requests, level, self.logits.device
             ),
         )
-        (sampled,) = download(output.sampled_token_ids[:, 0])
+        (drawn,) = download(output.sampled_token_ids[:, 0])
+        sampled = drawn.numpy().astype(np.int32)
         if whole:
-            sampled = sampled[torch.from_numpy(requests)]
-        self.tokens[torch.from_numpy(requests), level] = sampled.to(torch.int32)
+            sampled = sampled[requests]
+        self.tokens[requests, level] = sampled
         if output.logprobs_tensors is not None:
             where = requests if whole else np.arange(len(requests))
             self._keep_logprobs(level, requests, output.logprobs_tensors, where)
-        going = []
-        for request, token in zip(requests.tolist(), sampled.tolist(), strict=True):
-            tokens, parents = self.trees[request]
-            child = find_child(tokens, parents, int(self.rows[request, level]) - 1, token)
-            if child is None:
-                continue
-            self.num_accepted[request] += 1
-            self.rows[request, level + 1] = child + 1
+        going, children = self._children(level, requests, sampled)
+        self.num_accepted[going] += 1
+        self.rows[going, level + 1 : level + 2] = children[:, None] + 1
+        for request, token in zip(going.tolist(), self.tokens[going, level].tolist(), strict=True):
             self.output_token_ids[request].append(token)
-            going.append(request)
-        return np.array(going, dtype=np.int64)
+        return going
 
-    def _upload(self, values: np.ndarray) -> torch.Tensor:
+    def _children(
+        self, level: int, requests: NDArray[np.int64], sampled: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Those of `requests` that have a child with the sampled token, ascending, and the child;
+        at most one has it, because no token stands twice under one parent."""
+        # Where each request stands, as a parent; nobody's parent where it does not walk.
+        at = np.full(self.num_requests, ROOT - 1)
+        at[requests] = self.rows[requests, level] - 1
+        token = np.full(self.num_requests, NO_TOKEN)
+        token[requests] = sampled
+        child = (self.parents == at[self.owner]) & (self.node_tokens == token[self.owner])
+        nodes = np.flatnonzero(child)
+        return self.owner[nodes], self.place[nodes]
+
+    def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
         return upload(torch.from_numpy(values), self.logits.device)
 
     def _keep_logprobs(
-        self, level: int, requests: np.ndarray, new: LogprobsTensors, where: np.ndarray
+        self,
+        level: int,
+        requests: NDArray[np.int64],
+        new: LogprobsTensors,
+        where: NDArray[np.int64],
     ) -> None:
         """Store rows `where` of `new` as the log-probabilities of `requests` at `level`."""
         num_requests, num_levels = self.tokens.shape

@@ -120,6 +120,21 @@ class CandidatePool:
     def num_levels(self) -> int:
         return len(self.level_starts)
 
+    def stop_at(self, depth: int, limits: torch.Tensor | None) -> bool:
+        """Leave out of the level `depth` and all deeper ones the requests that may not have them.
+
+        Args:
+            limits: [R] int64, on the host, levels that each request may have; None for no limits.
+
+        Returns:
+            Whether any request is left.
+        """
+        if limits is not None:
+            going = limits[self.active] >= depth
+            if not going.all():
+                self.active = self.active[going]
+        return len(self.active) > 0
+
     def grow(
         self, expansion: Expansion, token_ids: torch.Tensor, logprobs: torch.Tensor
     ) -> torch.Tensor:

@@ -33,7 +33,9 @@ def dictate(llm: Any, plans: Iterator[tuple[int | None, int]]) -> None:
 
     def plan(num_decoding: int, prefill_tokens: int, *costs: Any, **more: Any) -> DraftPlan:
         depth, probes = next(plans)
-        return DraftPlan(depth, probes, next(turn), prefill_tokens)
+        return DraftPlan(
+            depth, probes, next(turn), prefill_tokens, reads_prompts=depth != 0
+        )
 
     scheduler(llm)._forecaster.plan = plan
 

@@ -10,9 +10,10 @@ the committed context plus their own ancestors. A draft therefore leaves no trac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
@@ -22,7 +23,6 @@ from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from echo_vllm.config import EchoConfigError
 from echo_vllm.policies import DraftBatch, DraftPolicy
-from echo_vllm.policies.base import MAX_BACKLOG
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.attention.tree import (
     MASK_WORD_BITS,
@@ -30,26 +30,29 @@ from echo_vllm.step.attention.tree import (
     TreeAttention,
     num_mask_words,
 )
-from echo_vllm.step.v1.window import DrafterBacklog, DrafterInput
 from echo_vllm.transfer import upload
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool
+from echo_vllm.trees.store import Ints
 
 
 @dataclass(frozen=True)
-class Requests:
-    """What the drafter does for each request of a batch.
+class CatchUpRows:
+    """Committed tokens for the drafter, on the host, request after request.
 
     Attributes:
-        ids: all requests of the batch, in its order.
-        updating: indices, ascending, of those whose cache is brought up to date; the tokens of the
-            others wait in the backlog.
-        drafting: indices, ascending, of those that get a tree; all of them are in `updating`.
+        counts: [U] tokens of each request.
+        token_ids: [n] the token AFTER each position.
+        positions: [n] in the request.
+        slot_mapping: [n] where their keys and values go in the paged cache.
+        lengths: [U] tokens of each request that its rows may see, the last row's own among them.
     """
 
-    ids: list[str]
-    updating: list[int]
-    drafting: list[int]
+    counts: Ints
+    token_ids: Ints
+    positions: Ints
+    slot_mapping: Ints
+    lengths: Ints
 
 
 @dataclass
@@ -83,7 +86,6 @@ class EchoProposer(EagleProposer):
         draft_limit = self.draft_model_config.max_model_len or self.max_model_len
         self.max_draft_len = min(self.max_model_len, draft_limit)
         """Positions from here on are beyond what the drafter can be asked about."""
-        self.backlog = DrafterBacklog(min(MAX_BACKLOG, self.max_num_tokens - policy.max_depth - 1))
         self.report = DraftReport()
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -109,155 +111,87 @@ class EchoProposer(EagleProposer):
         """`values` of the host on the drafter's device."""
         return upload(values, self.device)
 
-    def propose_forest(
-        self,
-        *,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        next_token_ids: torch.Tensor,
-        requests: Requests,
-        batch: DraftBatch,
-        common_attn_metadata: CommonAttentionMetadata,
-    ) -> DraftForest:
-        """Catch up with the committed tokens, then draft a forest.
+    def start(self) -> None:
+        """A new drafting begins."""
+        self.report = DraftReport()
+
+    def catch_up(
+        self, rows: CatchUpRows, features: torch.Tensor, block_table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring the drafter's paged cache up to date, in one forward or, where that would be larger
+        than the engine's largest batch, in several.
 
         Args:
-            token_ids: [n] int32, tokens that the target committed in this step.
-            positions: [n] int64, their positions.
-            hidden_states: [n, target features], the target's hidden states at these tokens.
-            next_token_ids: [batch] int32, the token after each request's last one.
-            requests: what is to be done for each request of the batch.
-            batch: what the policy is told.
-            common_attn_metadata: of the n tokens, all requests of the batch; lengths on the host
-                are exact.
+            rows: of U requests.
+            features: [n, target features], the target's at the positions of `rows`.
+            block_table: [U, max blocks] int32, what each request's rows see, on the device.
 
         Returns:
-            The forest that the policy selected, one tree for each of `requests.drafting`.
+            For each request's last row (what the drafter's head reads, what the first level of a
+            tree takes as hidden state), both [U, hidden].
         """
-        self.report = DraftReport()
-        last_rows = common_attn_metadata.query_start_loc[1:].to(torch.int64) - 1
-        # The drafter's token at a position is the one after it.
-        shifted = torch.empty_like(token_ids)
-        shifted[:-1] = token_ids[1:]
-        shifted[last_rows] = next_token_ids.to(shifted.dtype)
-        work = self._updates(shifted, positions, hidden_states, requests, common_attn_metadata)
-        outputs, features = [], []
-        for token_ids, positions, hidden_states, cad in work:
-            self.report.committed += len(token_ids)
-            _, metadata = self.build_per_group_and_layer_attn_metadata(cad)
-            output, above = self._forward(
-                token_ids,
-                positions.clamp(max=self.max_draft_len - 1),
-                self.model.combine_hidden_states(hidden_states),
-                metadata,
-                cad.slot_mapping,
-            )
-            rows = cad.query_start_loc[1:].to(torch.int64) - 1
-            outputs.append(output[rows])
-            features.append(above[rows])
-        if not requests.drafting:
-            return DraftForest.empty(0)
-        place = {request: i for i, request in enumerate(requests.updating)}
-        rows = self._upload(torch.tensor([place[request] for request in requests.drafting]))
-        drafting = self._upload(torch.tensor(requests.drafting))
-        return self._draft_trees(
-            output=torch.cat(outputs)[rows],
-            features=torch.cat(features)[rows],
-            context_lens=common_attn_metadata.seq_lens[drafting],
-            block_table=common_attn_metadata.block_table_tensor[drafting],
-            roots=next_token_ids[drafting],
-            batch=batch,
-        )
+        self.report.committed += len(rows.token_ids)
+        ends = np.cumsum(rows.counts)
+        outputs, above = [], []
+        first = 0
+        while first < len(ends):
+            start = int(ends[first] - rows.counts[first])
+            last = int(np.searchsorted(ends, start + self.max_num_tokens, side="right"))
+            part = slice(first, max(last, first + 1))
+            output, hidden = self._catch_up_some(rows, part, features, block_table)
+            outputs.append(output)
+            above.append(hidden)
+            first = part.stop
+        if len(outputs) == 1:
+            return outputs[0], above[0]
+        return torch.cat(outputs), torch.cat(above)
 
-    def _updates(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        requests: Requests,
-        cad: CommonAttentionMetadata,
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, CommonAttentionMetadata]]:
-        """The drafter's inputs (tokens, positions, features, metadata) of the requests to update,
-        in one forward or, where a backlog makes it too large, in several; the other requests'
-        tokens join the backlog."""
-        if len(requests.updating) == cad.num_reqs and not len(self.backlog):
-            return [(token_ids, positions, hidden_states, cad)] if len(token_ids) else []
-        block_size = self.block_size
-        bounds = cad.query_start_loc_cpu.tolist()
-        assert cad.seq_lens_cpu_upper_bound is not None  # exact, because drafts are on the host
-        first_positions = (cad.seq_lens_cpu_upper_bound - cad.query_start_loc_cpu.diff()).tolist()
-        updating = set(requests.updating)
-        # Where most rows wait, views keep nothing in memory that is not wanted.
-        most_wait = 2 * sum(bounds[i + 1] - bounds[i] for i in updating) <= bounds[-1]
-        inputs = []
-        for i, req_id in enumerate(requests.ids):
-            rows = slice(bounds[i], bounds[i + 1])
-            tokens = DrafterInput(first_positions[i], token_ids[rows], hidden_states[rows])
-            if i in updating:
-                inputs.append(self.backlog.take(req_id, tokens))
-            else:
-                if not most_wait:
-                    # A copy, so that the features of the whole batch need not stay in memory.
-                    tokens = replace(tokens, features=tokens.features.clone())
-                self.backlog.put(req_id, tokens, cad.block_table_tensor[i], block_size)
-        groups: list[list[int]] = []
-        size = 0
-        for i, tokens in enumerate(inputs):
-            length = tokens.stop - tokens.start
-            if not groups or size + length > self.max_num_tokens:
-                groups.append([])
-                size = 0
-            groups[-1].append(i)
-            size += length
-        return [
-            self._update(
-                [inputs[i] for i in group],
-                torch.tensor([requests.updating[i] for i in group]),
-                cad,
-            )
-            for group in groups
-        ]
-
-    def _update(
-        self, inputs: list[DrafterInput], requests: torch.Tensor, cad: CommonAttentionMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CommonAttentionMetadata]:
-        """One forward over `inputs` of the batch's `requests` ([n], on the host)."""
-        lengths = torch.tensor([tokens.stop - tokens.start for tokens in inputs])
-        start = torch.zeros(len(inputs) + 1, dtype=torch.int32)
-        start[1:] = lengths.cumsum(0)
-        assert cad.seq_lens_cpu_upper_bound is not None
-        seq_lens = cad.seq_lens_cpu_upper_bound[requests]
-        positions = self._upload(
-            torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in inputs])
-        )
-        owner = self._upload(torch.arange(len(inputs)).repeat_interleave(lengths))
-        there = self._upload(requests)
-        block_table, block_size = cad.block_table_tensor[there], self.block_size
-        blocks = block_table[owner, positions // block_size].to(torch.int64)
-        part = cad.replace(
-            query_start_loc=self._upload(start),
-            query_start_loc_cpu=start,
-            seq_lens=cad.seq_lens[there],
+    def _catch_up_some(
+        self, rows: CatchUpRows, part: slice, features: torch.Tensor, block_table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`catch_up` for the requests `part`, in one forward."""
+        counts, lengths = rows.counts[part], rows.lengths[part]
+        begin = int(rows.counts[: part.start].sum())
+        query_start = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        num_rows = int(query_start[-1])
+        these = slice(begin, begin + num_rows)
+        of_rows = np.stack([rows.token_ids[these], rows.positions[these], rows.slot_mapping[these]])
+        token_ids, positions, slots = self._upload(torch.from_numpy(of_rows))
+        starts, seq_lens = torch.from_numpy(query_start), torch.from_numpy(lengths.astype(np.int32))
+        bounds = self._upload(torch.cat([starts, seq_lens]))
+        metadata = CommonAttentionMetadata(
+            query_start_loc=bounds[: len(starts)],
+            query_start_loc_cpu=starts,
+            seq_lens=bounds[len(starts) :],
             seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=len(inputs),
-            num_actual_tokens=len(positions),
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(seq_lens.max()),
-            block_table_tensor=block_table,
-            slot_mapping=blocks * block_size + positions % block_size,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
+            num_reqs=len(counts),
+            num_actual_tokens=num_rows,
+            max_query_len=int(counts.max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=block_table[part],
+            slot_mapping=slots,
         )
-        token_ids = torch.cat([tokens.token_ids for tokens in inputs])
-        return token_ids, positions, torch.cat([tokens.features for tokens in inputs]), part
+        _, by_layer = self.build_per_group_and_layer_attn_metadata(metadata)
+        output, above = self._forward(
+            token_ids.to(torch.int32),
+            positions.clamp(max=self.max_draft_len - 1),
+            self.model.combine_hidden_states(features[these]),
+            by_layer,
+            slots,
+        )
+        if num_rows == len(counts):
+            return output, above
+        last = bounds[1 : len(starts)].to(torch.int64) - 1
+        return output[last], above[last]
 
-    def _draft_trees(
+    def draft_trees(
         self,
         *,
         output: torch.Tensor,
         features: torch.Tensor,
         context_lens: torch.Tensor,
+        last_positions: torch.Tensor,
         block_table: torch.Tensor,
         roots: torch.Tensor,
         batch: DraftBatch,
@@ -267,7 +201,8 @@ class EchoProposer(EagleProposer):
         Args:
             output: [R, hidden], what the drafter's head reads for the first level.
             features: [R, hidden], what the children of the root take as hidden state.
-            context_lens: [R] int32, tokens in the drafter's paged cache.
+            context_lens: [R] int32, tokens in the drafter's paged cache that are seen.
+            last_positions: [R] int32, the position of the last of them.
             block_table: [R, max blocks] int32.
             roots: [R] int32, the tokens that the trees grow from.
             batch: what the policy is told.
@@ -287,11 +222,13 @@ class EchoProposer(EagleProposer):
         above = features.unsqueeze(1)
         used = 0
         for depth in range(1, policy.max_depth + 1):
+            if not pool.stop_at(depth, batch.depth_limits):
+                break
             expansion = policy.expand(depth, pool, batch)
             if expansion is None:
                 break
-            going = expansion.requests
-            if going is not None and len(going) < len(active):
+            going = pool.active if expansion.requests is None else expansion.requests
+            if len(going) < len(active):
                 kept = pool.on_device(torch.searchsorted(active, going))
                 seen, above, active = seen[kept], above[kept], going
             if expansion.frontier is not None:
@@ -314,7 +251,7 @@ class EchoProposer(EagleProposer):
                     first_rows=pool.on_device(active * capacity),
                     slots=slots,
                     num_slots=used,
-                    positions=pool.rows_of(active, context_lens) - 1 + (depth - 1),
+                    positions=pool.rows_of(active, last_positions) + (depth - 1),
                     context_lens=pool.rows_of(active, context_lens),
                     block_table=pool.rows_of(active, block_table),
                     scratch=scratch,

@@ -4,22 +4,28 @@
 
 `EchoRunnerMixin` overrides the few methods of the runner that assume a chain: the order of the
 batch, positions, attention metadata, sampling, and drafting. The step is otherwise vLLM's.
-The runner keeps the parents of what it drafted; the scheduler carries the tokens only, as a list
+The runner keeps what it drafted (`TreeStore`); the scheduler carries the tokens only, as a list
 whose every prefix is a tree.
 
-On a GPU the host waits twice in a step, once for what was accepted and once for what was drafted:
-V1 needs both lists on the host. `echo_vllm.transfer` has both transfers, and everything between
-them is on the device.
+A step in which nothing is verified and nothing will be drafted *rests*: it is vLLM's own step of
+plain decoding, and one copy of the new tokens' features (`FeatureRing`).
+
+On a GPU the host waits twice in a step with trees, once for what was accepted and once for what was
+drafted: V1 needs both lists on the host. `echo_vllm.transfer` has both transfers, and everything
+between them is on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.utils.torch_utils import PIN_MEMORY
@@ -32,18 +38,21 @@ from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, make_policy
 from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.base import MAX_WAITING
 from echo_vllm.policies.echo import EchoPolicy
 from echo_vllm.policies.graft import GraftPolicy
+from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.step.clock import clock_of
 from echo_vllm.step.stats import StepStats
 from echo_vllm.step.tracing import TraceRecorder
-from echo_vllm.step.v1.drafter import EchoProposer, Requests
+from echo_vllm.step.v1.drafter import CatchUpRows, EchoProposer
+from echo_vllm.step.v1.slots import RequestSlots
+from echo_vllm.step.v1.window import WINDOW, DrafterWindow, FeatureRing
 from echo_vllm.step.verification import Verdict, verify
 from echo_vllm.transfer import upload
-from echo_vllm.trees.forest import DraftForest, is_chain
+from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.store import Ints, TreeStore, owners
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -57,37 +66,86 @@ MAX_MOVES = 8192
 """Slots that one call of `ops.commit_kv` moves on a GPU at most."""
 
 
-@dataclass(frozen=True)
-class DraftTree:
-    """What the runner remembers of a request's last draft."""
-
-    token_ids: list[int]
-    parents: list[int]
-    path_logprobs: list[float]
-    is_chain: bool
-
-
-NO_TREE = DraftTree([], [], [], True)
-
-
 @dataclass
 class Step:
-    """The verification of one scheduled batch.
+    """The scheduled batch of R requests.
 
     Attributes:
-        forest: the trees as scheduled, one a request of the batch, maybe empty; on the host.
+        slots: [R], of the requests.
+        begins: [R], position of each request's first row.
+        query_start: [R + 1], first row of each request.
+        forest: the trees as scheduled, one a request, maybe empty; on the host. A request's nodes
+            are its last rows.
         rows: the requests that attention must treat as trees, None if there are none.
-        query_start: [R + 1] int64, first row of each request.
         logits_rows: [n], on the device, the rows that logits are computed for: the last committed
             one of each request and those of its nodes behind it.
         verdict: set by sampling; on the host.
     """
 
+    slots: Ints
+    begins: Ints
+    query_start: Ints
     forest: DraftForest
     rows: VerificationRows | None
-    query_start: np.ndarray
     logits_rows: torch.Tensor
     verdict: Verdict | None = None
+
+    @property
+    def sizes(self) -> Ints:
+        """[R] nodes of each request."""
+        return self.forest.cu_nodes.diff().numpy().astype(np.int64)
+
+    def committed(self) -> Committed:
+        """What is committed now that the verdict is there."""
+        assert self.verdict is not None
+        accepted = self.verdict.num_accepted.numpy()
+        counts = self.query_start[1:] - self.query_start[:-1] - self.sizes + accepted
+        owner, place = owners(counts)
+        rows = self.query_start[owner] + place
+        if self.rows is not None:
+            # Requests with trees come first, each with the rows of its path.
+            n = self.rows.num_requests
+            path = self.verdict.accepted_rows[:n].numpy()
+            of_path = (path + self.query_start[:n, None])[path >= 0]
+            rows[: len(of_path)] = of_path
+        return Committed(rows, owner, self.begins[owner] + place, counts, self.begins + counts)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The n tokens of a step, request after request, that belong to their requests now.
+
+    Attributes:
+        rows, owners, positions: [n] the rows of the forward that hold them, the requests, and where
+            in these they stand.
+        counts, stops: [R] tokens of each request, and the position behind its last one.
+    """
+
+    rows: Ints
+    owners: Ints
+    positions: Ints
+    counts: Ints
+    stops: Ints
+
+
+@dataclass(frozen=True)
+class CaughtUp:
+    """Requests [U] whose drafter cache is up to date.
+
+    Attributes:
+        output, above: see `EchoProposer.catch_up`.
+        lengths: [U] tokens that each sees of the paged cache.
+        stops: [U] position behind the last of them.
+        block_table: [U, max blocks] int32, of what is seen, on the device.
+        roots: [U] the token at each `stops`, which a tree grows from.
+    """
+
+    output: torch.Tensor
+    above: torch.Tensor
+    lengths: Ints
+    stops: Ints
+    block_table: torch.Tensor
+    roots: NDArray[np.int32]
 
 
 class EchoRunnerMixin(_Runner):
@@ -95,6 +153,7 @@ class EchoRunnerMixin(_Runner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        self.speculative_config: Any
         spec = self.speculative_config
         policy = make_policy(
             spec.echo, spec.num_speculative_tokens, find_profile(spec.echo, spec.model)
@@ -105,15 +164,52 @@ class EchoRunnerMixin(_Runner):
         self.input_batch.logitsprocs = LogitsProcessors(
             processor(vllm_config, device, PIN_MEMORY) for processor in BUILTIN_LOGITS_PROCESSORS
         )
-        self.draft_trees: dict[str, DraftTree] = {}
+        self.slots = RequestSlots(self.max_num_reqs)
+        self.trees = TreeStore(self.max_num_reqs, spec.num_speculative_tokens)
         self.step: Step | None = None
         self.plan = DraftPlan()
         self.clock = clock_of(device)
         self.cost: StepCost | None = None
         """Measured at start-up; reported once to the scheduler, which keeps it true."""
         self.recorder = TraceRecorder.of(vllm_config) if is_global_first_rank() else None
-        # Only where the drafter may be skipped is it worth holding tokens back from it.
-        self.may_skip_drafter = isinstance(policy, AutoPolicy | EchoPolicy)
+        self.draws_at_once = device.type != "cpu"
+        """Whether tokens are drawn for rows that the walk may not reach: on a GPU that saves
+        waiting, on a CPU it costs more than it saves."""
+        # Only a drafter that may rest has anything to catch up with.
+        self.may_rest = isinstance(policy, AutoPolicy | EchoPolicy)
+        self.ring: FeatureRing | None = None
+        self.window: DrafterWindow | None = None
+        self.rests = False
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.may_rest:  # Before vLLM looks at what memory is left for the paged cache.
+            hidden_size = self.model_config.get_hidden_size()
+            self.ring = FeatureRing(
+                self.max_num_reqs,
+                WINDOW + (self.cache_config.block_size or 16),
+                num_layers=feature_size(self) // hidden_size,
+                hidden_size=hidden_size,
+                dtype=self.dtype,
+                device=self.device,
+            )
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.may_rest:
+            self.window = DrafterWindow(
+                self.max_num_reqs, kv_cache_config.num_blocks, self.drafter.block_size, WINDOW
+            )
+            assert self.ring is not None
+            assert self.ring.capacity >= self.window.capacity
+
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cpu":
+            # Logits of whole trees, so that vLLM's memory profile knows of them.
+            most = self.max_num_reqs * (1 + self.num_spec_tokens)
+            rows = min(self.max_num_tokens, most)
+            self.model.compute_logits(hidden_states.new_zeros(rows, hidden_states.shape[1]))
+        return super()._dummy_sampler_run(hidden_states)
 
     # ---- Before the forward: batch order, positions, attention ----
 
@@ -121,59 +217,79 @@ class EchoRunnerMixin(_Runner):
         # The scheduler puts it there; see EchoScheduler.
         self.plan = getattr(scheduler_output, "echo_plan", None) or DraftPlan()
         self.clock.begin()
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        has_prompts = scheduler_output.total_num_scheduled_tokens > len(
+            scheduler_output.num_scheduled_tokens
+        )
+        self.rests = (
+            self.may_rest
+            and self.plan.max_depth == 0
+            and not self.plan.probes
+            and not (self.plan.reads_prompts and has_prompts)
+            and not scheduler_output.scheduled_spec_decode_tokens
+            and self.recorder is None
+        )
+        with self._plain_decoding(self.rests):
+            return super().execute_model(scheduler_output, *args, **kwargs)
+
+    @contextmanager
+    def _plain_decoding(self, is_plain: bool) -> Iterator[None]:
+        """Lets vLLM's code take this step for one without speculation."""
+        spec = self.speculative_config
+        if is_plain:
+            self.speculative_config = None
+        try:
+            yield
+        finally:
+            self.speculative_config = spec
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for req_id in scheduler_output.finished_req_ids:
-            self.draft_trees.pop(req_id, None)
-        if self.may_skip_drafter:
-            self._update_backlog(scheduler_output)
-        return super()._update_states(scheduler_output)
-
-    def _update_backlog(self, scheduler_output: SchedulerOutput) -> None:
-        """Tell the drafter's backlog which blocks changed hands since the last step."""
-        backlog, block_size = self.drafter.backlog, self.drafter.block_size
-        gid = self.drafter.kv_cache_gid
-        ended = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        # A new request that is known is the next part of a session's input.
-        begun = {new.req_id for new in scheduler_output.scheduled_new_reqs}
-        for req_id in ended | begun:
-            if req_id in self.requests:
-                blocks = torch.tensor(self.requests[req_id].block_ids[gid])
-                backlog.forget(req_id, blocks, block_size)
+            self.slots.end(req_id)
+        for req_id in scheduler_output.preempted_req_ids or ():
+            self.slots.end(req_id)
         for new in scheduler_output.scheduled_new_reqs:
-            cached = new.num_computed_tokens // block_size
-            blocks = new.block_ids[gid]
-            backlog.begin(new.req_id, blocks[:cached], blocks[cached:])
+            params, blocks = new.sampling_params, new.block_ids
+            self._begin(new.req_id, params, new.prompt_len, blocks, new.num_computed_tokens)
         running = scheduler_output.scheduled_cached_reqs
         for req_id, blocks, num_computed in zip(
             running.req_ids, running.new_block_ids, running.num_computed_tokens, strict=True
         ):
-            if blocks is None:
-                continue
-            if req_id in running.resumed_req_ids:
-                cached = num_computed // block_size
-                backlog.begin(req_id, blocks[gid][:cached], blocks[gid][cached:])
-            else:
-                backlog.allocate(blocks[gid])
+            if req_id not in self.slots:  # It was preempted.
+                state = self.requests[req_id]
+                assert blocks is not None
+                self._begin(
+                    req_id, state.sampling_params, state.num_prompt_tokens, blocks, num_computed
+                )
+            elif blocks is not None and self.window is not None:
+                self.window.allocate(blocks[self.drafter.kv_cache_gid])
+        return super()._update_states(scheduler_output)
 
-    def _scheduled_tree(self, req_id: str, scheduled: dict[str, list[int]]) -> DraftTree:
-        """What is verified for a request in this step."""
-        tokens = scheduled.get(req_id)
-        if not tokens:
-            return NO_TREE
-        tree = self.draft_trees[req_id]
-        size = len(tokens)
-        if tree.token_ids[:size] != tokens:
-            raise RuntimeError(
-                f"request {req_id}: the scheduled draft is not a prefix of the drafted tree"
-            )
-        if len(tree.token_ids) == size:
-            return tree
-        parents = tree.parents[:size]
-        return DraftTree(
-            tokens, parents, tree.path_logprobs[:size], tree.is_chain or is_chain(parents)
+    def _begin(
+        self, req_id: str, params: Any, num_prompt: int, blocks: Any, num_computed: int
+    ) -> None:
+        """A request starts, starts again, or is the next part of a session's input."""
+        goes_on = req_id in self.slots
+        slot = self.slots.begin(
+            req_id,
+            params,
+            num_prompt=num_prompt,
+            max_len=self.max_model_len,
+            batch=self.input_batch.req_id_to_index,
         )
+        if self.window is None:
+            return
+        own = blocks[self.drafter.kv_cache_gid]
+        if goes_on:
+            self.window.rewind(slot, num_computed)
+            self.window.allocate(own[-(-num_computed // self.drafter.block_size) :])
+        else:
+            self.window.begin(slot, own, num_computed)
+
+    def _draft_sizes(self, scheduled: dict[str, list[int]]) -> Ints:
+        """[R] nodes that are verified for each request of the batch."""
+        req_ids = self.input_batch.req_ids
+        sizes = (len(scheduled[r]) if r in scheduled else 0 for r in req_ids)
+        return np.fromiter(sizes, np.int64, len(req_ids))
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
         """Requests with trees come first, so that each kernel gets one contiguous batch."""
@@ -181,40 +297,46 @@ class EchoRunnerMixin(_Runner):
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         if not scheduled:
             return
-        causal = [self._scheduled_tree(r, scheduled).is_chain for r in self.input_batch.req_ids]
-        first, last = 0, len(causal) - 1
-        while True:
-            while first < last and not causal[first]:
-                first += 1
-            while first < last and causal[last]:
-                last -= 1
-            if first >= last:
-                return
+        slots = self.slots.of(self.input_batch.req_ids)
+        causal = self.trees.are_chains(slots, self._draft_sizes(scheduled))
+        num_trees = len(causal) - int(causal.sum())
+        early = np.flatnonzero(causal[:num_trees])
+        late = num_trees + np.flatnonzero(~causal[num_trees:])
+        for first, last in zip(early.tolist(), late.tolist(), strict=True):
             self.input_batch.swap_states(first, last)
-            causal[first], causal[last] = causal[last], causal[first]
 
     def _prepare_inputs(
-        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
     ) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        num_reqs = len(num_scheduled_tokens)
+        slots = self.slots.of(self.input_batch.req_ids)
+        query_start = np.zeros(num_reqs + 1, np.int64)
+        np.cumsum(num_scheduled_tokens, out=query_start[1:])
+        begins = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
         scheduled = scheduler_output.scheduled_spec_decode_tokens
-        trees = [self._scheduled_tree(r, scheduled) for r in self.input_batch.req_ids]
-        forest = DraftForest.from_parents(
-            [tree.token_ids for tree in trees],
-            [tree.parents for tree in trees],
-            [tree.path_logprobs for tree in trees],
-        )
-        query_start = np.concatenate([[0], np.cumsum(num_scheduled_tokens, dtype=np.int64)])
-        num_trees = next((i for i, tree in enumerate(trees) if tree.is_chain), len(trees))
-        rows = self._tree_rows(forest, num_trees) if num_trees else None
+        forest, rows = DraftForest.empty(num_reqs), None
+        if scheduled:
+            sizes = self._draft_sizes(scheduled)
+            forest = self.trees.take(slots, sizes)
+            self._check_tokens(forest, sizes, query_start)
+            num_trees = int((~self.trees.are_chains(slots, sizes)).sum())
+            rows = self._tree_rows(forest, num_trees) if num_trees else None
         if rows is not None:
             # Slots follow the order of the rows, positions the depth in the tree.
-            base = self.num_computed_tokens[:num_trees].to(torch.int64)
+            base = self.num_computed_tokens[: rows.num_requests].to(torch.int64)
             self.positions[: rows.num_rows] = rows.depths + torch.repeat_interleave(
                 base, rows.row_start.diff(), output_size=rows.num_rows
             )
-        self.step = Step(forest, rows, query_start, logits_rows=result[0])
+        self.step = Step(slots, begins, query_start, forest, rows, logits_rows=result[0])
         return result
+
+    def _check_tokens(self, forest: DraftForest, sizes: Ints, query_start: Ints) -> None:
+        """Whether the scheduler sent back what was drafted: each request's last rows."""
+        owner, place = owners(sizes)
+        rows = (query_start[1:] - sizes)[owner] + place
+        if not np.array_equal(self.input_ids.np[rows], forest.token_ids.numpy()):
+            raise RuntimeError("a scheduled draft is not a prefix of the drafted tree")
 
     def _tree_rows(self, forest: DraftForest, num_trees: int) -> VerificationRows:
         cu_nodes = forest.cu_nodes[: num_trees + 1]
@@ -228,9 +350,11 @@ class EchoRunnerMixin(_Runner):
         return VerificationRows(num_trees, num_nodes + num_trees, row_start, depths, mask)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
         # A dummy run builds metadata without a step.
         rows = self.step.rows if self.step is not None and self.step.verdict is None else None
+        if rows is None:
+            return super()._build_attention_metadata(*args, **kwargs)
+        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
         for builder in builders:
             builder.verification = rows
         try:
@@ -242,71 +366,120 @@ class EchoRunnerMixin(_Runner):
     # ---- After the forward: sample, accept, commit ----
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        output = super().sample_tokens(grammar_output)
+        step, state = self.step, self.execute_model_state
+        if self.rests and step is not None and state is not None:
+            self._keep_features(step, self._layers(state.hidden_states, state.aux_hidden_states))
+        with self._plain_decoding(self.rests):
+            output = super().sample_tokens(grammar_output)
         self.clock.end()
         if self.recorder is not None:
             self.recorder.write(self.clock.verify_s)
-        if isinstance(output, ModelRunnerOutput) and self.step is not None:
-            assert self.step.verdict is not None
-            output.echo_stats = self._stats(self.step)
+        if isinstance(output, ModelRunnerOutput) and step is not None:
+            output.echo_stats = self._stats(step)
+            # They go with the output; the engine core need not ask for them.
+            output.echo_drafts = self.take_draft_token_ids()
+            self._draft_token_req_ids = None
         self.step = None
         return output
 
+    def _layers(
+        self, hidden_states: torch.Tensor, aux_hidden_states: list[torch.Tensor] | None
+    ) -> Sequence[torch.Tensor]:
+        """The hidden states that the drafter reads, [rows, hidden] each."""
+        if not self.use_aux_hidden_state_outputs:
+            return [hidden_states]
+        assert aux_hidden_states is not None
+        return aux_hidden_states
+
+    def _keep_features(self, step: Step, layers: Sequence[torch.Tensor]) -> None:
+        """All rows of a step without trees go to the ring, the last ones of a prompt."""
+        assert self.ring is not None
+        counts = step.query_start[1:] - step.query_start[:-1]
+        if counts.max() == 1:
+            self.ring.put(layers, step.slots, step.begins, None)
+            return
+        owner, place = owners(counts)
+        rows = np.flatnonzero(place >= counts[owner] - self.ring.capacity)
+        owner = owner[rows]
+        self.ring.put(layers, step.slots[owner], step.begins[owner] + place[rows], rows)
+
     def _stats(self, step: Step) -> StepStats:
-        assert step.verdict is not None
-        stats = StepStats.of(step.forest, step.verdict.num_accepted.tolist())
+        verdict = step.verdict
+        stats = StepStats()
+        if verdict is not None and step.forest.num_nodes:
+            stats = StepStats.of(step.forest, verdict.num_accepted.numpy())
         stats.rows = int(step.query_start[-1])
         stats.verify_s, stats.idle_s = self.clock.verify_s, self.clock.idle_s
-        report = self.drafter.report
+        if self.window is not None:
+            stops = step.begins + step.query_start[1:] - step.query_start[:-1]
+            able = self.slots.may_draft[step.slots]
+            stats.waiting = self.window.num_behind(step.slots[able], stops[able])
+        if self.cost is not None:
+            stats.cost, self.cost = self.cost.to_dict(), None
+        if self.rests:
+            return stats
+        report, policy = self.drafter.report, self.drafter.policy
         if self.clock.draft_s is not None:  # Otherwise there is no time to learn from.
             stats.draft_s = self.clock.draft_s
             stats.committed, stats.level_rows = report.committed, report.level_rows
-        stats.waiting = len(self.drafter.backlog)
         if report.forest is not None:
-            sizes = report.forest.cu_nodes.diff()
-            stats.starved = int((sizes == 0).sum())
-        policy = self.drafter.policy
+            stats.starved = int((report.forest.cu_nodes.diff() == 0).sum())
         if isinstance(policy, AutoPolicy):  # Its forecast, in the scheduler, learns from both.
             stats.depth_scores = step.forest.scores_by_depth()
             if report.pool is not None:
                 stats.samples = policy.samples(report.pool, report.probes)
-        if self.cost is not None:
-            stats.cost, self.cost = self.cost.to_dict(), None
         return stats
 
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
-        if self.step is None:  # A dummy run.
+        step = self.step
+        if step is None:  # A dummy run.
             return super()._sample(logits, spec_decode_metadata)
         assert logits is not None
         num_reqs = self.input_batch.num_reqs
         if isinstance(self.drafter.policy, GraftPolicy):
-            self.drafter.policy.observe(self.input_ids.gpu[self.step.logits_rows], logits)
-        # Its holder counts draft tokens to find a request's row; the walk gives it one row each.
+            self.drafter.policy.observe(self.input_ids.gpu[step.logits_rows], logits)
+        # Its holder counts draft tokens to find a request's row; here every request has one.
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             holder.in_spec_mode = False
+        skipped = self.discard_request_mask.np[:num_reqs]
+        by_level, is_random = self.slots.by_level[step.slots], self.slots.is_random[step.slots]
+        sampling = self.input_batch.sampling_metadata
+        # Plain sampling draws for partial prefills too, which their generators must not see.
+        if (
+            self.rests
+            and (by_level | is_random).any()
+            and not (skipped.any() and sampling.generators)
+        ):
+            return self.sampler(logits=logits, sampling_metadata=sampling)
+        if not self.draws_at_once:
+            by_level = by_level | is_random
         verdict = verify(
             self.sampler,
             logits,
-            self.step.forest,
-            self.input_batch.sampling_metadata,
+            step.forest,
+            sampling,
             self.input_batch.req_output_token_ids[:num_reqs],
-            self.discard_request_mask.np[:num_reqs],
+            skipped,
+            by_level,
+            is_random,
         )
-        self._commit(self.step, verdict)
-        self.step.verdict = verdict.on_host()
+        if self.rests:
+            return verdict.sampler_output
+        self._commit(step, verdict)
+        step.verdict = verdict.on_host()
         if self.recorder is not None:
             self.recorder.verified(
                 self.input_batch.req_ids,
-                self.step.forest,
-                self.step.verdict.accepted_rows.numpy(),
-                self.step.verdict.num_accepted.numpy(),
-                rows=int(self.step.query_start[-1]),
-                decoding=int((~self.discard_request_mask.np[:num_reqs]).sum()),
+                step.forest,
+                step.verdict.accepted_rows.numpy(),
+                step.verdict.num_accepted.numpy(),
+                rows=int(step.query_start[-1]),
+                decoding=int((~skipped).sum()),
             )
-        return self.step.verdict.sampler_output
+        return step.verdict.sampler_output
 
     def _commit(self, step: Step, verdict: Verdict) -> None:
         """Move the accepted paths' keys and values to where a chain would have left them.
@@ -362,7 +535,7 @@ class EchoRunnerMixin(_Runner):
     # ---- Draft ----
 
     def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
-        # Decided for each request in `_wants_drafts`, not for the batch.
+        # Decided for each request in `_what_to_draft`, not for the batch.
         return common_attn_metadata is not None
 
     def propose_draft_token_ids(
@@ -378,55 +551,40 @@ class EchoRunnerMixin(_Runner):
         slot_mappings: Any,
     ) -> list[list[int]]:
         """Draft a tree for every request that can use one; returns the trees' tokens."""
-        assert isinstance(sampled_token_ids, list)
         self.clock.verified()
         step = self.step
         assert step is not None
-        assert step.verdict is not None
-        num_drafts = step.forest.cu_nodes.diff().tolist()
-        cad, chain_rows = self.drafter.prepare_inputs(
-            common_attn_metadata, sampled_token_ids, num_drafts
-        )
-        rows = self._committed_rows(step, cad, chain_rows)
-        if self.use_aux_hidden_state_outputs:
-            assert aux_hidden_states is not None
-            features = torch.cat([h[rows] for h in aux_hidden_states], dim=-1)
-        else:
-            features = hidden_states[rows]
-        req_ids = self.input_batch.req_ids
-        wanting = [
-            i for i, r in enumerate(req_ids) if self._wants_drafts(r, bool(sampled_token_ids[i]))
-        ]
-        requests, batch = self._what_to_draft(wanting, sampled_token_ids, cad)
-        forest = self.drafter.propose_forest(
-            token_ids=self.input_ids.gpu[rows],
-            positions=self.positions[rows],
-            hidden_states=features,
-            next_token_ids=self.drafter.prepare_next_token_ids_cpu(
-                sampled_token_ids,
-                self.requests,
-                self.input_batch,
-                scheduler_output.num_scheduled_tokens,
-            ),
-            requests=requests,
-            batch=batch,
-            common_attn_metadata=cad,
-        )
-        drafts: list[list[int]] = [[] for _ in req_ids]
-        scores = forest.path_logprobs.tolist()
-        bounds = pairwise(forest.cu_nodes.tolist())
-        for i, (tokens, parents), (start, stop) in zip(
-            requests.drafting, forest.trees(), bounds, strict=True
-        ):
-            drafts[i] = tokens
-            self.draft_trees[req_ids[i]] = DraftTree(
-                tokens, parents, scores[start:stop], is_chain(parents)
+        layers = self._layers(hidden_states, aux_hidden_states)
+        committed = step.committed()
+        drafting, updating, batch = self._what_to_draft(step, committed)
+        updates = np.flatnonzero(updating)
+        forest = DraftForest.empty(0)
+        self.drafter.start()
+        if len(updates):
+            state = self._catch_up(step, committed, updates, layers)
+            if len(drafting):
+                forest = self._draft(state, np.searchsorted(updates, drafting), batch)
+        if self.ring is not None and not updating.all():
+            stay = ~updating[committed.owners]
+            stay &= committed.positions >= committed.stops[committed.owners] - self.ring.capacity
+            self.ring.put(
+                layers,
+                step.slots[committed.owners[stay]],
+                committed.positions[stay],
+                committed.rows[stay],
             )
-        self.clock.drafted(waited=bool(requests.drafting))
+        drafts: list[list[int]] = [[] for _ in self.input_batch.req_ids]
+        tokens = forest.token_ids.tolist()
+        for i, (start, stop) in zip(
+            drafting.tolist(), pairwise(forest.cu_nodes.tolist()), strict=True
+        ):
+            drafts[i] = tokens[start:stop]
+        self.trees.put(step.slots[drafting], forest)
+        self.clock.drafted(waited=bool(len(drafting)))
         if self.recorder is not None:
             self.recorder.drafted(
-                [req_ids[i] for i in requests.drafting],
-                [int(cad.seq_lens_cpu_upper_bound[i]) for i in requests.drafting],
+                [self.input_batch.req_ids[i] for i in drafting.tolist()],
+                committed.stops[drafting].tolist(),
                 self.drafter.report,
                 batch,
                 self.clock.draft_s or 0.0,
@@ -434,86 +592,128 @@ class EchoRunnerMixin(_Runner):
         return drafts
 
     def _what_to_draft(
-        self, wanting: list[int], sampled_token_ids: list[list[int]], cad: CommonAttentionMetadata
-    ) -> tuple[Requests, DraftBatch]:
-        """Which requests draft, and which only keep the drafter's cache up to date."""
-        req_ids, plan, backlog = self.input_batch.req_ids, self.plan, self.drafter.backlog
-        num_decoding = sum(map(bool, sampled_token_ids))
-        if not self.may_skip_drafter:
-            requests = Requests(req_ids, list(range(len(req_ids))), wanting)
-            return requests, DraftBatch(len(wanting), num_decoding, plan)
-        able = [i for i in wanting if backlog.can_draft(req_ids[i])]
-        probes = plan.probed(len(able))
-        if plan.max_depth == 0:
-            able = [able[i] for i in probes]
-            probes = list(range(len(able)))
-        drafting = set(able)
-        updating = []
-        lengths = cad.query_start_loc_cpu.diff().tolist()
-        assert cad.seq_lens_cpu_upper_bound is not None
-        ends = cad.seq_lens_cpu_upper_bound.tolist()
-        # While the drafter rests, short prompts wait too: a request that ends before it drafts
-        # never costs the drafter anything. Not where other requests may hit their blocks, which
-        # the drafter would never have seen.
-        may_wait = 0
-        if (
-            plan.max_depth == 0
-            and not self.cache_config.enable_prefix_caching
-            and len(backlog) < MAX_WAITING
-        ):
-            may_wait = backlog.limit // 2
-        drafting_or_due = drafting | set(self._due(wanting, drafting))
-        for i, req_id in enumerate(req_ids):
-            # Other prompts go through the drafter at once: all of their features would be too much
-            # to keep. More tokens than a path can accept are a prompt's, or a resumed request's.
-            request = self.requests[req_id]
-            is_prefill = (
-                ends[i] - lengths[i] < request.num_prompt_tokens
-                or lengths[i] > self.drafter.policy.max_depth + 1
-            )
-            if i in drafting_or_due or (
-                is_prefill and not backlog.waits(req_id) and request.num_tokens > may_wait
-            ):
-                updating.append(i)
-        batch = DraftBatch(len(able), num_decoding, plan, torch.tensor(probes, dtype=torch.int64))
-        return Requests(req_ids, updating, able), batch
-
-    def _due(self, wanting: list[int], drafting: set[int]) -> list[int]:
-        """Requests of `wanting` that do not draft now and whose backlog is nearly as long as it may
-        be: a few of them catch up in each step, so that they can draft when it pays again."""
-        backlog, req_ids = self.drafter.backlog, self.input_batch.req_ids
-        lengths = [(backlog.length(req_ids[i]), i) for i in wanting if i not in drafting]
-        due = sorted(
-            (item for item in lengths if 8 * item[0] >= 7 * backlog.limit > 0), reverse=True
+        self, step: Step, committed: Committed
+    ) -> tuple[Ints, NDArray[np.bool_], DraftBatch]:
+        """Requests that draft, [R] bool which of all bring the drafter's cache up to date, and what
+        the policy is told."""
+        plan, policy = self.plan, self.drafter.policy
+        decodes = ~self.discard_request_mask.np[: len(step.slots)]
+        num_tokens = committed.stops + 1
+        # Of a path only what a request may still emit before its bonus token is of use.
+        limits = np.minimum(
+            self.slots.last_token[step.slots] - num_tokens - 1,
+            self.drafter.max_draft_len - num_tokens,
         )
-        return [i for _, i in due[: -(-len(req_ids) // 64)]]
+        may_draft = self.slots.may_draft[step.slots]
+        drafting = np.flatnonzero(decodes & may_draft & (limits > 0))
+        # A probe shows what full depth brings, so it needs room for it.
+        full = np.flatnonzero(limits[drafting] >= policy.max_depth)
+        probes = full[plan.probed(len(full))]
+        if plan.max_depth == 0:
+            drafting, probes = drafting[probes], np.arange(len(probes))
+        updating = np.zeros(len(step.slots), np.bool_)
+        updating[drafting] = True
+        if not self.may_rest:
+            updating[:] = True
+        elif plan.reads_prompts:
+            prompts = self.input_batch.num_prompt_tokens[: len(step.slots)]
+            reads = (step.begins < prompts) | (committed.counts > policy.max_depth + 1)
+            updating |= may_draft & reads
+        batch = DraftBatch(
+            len(drafting),
+            int(decodes.sum()),
+            plan,
+            torch.from_numpy(probes),
+            torch.from_numpy(limits[drafting]),
+        )
+        return drafting, updating, batch
 
-    def _committed_rows(
-        self, step: Step, cad: CommonAttentionMetadata, chain_rows: torch.Tensor
+    def _catch_up(
+        self,
+        step: Step,
+        committed: Committed,
+        updates: Ints,
+        layers: Sequence[torch.Tensor],
+    ) -> CaughtUp:
+        """Pass through the drafter what the requests `updates` [U] of the batch have committed, now
+        and since they did so last."""
+        slots, stops = step.slots[updates], committed.stops[updates]
+        firsts = begins = step.begins[updates]
+        if self.window is not None:
+            firsts = self.window.firsts(slots, begins, stops)
+        owner, place = owners(stops - firsts)
+        positions = firsts[owner] + place
+        features = self._features(step, committed, updates, owner, positions, layers)
+        tables = self.input_batch.block_table[self.drafter.kv_cache_gid].block_table
+        table_on_host = tables.np[updates]
+        table = tables.gpu[: len(step.slots)]
+        if len(updates) < len(step.slots):
+            table = table[upload(torch.from_numpy(updates), self.device)]
+        lengths = stops
+        if self.window is not None:
+            self.window.seen(slots, firsts, stops, table_on_host)
+            lengths = stops - self.window.skipped_blocks(slots) * self.drafter.block_size
+            table = self.window.compact(table, slots)
+        tokens, size = self.input_batch.token_ids_cpu, self.drafter.block_size
+        blocks = table_on_host[owner, positions // size].astype(np.int64)
+        rows = CatchUpRows(
+            counts=stops - firsts,
+            token_ids=tokens[updates[owner], positions + 1].astype(np.int64),
+            positions=positions,
+            slot_mapping=blocks * size + positions % size,
+            lengths=lengths,
+        )
+        output, above = self.drafter.catch_up(rows, features, table)
+        return CaughtUp(output, above, lengths, stops, table, tokens[updates, stops])
+
+    def _features(
+        self,
+        step: Step,
+        committed: Committed,
+        updates: Ints,
+        owner: Ints,
+        positions: Ints,
+        layers: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Rows of this forward whose tokens are now committed.
+        """[n, target features] at `positions` [n] of the requests `updates[owner]`: of this step's
+        rows, or kept in the ring."""
+        start = np.cumsum(committed.counts) - committed.counts
+        place = positions - step.begins[updates][owner]
+        now = place >= 0
+        rows = committed.rows[(start[updates][owner] + place)[now]]
+        is_all = len(rows) == int(step.query_start[-1])  # rows ascend, so they are in their order
+        if is_all:
+            new = torch.cat([layer[: len(rows)] for layer in layers], dim=-1)
+        else:
+            index = upload(torch.from_numpy(rows), self.device)
+            new = torch.cat([layer[index] for layer in layers], dim=-1)
+        if now.all():
+            return new
+        assert self.ring is not None
+        old = self.ring.take(step.slots[updates][owner[~now]], positions[~now])
+        features = new.new_empty(len(positions), new.shape[1])
+        features[upload(torch.from_numpy(np.flatnonzero(now)), self.device)] = new
+        features[upload(torch.from_numpy(np.flatnonzero(~now)), self.device)] = old
+        return features
 
-        `chain_rows` are the rows as if every accepted path were the first rows of its request.
-        """
-        if step.rows is None:
-            return chain_rows
-        assert step.verdict is not None
-        n = step.rows.num_requests
-        accepted = step.verdict.accepted_rows[:n].to(torch.int64)
-        rows = accepted + torch.from_numpy(step.query_start[:n]).unsqueeze(1)
-        # Requests with trees come first here too, each with the rows of its path.
-        paths = upload(rows[accepted >= 0], chain_rows.device)
-        return torch.cat([paths, chain_rows[len(paths) :]])
-
-    def _wants_drafts(self, req_id: str, has_token: bool) -> bool:
-        """Whether a tree for this request can be verified in the next step."""
-        request = self.requests[req_id]
-        params = request.sampling_params
-        if not has_token or params is None:
-            return False
-        if params.structured_outputs is not None or params.thinking_token_budget is not None:
-            return False
-        left = (params.max_tokens or self.max_model_len) - len(request.output_token_ids)
-        if left <= 1:  # The bonus token alone finishes the request.
-            return False
-        return request.num_tokens + self.drafter.policy.max_depth <= self.drafter.max_draft_len
+    def _draft(self, state: CaughtUp, place: Ints, batch: DraftBatch) -> DraftForest:
+        """Trees for the requests at `place` [R] of those that caught up."""
+        host = np.stack(
+            [values[place] for values in (state.lengths, state.stops, state.roots)],
+            dtype=np.int32,
+            casting="unsafe",
+        )
+        lengths, stops, roots = upload(torch.from_numpy(host), self.device)
+        output, above, table = state.output, state.above, state.block_table
+        if len(place) < len(output):
+            index = upload(torch.from_numpy(place), self.device)
+            output, above, table = output[index], above[index], table[index]
+        return self.drafter.draft_trees(
+            output=output,
+            features=above,
+            context_lens=lengths,
+            last_positions=stops - 1,
+            block_table=table,
+            roots=roots,
+            batch=batch,
+        )
