@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.offline.trace.replay import recorded_policy, replay_exact
 from echo_vllm.trace_format import read_trace
 from tests.engine.conftest import TinyModel
@@ -31,11 +31,11 @@ def dictate(llm: Any, plans: Iterator[tuple[int | None, int]]) -> None:
     """Let `plans` decide in place of the forecast."""
     turn = itertools.count()
 
-    def plan(num_decoding: int, prefill_tokens: int, *costs: Any, **more: Any) -> DraftPlan:
+    def plan(load: Load) -> DraftPlan:
         depth, probes = next(plans)
-        return DraftPlan(depth, probes, next(turn), prefill_tokens)
+        return DraftPlan(depth, probes, next(turn), load.prefill_tokens)
 
-    scheduler(llm)._forecaster.plan = plan
+    scheduler(llm)._policy.plan = plan
 
 
 def record_drafts(llm: Any) -> dict[tuple[str, int], list[int]]:
@@ -176,7 +176,7 @@ def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
     tiny: TinyModel, plain_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More requests than the budget has rows: the drafter rests until they are gone."""
-    monkeypatch.setattr("echo_vllm.step.scheduler.budget_rows", lambda curve: 6.0)
+    monkeypatch.setattr("echo_vllm.policies.echo.budget_rows", lambda curve: 6.0)
     prompts = tiny_prompts(8)
     lengths = [96 if i < 3 else 24 for i in range(8)]
     params = [greedy(length) for length in lengths]
@@ -240,6 +240,6 @@ def test_a_trace_holds_what_was_drafted_and_accepted(
     assert nodes == found["spec_decode_num_draft_tokens"]
     assert accepted == found["spec_decode_num_accepted_tokens"]
     # Offline, the same policy decides the same.
-    report = replay_exact(header, steps, recorded_policy(header))
+    report = replay_exact(steps, recorded_policy(header))
     assert report.different == 0, report
     assert report.equal > 100, report

@@ -31,10 +31,7 @@ from echo_vllm import ops
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, make_policy
-from echo_vllm.policies.auto import AutoPolicy
 from echo_vllm.policies.base import MAX_WAITING
-from echo_vllm.policies.echo import EchoPolicy
-from echo_vllm.policies.graft import GraftPolicy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.step.clock import clock_of
@@ -113,7 +110,7 @@ class EchoRunnerMixin(_Runner):
         """Measured at start-up; reported once to the scheduler, which keeps it true."""
         self.recorder = TraceRecorder.of(vllm_config) if is_global_first_rank() else None
         # Only where the drafter may be skipped is it worth holding tokens back from it.
-        self.may_skip_drafter = isinstance(policy, AutoPolicy | EchoPolicy)
+        self.may_skip_drafter = policy.may_rest
 
     # ---- Before the forward: batch order, positions, attention ----
 
@@ -242,6 +239,10 @@ class EchoRunnerMixin(_Runner):
     # ---- After the forward: sample, accept, commit ----
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        state, policy = self.execute_model_state, self.drafter.policy
+        if policy.wants_logits and self.step is not None and state is not None:
+            # A grammar's mask is written into them next.
+            policy.observe_logits(self.input_ids.gpu[self.step.logits_rows], state.logits)
         output = super().sample_tokens(grammar_output)
         self.clock.end()
         if self.recorder is not None:
@@ -265,11 +266,12 @@ class EchoRunnerMixin(_Runner):
         if report.forest is not None:
             sizes = report.forest.cu_nodes.diff()
             stats.starved = int((sizes == 0).sum())
-        policy = self.drafter.policy
-        if isinstance(policy, AutoPolicy):  # Its forecast, in the scheduler, learns from both.
-            stats.depth_scores = step.forest.scores_by_depth()
-            if report.pool is not None:
-                stats.samples = policy.samples(report.pool, report.probes)
+        stats.report = self.drafter.policy.report(
+            verified=step.forest,
+            num_accepted=step.verdict.num_accepted,
+            pool=report.pool,
+            probes=report.probes,
+        )
         if self.cost is not None:
             stats.cost, self.cost = self.cost.to_dict(), None
         return stats
@@ -281,8 +283,6 @@ class EchoRunnerMixin(_Runner):
             return super()._sample(logits, spec_decode_metadata)
         assert logits is not None
         num_reqs = self.input_batch.num_reqs
-        if isinstance(self.drafter.policy, GraftPolicy):
-            self.drafter.policy.observe(self.input_ids.gpu[self.step.logits_rows], logits)
         # Its holder counts draft tokens to find a request's row; the walk gives it one row each.
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
