@@ -21,14 +21,11 @@ from typing import Any
 
 import torch
 
-from echo_vllm.config import EchoConfig
 from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
-from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.offline.bench.configurations import DEMO_HEAD
-from echo_vllm.policies import DraftBatch, make_policy
-from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.base import DraftPolicy
+from echo_vllm.policies import DraftBatch, DraftPolicy, Observation, make_policy, parse_section
 from echo_vllm.trees.pool import CandidatePool
 
 RUNS = 30
@@ -104,9 +101,9 @@ def main() -> None:
     )
     for name in ("topn", "echo", "auto"):
         section = {"policy": name, **fields}
-        config = EchoConfig.from_section(section, num_speculative_tokens=options.nodes)
+        config = parse_section(section, num_speculative_tokens=options.nodes)
         policy = make_policy(config, options.nodes, profile)
-        plan = DraftPlan(price=1.0, cost=cost) if name == "auto" else DraftPlan()
+        plan = DraftPlan(price=1.0, cost=cost) if policy.learns else DraftPlan()
         batch = DraftBatch(options.requests, options.requests, plan)
         runs = [decide(policy, batch, logprobs) for _ in range(RUNS)]
         times, nodes = [seconds for seconds, _ in runs], runs[0][1]
@@ -119,24 +116,24 @@ def main() -> None:
             )
             line += f", {share:.1%} of a predicted step"
         print(line)
-        if isinstance(policy, AutoPolicy):
-            forecast = forecasting(policy, options.requests, cost)
-            print(f"forecast of auto: {milliseconds([forecast() for _ in range(RUNS)])}")
+        if policy.learns:
+            decide_once = planning(policy, options.requests, cost)
+            print(f"plan of {name}: {milliseconds([decide_once() for _ in range(RUNS)])}")
 
 
-def forecasting(policy: AutoPolicy, requests: int, cost: StepCost) -> Callable[[], float]:
+def planning(policy: DraftPolicy, requests: int, cost: StepCost) -> Callable[[], float]:
     """One plan, the expected tokens worked out as often as while serving."""
-    forecaster = policy.forecaster(online=True)
-    for i in range(64):
-        forecaster.observe_draft(
-            [-0.1 * (j + i % 3) for j in range(16)], [1 + j // 4 for j in range(16)]
-        )
+    policy.set_cost(cost)
+    draft = [-0.1 * j for j in range(16)], [1 + j // 4 for j in range(16)]
+    seen = {"predicted": [0.6 * requests, 0.3 * requests], "accepted": [requests, 0]}
+    policy.observe(Observation(report={**seen, "samples": [draft] * 64}))
+    step = Observation(report={**seen, "samples": []})
 
     def run() -> float:
         start = perf_counter()
         for _ in range(4):
-            forecaster.observe_acceptance([[-0.5] * requests, [-1.0] * requests], [1] * requests)
-            forecaster.plan(requests, 0, cost, cost)
+            policy.observe(step)
+            policy.plan(Load(requests))
         return (perf_counter() - start) / 4
 
     return run

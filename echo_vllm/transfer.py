@@ -25,7 +25,7 @@ def download(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return values
     # Widest elements first, so that each part begins where its dtype may begin.
     order = sorted(range(len(values)), key=lambda i: -values[i].element_size())
-    packed = torch.cat([values[i].flatten().view(torch.uint8) for i in order]).cpu()
+    packed = torch.cat([values[i].contiguous().flatten().view(torch.uint8) for i in order]).cpu()
     found: list[torch.Tensor] = list(values)
     start = 0
     for i in order:

@@ -129,10 +129,11 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
                 f"--config must be a JSON file with a speculative config of method echo, got "
                 f"{str(config)!r} ({type(error).__name__}: {error}); see examples/."
             )
-        from echo_vllm.config import EchoConfig, check_num_nodes
+        from echo_vllm.config import check_num_nodes
+        from echo_vllm.policies import parse_section
 
         with _errors_shown():
-            EchoConfig.from_section(section, num_speculative_tokens=check_num_nodes(nodes))
+            parse_section(section, num_speculative_tokens=check_num_nodes(nodes))
     path = str(output.resolve())
     return {
         **given,
@@ -227,8 +228,8 @@ def replay(
         header, steps = read_trace(trace, whole=False)
         drafter = RecordedDrafter(fully_verified(steps))
         for contender in chosen:
-            if contender.policy is not None:
-                drafter.check(contender.policy)
+            if (contending := contender.policy()) is not None:
+                drafter.check(contending)
         notes = [
             f"{drafter.num_samples} request-steps of {header.model} with {header.drafter}, drawn "
             f"with seed {seed} as if they were exchangeable",
@@ -309,7 +310,7 @@ def _usual(
     shape = {"max_depth": drafter.max_depth, "top_k": min(4, drafter.num_ranks)}
     elastic = {**shape, "width": drafter.num_ranks}
     size = min(16, drafter.num_candidates)
-    results = [at_load(Contender(PLAIN, None)), best_chain(at_load, drafter.max_depth)]
+    results = [at_load(Contender(PLAIN)), best_chain(at_load, drafter.max_depth)]
     for name in ("echo", "auto", "evict"):
         section = {**elastic, "policy": name}
         result = at_load(Contender.of(f"{name}:{size}", section, size, profile))
@@ -356,7 +357,7 @@ def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
 
     with _errors_shown():
         header, steps = read_trace(trace, whole=False)
-        report = replay_exact(header, steps, recorded_policy(header, profile))
+        report = replay_exact(steps, recorded_policy(header, profile))
     _out.print(
         Text(
             f"{report.steps} steps decided again, {report.incomplete} incomplete; trees: "

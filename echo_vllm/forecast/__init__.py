@@ -10,13 +10,14 @@ from echo_vllm.forecast.cost_cache import CostCache, CostKey, describe_cpu
 from echo_vllm.forecast.curve import CostCurve, CostError
 from echo_vllm.forecast.hinge import Hinge, budget_rows, fit_hinge
 from echo_vllm.forecast.online_cost import OnlineCost
-from echo_vllm.forecast.step_cost import StepCost
+from echo_vllm.forecast.step_cost import Costs, StepCost
 
 __all__ = [
     "CostCache",
     "CostCurve",
     "CostError",
     "CostKey",
+    "Costs",
     "Hinge",
     "OnlineCost",
     "StepCost",

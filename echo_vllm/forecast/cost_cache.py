@@ -22,7 +22,7 @@ from echo_vllm.forecast.step_cost import StepCost
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,15 @@ resulting `DraftPlan`.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echo_vllm.forecast import StepCost
-from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.forecast.step_cost import Costs
 from echo_vllm.forecast.survival import OnlineSurvival, SurvivalModel
 
 MEMORY = 64
@@ -56,10 +54,20 @@ would be of long ago, and better prompts would not be noticed for thousands of s
 
 PROBES = 2
 
+DOUBT = 3.0
+"""How many times too long start-up may have measured forwards: on a machine that was busy then."""
+
+TRIALS = 12
+"""Trials at about one load, at most; after each, less is doubted (`Forecaster._trial`)."""
+
+TRIAL_STEPS = 16
+"""Steps between them."""
+
 PLAIN_STEPS = (16, 128)
 """Steps between single steps of plain decoding while others draft: what plain decoding costs now
 is the other half of every comparison. They become rarer, from the first number to the second, the
-more of them there were at about this load (requests up to a factor of two)."""
+more of them there were at about this load (requests up to a factor of two): twice as long after
+every other one."""
 
 REUSE = 8
 """Steps for which the expected tokens are not worked out anew, nor a forecast for the same load."""
@@ -116,11 +124,14 @@ class Forecaster:
         self._next_probe = 0
         self._probe_steps = PROBE_STEPS
         self._next_plain = PLAIN_STEPS[0]
-        self._num_plain: dict[int, int] = {}  # By the octave of the load.
+        # By the octave of the load.
+        self._num_plain: dict[int, int] = {}
+        self._num_trials: dict[int, int] = {}
+        self._next_trial = TRIAL_STEPS
         self._turn = 0
         self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._curves_until = 0
-        self._last: tuple[tuple[Any, ...], Forecast] | None = None
+        self._last: tuple[tuple[int, int, Costs], Forecast] | None = None
 
     def observe_draft(self, scores: list[float], depths: list[int]) -> None:
         """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
@@ -129,80 +140,52 @@ class Forecaster:
             if not self._drafting and len(self._drafts) > RESTING_MEMORY:
                 self._drafts.popleft()
 
-    def observe_acceptance(self, depth_scores: list[list[float]], accepted: list[int]) -> None:
+    def observe_acceptance(self, predicted: list[float], accepted: list[int]) -> None:
         """Learn from a verification.
 
         Args:
-            depth_scores: per depth, path log-probabilities of all verified nodes.
-            accepted: per tree, how many of its nodes were accepted.
+            predicted: per depth, the sum of the calibrated probabilities of all verified nodes.
+            accepted: per depth, how many of them were accepted.
         """
         if self.online is None:
             return
-        if not depth_scores:
+        if predicted:
+            self.online.update(predicted, accepted)
+        else:
             self.online.forget()
-            return
-        flat = torch.tensor([score for scores in depth_scores for score in scores])
-        depths = torch.tensor(
-            [d for d, scores in enumerate(depth_scores, 1) for _ in scores], dtype=torch.int64
-        )
-        expected = torch.zeros(len(depth_scores)).index_add_(
-            0, depths - 1, self.survival.probability(flat, depths)
-        )
-        found = [sum(a >= d for a in accepted) for d in range(1, len(depth_scores) + 1)]
-        self.online.update(expected.tolist(), found)
 
     def factors(self) -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
         return () if self.online is None else tuple(self.online.factors())
 
-    def plan(
-        self,
-        num_decoding: int,
-        prefill_tokens: int,
-        cost: StepCost | None,
-        plain_cost: StepCost | None = None,
-        waiting: int = 0,
-        left: float = math.inf,
-    ) -> DraftPlan:
-        """The plan of the next drafting.
-
-        Args:
-            num_decoding: requests that will decode in the next step.
-            prefill_tokens: prompt tokens expected in it.
-            cost: predicted times of steps with trees, None before they are known.
-            plain_cost: the same for steps without, if it is known apart: the same number of rows
-                takes longer where some of them are trees.
-            waiting: tokens that the drafter has to catch up with if it drafts now, and need not if
-                it rests.
-            left: tokens that a request of the batch may still generate, on average.
-        """
+    def plan(self, load: Load, costs: Costs | None) -> DraftPlan:
+        """The plan of the next drafting; `costs` is None before they are known."""
         self._step += 1
         plan = DraftPlan(
             max_depth=0,
             turn=self._turn,
-            prefill_tokens=prefill_tokens,
-            cost=cost,
+            prefill_tokens=load.prefill_tokens,
+            cost=None if costs is None else costs.trees,
             factors=self.factors(),
         )
-        if cost is None or num_decoding == 0:
-            # Nothing can be weighed yet; the first steps are prefills.
-            return plan
+        if costs is None:
+            return plan  # Nothing can be weighed yet.
         if len(self._drafts) < ENOUGH:
             self._turn += 1
-            return replace(plan, probes=2 * PROBES)
-        best = self._forecast(num_decoding, prefill_tokens, cost, plain_cost)
-        wanted = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
-        if waiting > num_decoding:
-            step = (plain_cost or cost).plain_step(num_decoding, prefill_tokens)
-            wanted += cost.catch_up(waiting) / (max(1.0, min(HORIZON, left)) * step)
-        self._drafting = best.depth > 0 and best.speed > wanted * best.plain
+            return replace(plan, probes=2 * PROBES if load.num_decoding else 0)
+        if load.num_decoding == 0:
+            # Prompts alone: whether their requests will draft once they decode.
+            later = replace(load, num_decoding=max(1, load.num_reading), prefill_tokens=0)
+            best = self._forecast(later, costs)
+            return replace(plan, reads_prompts=best.speed > (1 + GAIN) * best.plain)
+        best = self._forecast(load, costs)
+        self._drafting = best.depth > 0 and best.speed > self._hurdle(load, costs) * best.plain
+        if self._drafting and self._is_plain_due(load):
+            return replace(plan, price=best.plain)
+        if not self._drafting and (trial := self._trial(load, costs, plan)) is not None:
+            return trial
         depth = best.depth if self._drafting else 0
         probes = 0
-        octave = num_decoding.bit_length()
-        if depth and self._step >= self._next_plain:
-            seen = self._num_plain[octave] = self._num_plain.get(octave, 0) + 1
-            self._next_plain = self._step + min(PLAIN_STEPS[1], PLAIN_STEPS[0] << seen // 2)
-            return replace(plan, price=best.plain)
         if self._step >= self._next_probe:
             probes = PROBES
             self._turn += 1
@@ -214,38 +197,79 @@ class Forecaster:
                 self._probe_steps = min(2 * self._probe_steps, SLOWEST_PROBE_STEPS)
             self._next_probe = self._step + self._probe_steps
         price = best.speed if self._drafting else best.plain
-        return replace(plan, max_depth=depth, probes=probes, price=price)
+        return replace(
+            plan, max_depth=depth, probes=probes, price=price, reads_prompts=self._drafting
+        )
 
-    def _forecast(self, *load: Any) -> Forecast:
+    def _hurdle(self, load: Load, costs: Costs) -> float:
+        """The least speed, over that of plain decoding, at which drafting is worth it.
+
+        Of the time of the next `HORIZON` steps, catching up takes the share x first; drafting at s
+        times the speed in the rest of it makes more tokens if s (1 - x) > 1.
+        """
+        least = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
+        if load.waiting <= load.num_decoding:
+            return least
+        step = costs.plain.plain_step(load.num_decoding, load.prefill_tokens)
+        share = costs.trees.catch_up(load.waiting) / (max(1.0, min(HORIZON, load.left)) * step)
+        return least / (1 - share) if share < 1 else float("inf")
+
+    def _is_plain_due(self, load: Load) -> bool:
+        """Whether this step should be one of plain decoding although drafting pays."""
+        if self._step < self._next_plain:
+            return False
+        octave = load.num_decoding.bit_length()
+        shortest, longest = PLAIN_STEPS
+        steps = min(longest, shortest << self._num_plain.get(octave, 0) // 2)
+        if steps < longest:
+            self._num_plain[octave] = self._num_plain.get(octave, 0) + 1
+        self._next_plain = self._step + steps
+        return True
+
+    def _trial(self, load: Load, costs: Costs, plan: DraftPlan) -> DraftPlan | None:
+        """At rest: a step that drafts as if forwards took less than is believed, where it would
+        pay then.
+
+        A rest shows nothing of what drafting costs, so curves that were measured too long would
+        keep the rest that they are the reason of. What is doubted falls from `DOUBT` to nothing
+        over `TRIALS` trials, each of which teaches the curves what forwards of such sizes take.
+        """
+        octave = load.num_decoding.bit_length()
+        num_trials = self._num_trials.get(octave, 0)
+        if self.online is None or num_trials == TRIALS or self._step < self._next_trial:
+            return None
+        self._next_trial = self._step + TRIAL_STEPS
+        doubted = costs.doubted(load.rows, DOUBT ** (1 - num_trials / TRIALS))
+        best = self.forecast(load, doubted)
+        if best.depth == 0 or best.speed <= self._hurdle(load, doubted) * best.plain:
+            return None
+        self._num_trials[octave] = num_trials + 1
+        return replace(plan, max_depth=best.depth, price=best.speed, cost=doubted.trees)
+
+    def _forecast(self, load: Load, costs: Costs) -> Forecast:
         """`forecast`, or what it said a few steps ago for the same load at the same cost."""
-        if self._last is None or self._last[0] != load or self._step >= self._curves_until:
-            self._last = (load, self.forecast(*load))
+        key = (load.num_decoding, load.prefill_tokens, costs)
+        if self._last is None or self._last[0] != key or self._step >= self._curves_until:
+            self._last = (key, self.forecast(load, costs))
         return self._last[1]
 
-    def forecast(
-        self,
-        num_decoding: int,
-        prefill_tokens: int,
-        cost: StepCost,
-        plain_cost: StepCost | None = None,
-    ) -> Forecast:
+    def forecast(self, load: Load, costs: Costs) -> Forecast:
         """The best depth and number of nodes for a load, by the remembered drafts."""
-        rows = num_decoding + prefill_tokens
-        seconds = float((plain_cost or cost).plain_step(num_decoding, prefill_tokens))
-        plain = num_decoding / seconds
+        requests = load.num_decoding
+        plain = requests / costs.plain.plain_step(requests, load.prefill_tokens)
         best = Forecast(0, 0.0, 0.0, plain)
         levels: list[float] = []
         for depth, (nodes, gains) in enumerate(self._expected(), 1):
             if depth > 1:
-                levels.append(num_decoding * self.frontier)
+                levels.append(requests * self.frontier)
             if self.k_max is not None:
-                fits = num_decoding * nodes <= self.k_max - prefill_tokens
+                fits = requests * nodes <= self.k_max - load.prefill_tokens
                 nodes, gains = nodes[fits], gains[fits]
                 if not len(nodes):
                     continue
-            tokens = num_decoding * (1.0 + gains)
-            committed = num_decoding * (1.0 + float(gains[-1]))
-            speeds = tokens / cost.step(rows + num_decoding * nodes, levels, committed)
+            tokens = requests * (1.0 + gains)
+            committed = requests * (1.0 + float(gains[-1]))
+            speeds = tokens / costs.trees.step(load.rows + requests * nodes, levels, committed)
             i = int(np.argmax(speeds))
             if speeds[i] > best.speed:
                 best = Forecast(depth, float(nodes[i]), float(speeds[i]), plain)
@@ -261,9 +285,9 @@ class Forecaster:
             model = self.survival
             if factors := self.factors():
                 model = model.with_factors(torch.tensor(factors))
-            found = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
-            order = np.argsort(-found.numpy(), kind="stable")
-            gains, levels = found.double().numpy()[order], levels[order]
+            survival = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
+            order = np.argsort(-survival.numpy(), kind="stable")
+            gains, levels = survival.double().numpy()[order], levels[order]
             count = len(self._drafts)
             for depth in range(1, self.max_depth + 1):
                 expected = np.cumsum(gains[levels <= depth]) / count

@@ -26,7 +26,7 @@ from dataclasses import replace
 import numpy as np
 
 from echo_vllm.forecast.curve import CostCurve
-from echo_vllm.forecast.step_cost import StepCost
+from echo_vllm.forecast.step_cost import Costs, StepCost
 
 WINDOW = 64
 """Observations that a bin remembers."""
@@ -134,7 +134,7 @@ class CurveCorrection:
         first = int(np.searchsorted(at, places[0]))
         seconds[: first + 1] = np.minimum.accumulate(seconds[first::-1])[::-1]
         seconds = np.maximum.accumulate(seconds)
-        return CostCurve.from_valid(counts, seconds)
+        return CostCurve.from_valid(counts, seconds, self._curve.padded_to)
 
 
 class FixedPart:
@@ -197,7 +197,7 @@ class OnlineCost:
         self._other = RunningMedian()
         self._draft_fixed = FixedPart()
         self._current = base
-        self._with_trees: tuple[StepCost, StepCost] | None = None
+        self._costs: Costs | None = None
 
     def observe_verify(self, rows: int, seconds: float, *, trees: bool = False) -> None:
         """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
@@ -243,14 +243,14 @@ class OnlineCost:
         # Steps with trees have more rows too, so few of them say more about the curve than this.
         return max(0.0, trees.median() - plain.median()) * seen / (seen + WINDOW)
 
-    def with_trees(self) -> StepCost:
-        """`current` for steps with trees; the same object as long as that is the same."""
+    def costs(self) -> Costs:
+        """Of steps with and without trees, as known now; the same object until enough new steps
+        were observed."""
         now = self.current()
-        if self._with_trees is None or self._with_trees[0] is not now:
-            counts, seconds = np.array(now.verify.counts), np.array(now.verify.seconds)
-            verify = CostCurve.from_valid(counts, seconds * math.exp(self._surcharge))
-            self._with_trees = (now, replace(now, verify=verify))
-        return self._with_trees[1]
+        if self._costs is None or self._costs.plain is not now:
+            verify = now.verify.scaled(math.exp(self._surcharge))
+            self._costs = Costs(now, replace(now, verify=verify))
+        return self._costs
 
     def current(self) -> StepCost:
         """The cost of steps without trees, as known now; the same object until enough new steps

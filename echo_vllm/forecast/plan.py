@@ -1,16 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""What was decided before a drafting, in one process for all ranks.
+"""What is known and what was decided before a drafting, in one process for all ranks.
 
-The scheduler makes a `DraftPlan` in every step; the model runner and the policy follow it.
+In every step the scheduler says what comes next (`Load`), and its policy makes a `DraftPlan` of
+that; the model runner and the worker's policy follow it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from echo_vllm.forecast.step_cost import StepCost
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the scheduler knows of the step that will verify the next drafts.
+
+    Attributes:
+        num_decoding: requests that it will decode.
+        prefill_tokens: prompt tokens expected in it.
+        waiting: tokens that the drafter has to catch up with if it drafts now, and need not if it
+            rests.
+        left: tokens that a running request may still generate, on average.
+        num_reading: requests whose prompts are being read.
+    """
+
+    num_decoding: int
+    prefill_tokens: int = 0
+    waiting: int = 0
+    left: float = math.inf
+    num_reading: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step without any draft."""
+        return self.num_decoding + self.prefill_tokens
 
 
 @dataclass(frozen=True)

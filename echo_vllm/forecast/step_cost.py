@@ -116,3 +116,36 @@ class StepCost:
                 "a step cost is an object with the curves verify, draft_level and catch_up and "
                 f"the number other, got {data!r:.80}; measure it again."
             ) from None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps cost now: the same number of rows takes longer where some of them are trees.
+
+    Attributes:
+        plain: of steps without trees.
+        trees: of steps with trees.
+    """
+
+    plain: StepCost
+    trees: StepCost
+
+    @classmethod
+    def of(cls, cost: StepCost) -> Self:
+        """Both alike, as before anything was observed."""
+        return cls(cost, cost)
+
+    def doubted(self, rows: float, factor: float) -> Self:
+        """The same if drafting, and what a target forward takes beyond one of `rows` rows, were
+        measured `factor` times too long."""
+        return type(self)(self.plain, _doubted(self.trees, rows, factor))
+
+
+def _doubted(cost: StepCost, rows: float, factor: float) -> StepCost:
+    return StepCost(
+        verify=cost.verify.shrunk(factor, above=float(cost.verify(rows))),
+        draft_level=cost.draft_level.shrunk(factor),
+        catch_up=cost.catch_up.shrunk(factor),
+        other=cost.other,
+        draft_fixed=cost.draft_fixed / factor,
+    )

@@ -2,11 +2,19 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Policies: which nodes are drafted, and which of them are verified.
 
-`make_policy` turns the `echo` section of echo.json into one of the policies of this package.
-A policy is a pure function of draft scores, a plan and a profile; it never sees vLLM.
+`parse_section` validates the `echo` section of echo.json, `make_policy` turns it into a policy of
+this package or of another one. A policy is one file with everything that is said of it; it never
+sees vLLM.
 """
 
-from echo_vllm.policies.base import DraftBatch, DraftPolicy
-from echo_vllm.policies.registry import make_policy
+from echo_vllm.policies.base import DraftBatch, DraftPolicy, Observation
+from echo_vllm.policies.registry import make_policy, parse_section, policy_class
 
-__all__ = ["DraftBatch", "DraftPolicy", "make_policy"]
+__all__ = [
+    "DraftBatch",
+    "DraftPolicy",
+    "Observation",
+    "make_policy",
+    "parse_section",
+    "policy_class",
+]

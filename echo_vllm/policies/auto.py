@@ -14,61 +14,92 @@ is in the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.forecaster import Forecaster
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.survival import SurvivalModel
-from echo_vllm.policies.base import DraftBatch
-from echo_vllm.policies.cost_aware import CostAwarePolicy
+from echo_vllm.policies.base import DraftBatch, Observation
+from echo_vllm.policies.cost_aware import CostAwareConfig, CostAwarePolicy
+from echo_vllm.policies.elastic import Floor, Profile
 from echo_vllm.transfer import download
-from echo_vllm.trees.pool import CandidatePool, Expansion
+from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
+
+DEFAULT_GROWTH = 0.6
+"""Without a profile: how often an accepted node has an accepted child."""
+
+
+class AutoConfig(CostAwareConfig):
+    """The section of `auto`."""
+
+    policy: Literal["auto"] = Field(
+        default="auto",
+        description=(
+            "As `echo`, but the budget is what maximises the predicted tokens per second, and may "
+            "be nothing. The default policy."
+        ),
+    )
+    floor: Floor = None
+    profile: Profile = None
+
+    def filled(self, num_nodes: int) -> Self:
+        config = super().filled(num_nodes)
+        return config.with_fields(floor=self.checked_floor(self.floor, 0, num_nodes))
 
 
 class AutoPolicy(CostAwarePolicy):
     """Budget and depth by expected tokens a second."""
 
-    def __init__(
-        self,
-        *,
-        max_nodes: int,
-        max_depth: int,
-        top_k: int,
-        width: int,
-        survival: SurvivalModel,
-        growth: Sequence[float],
-        k_max: int | None,
-        floor: int,
-    ) -> None:
-        """
-        Args:
-            max_nodes, max_depth, top_k, width, k_max, floor: as for `CostAwarePolicy`.
-            survival: calibrated probability of acceptance of a candidate.
-            growth: per depth d = 1, 2, ...: how often some node of depth d + 1 is accepted, given
-                that one of depth d is.
-        """
-        super().__init__(
-            max_nodes=max_nodes,
-            max_depth=max_depth,
-            top_k=top_k,
-            width=width,
-            survival=survival,
-            k_max=k_max,
-            floor=floor,
-        )
-        self.growth = list(growth)
+    Config = AutoConfig
+    without_profile = (
+        "it takes the head's own probabilities for true until it has seen enough nodes"
+    )
+    learns = True
+    may_rest = True
 
-    def forecaster(self, *, online: bool) -> Forecaster:
-        """What decides this policy's plans."""
-        return Forecaster(
+    def __init__(
+        self, config: AutoConfig, max_nodes: int, profile: DrafterProfile | None = None
+    ) -> None:
+        assert config.floor is not None  # `filled` sets it.
+        super().__init__(
+            config,
+            max_nodes,
+            survival=(
+                SurvivalModel.default(config.max_depth) if profile is None else profile.survival()
+            ),
+            floor=config.floor,
+        )
+        self.growth = _growth(profile, config.max_depth)
+        self.forecaster = Forecaster(
             survival=self.survival,
             max_depth=self.max_depth,
             frontier=self.max_frontier,
             k_max=self.k_max,
-            online=online,
+            online=self.online,
         )
+
+    # ---- In the scheduler's process ----
+
+    def plan(self, load: Load) -> DraftPlan:
+        return self.forecaster.plan(load, self.costs())
+
+    def observe(self, step: Observation) -> None:
+        super().observe(step)
+        if step.report is None:  # A rest.
+            self.forecaster.observe_acceptance([], [])
+            return
+        for scores, depths in step.report["samples"]:
+            self.forecaster.observe_draft(scores, depths)
+        self.forecaster.observe_acceptance(step.report["predicted"], step.report["accepted"])
+
+    # ---- In the worker's process ----
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
@@ -91,8 +122,8 @@ class AutoPolicy(CostAwarePolicy):
         """[A] bool: which of the active requests are worth another level."""
         plan = batch.plan
         assert plan.cost is not None
-        found = pool.rows_of(pool.active, self.probabilities(pool, batch))
-        (reached,) = download(found.gather(1, frontier).sum(1))
+        survival = pool.rows_of(pool.active, self.probabilities(pool, batch))
+        (reached,) = download(survival.gather(1, frontier).sum(1))
         gain = reached.clamp(max=1.0).double().numpy() * self.growth[depth - 2]
         num_active, width = frontier.shape
         level, verify = plan.cost.draft_level, plan.cost.verify
@@ -107,17 +138,54 @@ class AutoPolicy(CostAwarePolicy):
             going[order[: int((net > 0).sum())]] = True
         return torch.from_numpy(going)
 
+    def report(
+        self,
+        *,
+        verified: DraftForest,
+        num_accepted: torch.Tensor,
+        pool: CandidatePool | None,
+        probes: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Per depth how many nodes were accepted and how many the calibration predicts of those
+        verified; and what the forecast remembers of a drafting (`samples`)."""
+        depths = verified.depths.to(torch.int64)
+        num_levels = int(depths.max()) if len(depths) else 0
+        predicted = torch.zeros(num_levels).index_add_(
+            0, depths - 1, self.survival.probability(verified.path_logprobs, depths)
+        )
+        reached = num_accepted.unsqueeze(1) > torch.arange(num_levels)
+        return {
+            "predicted": predicted.tolist(),
+            "accepted": reached.sum(0).tolist(),
+            "samples": [] if pool is None else self.samples(pool, probes),
+        }
+
     def samples(
         self, pool: CandidatePool, probes: torch.Tensor
     ) -> list[tuple[list[float], list[int]]]:
-        """What the forecast remembers of a drafting: path log-probabilities and depths of the best
-        candidates of its probes.
+        """Path log-probabilities and depths of the best candidates of each probe that drafted to
+        full depth.
 
-        Of no other request, even if it was drafted to full depth: those are the promising ones.
+        Of no other request, even if it was drafted as deep: those are the promising ones.
         """
         if pool.num_levels < self.max_depth or not len(probes):
             return []
         best = pool.rows_of(probes, pool.best_first())[:, : self.max_nodes]
-        logprobs = pool.rows_of(probes, pool.path_logprobs).gather(1, best)
-        logprobs, depths = download(logprobs, pool.depths()[best])
-        return list(zip(logprobs.tolist(), depths.tolist(), strict=True))
+        logprobs = pool.rows_of(probes, pool.path_logprobs)
+        deepest = logprobs[:, pool.level_starts[-1]]
+        logprobs, depths, deepest = download(logprobs.gather(1, best), pool.depths()[best], deepest)
+        is_full = (deepest > NO_CANDIDATE).tolist()
+        drafts = zip(is_full, logprobs.tolist(), depths.tolist(), strict=True)
+        return [(scores, levels) for full, scores, levels in drafts if full]
+
+
+def _growth(profile: DrafterProfile | None, max_depth: int) -> list[float]:
+    """How often depth d + 1 is accepted where depth d is, for d = 1 .. max_depth - 1."""
+    growth: list[float] = []
+    if profile is not None:
+        growth = [
+            min(1.0, below.acceptance / above.acceptance) if above.acceptance > 0 else 0.0
+            for above, below in pairwise(profile.depths)
+        ]
+    last = growth[-1] if growth else DEFAULT_GROWTH
+    return (growth + [last] * max_depth)[: max_depth - 1]

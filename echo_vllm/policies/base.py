@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""What the drafter and a policy say to each other.
+"""What a policy is: one class, with the model of its `echo` section, that decides what is drafted.
 
-The drafter grows all trees level by level. Before each level the policy names the requests that go
-on, the nodes to expand (the frontier) and which of their children become candidates; after the
-last level it selects the forest to verify. A policy is a pure function of the pool and of the
-`DraftBatch`, which is the same on every tensor-parallel rank, so all ranks decide alike.
+The engine holds two objects of a policy's class. The scheduler's makes a `DraftPlan` before every
+drafting and learns from finished steps: whatever depends on times or on the past is decided there,
+once for all ranks. The worker's, one on each tensor-parallel rank, follows the plan: before each
+level it names the requests that go on, the nodes to expand (the frontier) and which of their
+children become candidates; after the last level it selects the forest to verify. `expand` and
+`select` are pure functions of the pool and of the `DraftBatch`, which are the same on every rank,
+so all ranks decide alike. Nobody outside of `echo_vllm.policies` asks which policy it is.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 
-from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.config import EchoConfig
+from echo_vllm.forecast import StepCost
+from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
-
-MAX_BACKLOG = 512
-"""Committed tokens of one request that wait for a drafter that rests; beyond them the request
-drafts no more, which bounds the memory of their features."""
-
-MAX_WAITING = 16384
-"""Committed tokens of all requests beyond which no more prompts wait for a drafter that rests."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ class DraftBatch:
         num_decoding: requests that the next target forward will decode, R among them.
         plan: of this step.
         probes: [n] int64, those of the R requests that draft to full depth; on the host.
+        depth_limits: [R] int64, on the host, levels that each request may have at most, whatever
+            the policy wants: what it may still emit. None where no request is limited. The drafter
+            takes a request out of `pool.active` at its limit, before it asks for the next level.
     """
 
     num_requests: int
     num_decoding: int
     plan: DraftPlan = field(default_factory=DraftPlan)
     probes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    depth_limits: torch.Tensor | None = None
 
     @classmethod
     def of(cls, num_requests: int) -> DraftBatch:
@@ -49,31 +54,144 @@ class DraftBatch:
         return cls(num_requests, num_requests)
 
     @property
+    def load(self) -> Load:
+        """What of the scheduler's `Load` the plan brings along."""
+        return Load(self.num_decoding, self.plan.prefill_tokens)
+
+    @property
     def rows(self) -> int:
         """Rows that the next target forward has without any draft."""
         return self.num_decoding + self.plan.prefill_tokens
 
 
-class DraftPolicy(Protocol):
-    """Decides what is drafted and what is verified.
+@dataclass(frozen=True)
+class Observation:
+    """A finished step, as the scheduler tells it to its policy.
 
     Attributes:
+        rows: rows of the target's forward; 0 where there is no time to learn from.
+        num_nodes: draft nodes among them.
+        verify_s: seconds of that forward, with sampling and commit.
+        other_s: seconds between the last step and this one; None if that was a lack of requests.
+        draft_s: seconds of the drafting at the end of the step.
+        committed: tokens that went through the drafter to bring its cache up to date; 0 where the
+            time of the drafting is not known.
+        level_rows: rows of each further drafter forward.
+        report: what the worker's policy said (`DraftPolicy.report`).
+    """
+
+    rows: int = 0
+    num_nodes: int = 0
+    verify_s: float = 0.0
+    other_s: float | None = None
+    draft_s: float = 0.0
+    committed: int = 0
+    level_rows: Sequence[int] = ()
+    report: dict[str, Any] | None = None
+
+
+class DraftPolicy(ABC):
+    """Decides what is drafted and what is verified.
+
+    Class attributes:
+        Config: the model of the `echo` section; its `policy` is a Literal of the policy's name.
+        without_profile: what a missing profile of the drafter means, as the end of "it works, but
+            ..."; None for a policy that reads none. One that does has the field `profile`.
+        not_traced: why a trace cannot hold its drafts; None if it can.
+        learns: whether `observe` changes what it decides. A replay lets it settle first.
+
+    Attributes, which `__init__` may set as well:
+        needs_cost: whether it asks what forwards cost; the engine then measures at start-up.
+        may_rest: whether a plan may say that nobody drafts; the drafter then holds tokens back.
+        wants_logits: whether the worker's object gets `observe_logits`.
         max_depth: levels of the deepest tree.
         num_ranks: how many of the drafter's best tokens are asked for after every node (k).
         max_frontier: the most nodes of one request that one drafter forward expands.
+        column_ranks: of a fixed shape, per column of the pool the place among the drafter's best
+            tokens after its parent; None where children take the places from the first one on.
     """
 
-    max_depth: int
-    num_ranks: int
-    max_frontier: int
+    Config: ClassVar[type[EchoConfig]]
+    without_profile: ClassVar[str | None] = None
+    not_traced: ClassVar[str | None] = None
+    learns: ClassVar[bool] = False
 
+    needs_cost: bool = False
+    may_rest: bool = False
+    wants_logits: bool = False
+    column_ranks: Sequence[int] | None = None
+
+    def __init__(
+        self, config: EchoConfig, max_nodes: int, profile: DrafterProfile | None = None
+    ) -> None:
+        """
+        Args:
+            config: of the class `Config`, filled in.
+            max_nodes: the most nodes of one request (N, num_speculative_tokens).
+            profile: of the drafter, for a policy that reads one; None takes built-in values.
+        """
+        self.max_nodes = max_nodes
+        self.max_depth = config.max_depth
+        self.num_ranks = config.top_k
+        self.max_frontier = config.top_k
+
+    # ---- In the scheduler's process ----
+
+    def set_cost(self, cost: StepCost) -> None:  # noqa: B027  (nothing, by default)
+        """What steps cost, as measured at start-up; comes once, if `needs_cost`."""
+
+    def plan(self, load: Load) -> DraftPlan:
+        """What the worker is told for the drafting at the end of the step just scheduled."""
+        return DraftPlan()
+
+    def batch_limit(self, load: Load) -> int | None:
+        """The most draft nodes of the whole batch in one step; None for N a request."""
+        return None
+
+    def observe(self, step: Observation) -> None:  # noqa: B027
+        """Learn from a finished step."""
+
+    # ---- In the worker's process, the same on every rank ----
+
+    @abstractmethod
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         """How the level `depth` (1-based) grows; called with all levels above it in the pool.
 
-        None ends the drafting. The first level always grows.
+        Only requests of `pool.active`, at least one, may go on. None ends the drafting. The first
+        level always grows.
         """
-        ...
 
+    @abstractmethod
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        """The forest to verify: topological, ancestor-closed, any prefix of a tree a tree."""
-        ...
+        """The forest to verify: topological, ancestor-closed, any prefix of a tree a tree.
+
+        Columns with NO_CANDIDATE belong to requests that stopped above; they are no nodes.
+        """
+
+    def observe_logits(  # noqa: B027
+        self, tokens: torch.Tensor, logits: torch.Tensor
+    ) -> None:
+        """Learn from a forward of the target, before anything masks its logits.
+
+        Args:
+            tokens: [n] int, the tokens of the rows that logits were computed for.
+            logits: [n, V], what the target said after each; not changed.
+        """
+
+    def report(
+        self,
+        *,
+        verified: DraftForest,
+        num_accepted: torch.Tensor,
+        pool: CandidatePool | None,
+        probes: torch.Tensor,
+    ) -> dict[str, Any] | None:
+        """What the scheduler's policy is to learn from a step, as numbers and lists.
+
+        Args:
+            verified: the trees of the step, on the host.
+            num_accepted: [R] int, accepted nodes of each of them, on the host.
+            pool: the candidates of the drafting at the end of the step; None without one.
+            probes: of the batch of that drafting.
+        """
+        return None

@@ -13,12 +13,19 @@ selections, because a node is never more probable than its parent.
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 import torch
+from pydantic import Field
 
 from echo_vllm import ops
+from echo_vllm.config import SECTION, EchoConfigError
+from echo_vllm.forecast import Costs, Hinge, OnlineCost, StepCost
+from echo_vllm.forecast.plan import Load
 from echo_vllm.forecast.survival import SurvivalModel
-from echo_vllm.policies.base import DraftBatch
+from echo_vllm.policies.base import DraftBatch, DraftPolicy, Observation
+from echo_vllm.policies.elastic import ElasticConfig
 from echo_vllm.transfer import download
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool
@@ -27,35 +34,87 @@ PROBED_NODES = 2
 """Nodes of a probe that are verified in any case."""
 
 
-class CostAwarePolicy:
+class CostAwareConfig(ElasticConfig):
+    """The section of a policy that weighs tokens against time."""
+
+    gamma: float | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description=(
+            "With `k_max`: replace the measured cost of a forward by the hinge T * (1 + gamma * "
+            "max(0, rows - k_max)), T being the time of one row. Range 0 to 1000. Default null: "
+            "the measured cost."
+        ),
+    )
+    online: bool = Field(
+        default=True,
+        description=(
+            "Correct the cost model, and for `auto` the calibration, by what is observed while "
+            "serving. Default true."
+        ),
+    )
+
+    def filled(self, num_nodes: int) -> Self:
+        if self.gamma is not None and self.k_max is None:
+            raise EchoConfigError(
+                f"{SECTION}.gamma needs {SECTION}.k_max, the rows at which the hinge begins, got "
+                f"gamma {self.gamma} alone; set k_max too, or remove gamma."
+            )
+        return super().filled(num_nodes)
+
+
+class CostAwarePolicy(DraftPolicy):
     """Selects by expected tokens a second; how trees grow is the subclass's matter."""
 
+    needs_cost = True
+
     def __init__(
-        self,
-        *,
-        max_nodes: int,
-        max_depth: int,
-        top_k: int,
-        width: int,
-        survival: SurvivalModel,
-        k_max: int | None,
-        floor: int,
+        self, config: CostAwareConfig, max_nodes: int, *, survival: SurvivalModel, floor: int = 0
     ) -> None:
         """
         Args:
-            max_nodes, max_depth, top_k, width: as for `EchoPolicy`.
+            config, max_nodes: as for `DraftPolicy`.
             survival: probability of acceptance of a candidate.
-            k_max: an upper limit on the nodes of the batch, None for no limit but max_nodes each.
             floor: nodes that every request gets, whether they pay or not.
         """
-        self.max_nodes = max_nodes
-        self.max_depth = max_depth
-        self.num_ranks = width
-        self.max_frontier = top_k
+        super().__init__(config, max_nodes)
+        assert config.width is not None  # `filled` sets it.
+        self.num_ranks = config.width
+        self.k_max = config.k_max
+        self.gamma = config.gamma
+        self.online = config.online
         self.survival = survival
-        self.k_max = k_max
         self.floor = floor
+        self._cost: OnlineCost | None = None
         self._moved: tuple[SurvivalModel, torch.device, SurvivalModel] | None = None
+
+    # ---- In the scheduler's process ----
+
+    def set_cost(self, cost: StepCost) -> None:
+        if self.gamma is not None and self.k_max is not None:
+            hinge = Hinge(float(self.k_max), self.gamma, float(cost.verify(1)))
+            cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
+        self._cost = OnlineCost(cost)
+
+    def costs(self) -> Costs | None:
+        """What steps cost as far as is known."""
+        return None if self._cost is None else self._cost.costs()
+
+    def batch_limit(self, load: Load) -> int | None:
+        return None if self.k_max is None else max(0, self.k_max - load.prefill_tokens)
+
+    def observe(self, step: Observation) -> None:
+        if self._cost is None or not self.online:
+            return
+        if self.gamma is None:  # Else the user says what a target forward costs.
+            self._cost.observe_verify(step.rows, step.verify_s, trees=step.num_nodes > 0)
+        if step.committed:
+            self._cost.observe_draft(step.level_rows, step.committed, step.draft_s)
+        if step.other_s is not None:
+            self._cost.observe_other(step.other_s)
+
+    # ---- In the worker's process ----
 
     def _survival_on(self, device: torch.device) -> SurvivalModel:
         """The model with its table on `device`, where it stays."""
@@ -67,32 +126,31 @@ class CostAwarePolicy:
         """[R, P] float32 in 0..1: how probably each candidate is accepted; never above its
         parent's, and 0 where there is no candidate."""
         key = (id(self), batch.plan.factors)
-        found = pool.path_logprobs[:, :0]
+        survival = pool.path_logprobs[:, :0]
         if pool.memo is not None and pool.memo[0] == key:
-            found = pool.memo[1]
-        done = found.shape[1]
+            survival = pool.memo[1]
+        done = survival.shape[1]
         if done == pool.num_columns:
-            return found
+            return survival
         model = self._survival_on(pool.device)
         if batch.plan.factors:
             model = model.with_factors(pool.on_device(torch.tensor(batch.plan.factors)))
         new = model.probability(pool.path_logprobs[:, done:], pool.depths()[done:])
-        found = torch.cat([found, new], dim=1)
+        survival = torch.cat([survival, new], dim=1)
         for depth in range(1, pool.num_levels + 1):
             level = pool.level(depth)
             if level.start < done or depth == 1:
                 continue
             parents = pool.parents[:, level]
-            above = found.gather(1, parents.clamp(min=0)).masked_fill(parents == ROOT, 0.0)
-            found[:, level] = torch.minimum(found[:, level], above)
-        pool.memo = (key, found)
-        return found
+            above = survival.gather(1, parents.clamp(min=0)).masked_fill(parents == ROOT, 0.0)
+            survival[:, level] = torch.minimum(survival[:, level], above)
+        pool.memo = (key, survival)
+        return survival
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         rank = pool.rank()
-        found = self.probabilities(pool, batch)
         exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
-        scores = found.masked_fill(~exists, NO_CANDIDATE)
+        scores = self.probabilities(pool, batch).masked_fill(~exists, NO_CANDIDATE)
         floors = rank.new_full((pool.num_requests, 1), self.floor)
         if len(batch.probes):
             # Whatever they are thought to be worth: an estimate that nobody tests stays wrong.
@@ -110,8 +168,8 @@ class CostAwarePolicy:
         exists = scores > NO_CANDIDATE
         first = scores[exists & (tiers == 0)]
         most = int(exists.sum())
-        if self.k_max is not None:
-            most = min(most, max(0, self.k_max - batch.plan.prefill_tokens))
+        if (limit := self.batch_limit(batch.load)) is not None:
+            most = min(most, limit)
         if batch.plan.cost is None:
             return most
         rest = scores[exists & (tiers > 0)].sort(descending=True).values

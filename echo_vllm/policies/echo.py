@@ -20,75 +20,96 @@ rerank; with budget for all of them and no gate that fires, the result is the `t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal, Self
 
 import torch
+from pydantic import Field
 
 from echo_vllm import ops
-from echo_vllm.forecast.plan import DraftPlan
-from echo_vllm.policies.base import DraftBatch
+from echo_vllm.forecast import StepCost, budget_rows
+from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.policies.base import DraftBatch, DraftPolicy
+from echo_vllm.policies.elastic import Floor, GatedConfig
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
 
 
-class EchoPolicy:
+class EchoPolicyConfig(GatedConfig):
+    """The section of `echo`."""
+
+    policy: Literal["echo"] = Field(
+        default="echo",
+        description=(
+            "Calibrated gates stop unsure requests early, and one budget (`k_max`) for the whole "
+            "batch is spent on depth, then width."
+        ),
+    )
+    floor: Floor = None
+    share: Literal["batch", "equal"] = Field(
+        default="batch",
+        description=(
+            "`batch` spends one budget over the batch, `equal` gives every request the same part "
+            'of it, which is EAGLE-2 at the same total (a baseline). Default "batch".'
+        ),
+    )
+
+    def filled(self, num_nodes: int) -> Self:
+        config = super().filled(num_nodes)
+        return config.with_fields(floor=self.checked_floor(self.floor, 1, num_nodes))
+
+
+class EchoPolicy(DraftPolicy):
     """Gates, then one selection under the batch's budget."""
 
+    Config = EchoPolicyConfig
+    without_profile = "its gates are built-in values that were never measured for this head"
+    may_rest = True
+
     def __init__(
-        self,
-        *,
-        max_nodes: int,
-        max_depth: int,
-        top_k: int,
-        width: int,
-        gates: Mapping[int, float],
-        k_max: int | None,
-        floor: int,
-        share: str,
+        self, config: EchoPolicyConfig, max_nodes: int, profile: DrafterProfile | None = None
     ) -> None:
-        """
-        Args:
-            max_nodes: the most nodes of one request (N).
-            max_depth: levels of the deepest tree.
-            top_k: nodes of a level that are expanded.
-            width: children considered after every node, at least top_k.
-            gates: depth -> threshold on the probability of the best path of that depth.
-            k_max: the most nodes of the batch; None takes it from the plan's cost model.
-            floor: nodes that every request gets first.
-            share: "batch" for one budget; "equal" gives every request the same part of it, which
-                is EAGLE-2 at the same total, or this policy without its scheduler.
-        """
-        self.max_nodes = max_nodes
-        self.max_depth = max_depth
-        self.num_ranks = width
-        self.max_frontier = top_k
-        self.gates = dict(gates)
-        self.k_max = k_max
-        self.floor = floor
-        self.share = share
+        super().__init__(config, max_nodes)
+        assert config.width is not None  # `filled` sets both.
+        assert config.floor is not None
+        self.num_ranks = config.width
+        self.k_max = config.k_max
+        self.needs_cost = self.k_max is None
+        self.floor = config.floor
+        self.share = config.share
+        self.gates = config.gates_with(profile)
+        self._max_rows: float | None = None
         # Per depth, the threshold of the last gate at or above it.
         last = 0.0
         self._taus = []
-        for depth in range(1, max_depth + 1):
+        for depth in range(1, self.max_depth + 1):
             last = self.gates.get(depth, last)
             self._taus.append(last)
 
-    def budget(self, batch: DraftBatch) -> int:
-        """Nodes that the trees of the batch may have in all (K_max of this step)."""
-        plan = batch.plan
-        most = batch.num_requests * self.max_nodes
-        if self.k_max is not None:
-            return max(0, min(most, self.k_max - plan.prefill_tokens))
-        if plan.max_rows is None:
-            return most
-        return max(0, min(most, int(plan.max_rows) - batch.rows))
+    def set_cost(self, cost: StepCost) -> None:
+        self._max_rows = budget_rows(cost.verify)
 
-    def plan(self, num_decoding: int, prefill_tokens: int, max_rows: float | None) -> DraftPlan:
-        """The plan of a drafting; where the next step has no budget, nobody drafts."""
-        plan = DraftPlan(prefill_tokens=prefill_tokens, max_rows=max_rows)
-        if num_decoding and not self.budget(DraftBatch(num_decoding, num_decoding, plan)):
-            plan = replace(plan, max_depth=0)
+    def batch_limit(self, load: Load) -> int | None:
+        return self._limit(load, self._max_rows)
+
+    def _limit(self, load: Load, max_rows: float | None) -> int | None:
+        """Nodes that a step of this load has room for (K_max); None where that is not known."""
+        if self.k_max is not None:
+            return max(0, self.k_max - load.prefill_tokens)
+        return None if max_rows is None else max(0, int(max_rows) - load.rows)
+
+    def budget(self, batch: DraftBatch) -> int:
+        """Nodes that the trees of the batch may have in all."""
+        limit = self._limit(batch.load, batch.plan.max_rows)
+        most = batch.num_requests * self.max_nodes
+        return most if limit is None else min(most, limit)
+
+    def plan(self, load: Load) -> DraftPlan:
+        """Where the next step has no budget, nobody drafts."""
+        plan = DraftPlan(prefill_tokens=load.prefill_tokens, max_rows=self._max_rows)
+        if load.num_decoding and self.batch_limit(load) == 0:
+            plan = replace(plan, max_depth=0, reads_prompts=False)
         return plan
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
@@ -142,8 +163,8 @@ def mark_parents(marked: torch.Tensor, parents: torch.Tensor, level: slice) -> N
 
     A request without candidates in the level has ROOT there, and no marks.
     """
-    wanted = marked[:, level] & (parents != ROOT)
+    upward = marked[:, level] & (parents != ROOT)
     # Counted, since a GPU scatters no maxima of truth values.
     counts = torch.zeros(marked.shape, dtype=torch.int32, device=marked.device)
-    counts.scatter_add_(1, parents.clamp(min=0), wanted.int())
+    counts.scatter_add_(1, parents.clamp(min=0), upward.int())
     marked |= counts > 0

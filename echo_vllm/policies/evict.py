@@ -13,37 +13,46 @@ Against `auto` it lacks calibration, the choice of depth and the choice not to d
 
 from __future__ import annotations
 
-from echo_vllm.forecast import StepCost
-from echo_vllm.forecast.plan import DraftPlan
+from typing import Literal
+
+from pydantic import Field
+
+from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.survival import SurvivalModel
 from echo_vllm.policies.base import DraftBatch
-from echo_vllm.policies.cost_aware import CostAwarePolicy
+from echo_vllm.policies.cost_aware import CostAwareConfig, CostAwarePolicy
 from echo_vllm.trees.pool import CandidatePool, Expansion
+
+
+class EvictConfig(CostAwareConfig):
+    """The section of `evict`."""
+
+    policy: Literal["evict"] = Field(
+        default="evict",
+        description=(
+            "Trees are drafted in full, and what pays by the drafter's own probabilities is "
+            "verified."
+        ),
+    )
 
 
 class EvictPolicy(CostAwarePolicy):
     """EAGLE-2's candidates, cut where the next node costs more than it promises."""
 
-    def __init__(
-        self, *, max_nodes: int, max_depth: int, top_k: int, width: int, k_max: int | None
-    ) -> None:
-        """
-        Args:
-            max_nodes, max_depth, top_k, width, k_max: as for `CostAwarePolicy`.
-        """
-        super().__init__(
-            max_nodes=max_nodes,
-            max_depth=max_depth,
-            top_k=top_k,
-            width=width,
-            survival=SurvivalModel.default(max_depth),
-            k_max=k_max,
-            floor=0,
-        )
+    Config = EvictConfig
 
-    def plan(self, prefill_tokens: int, cost: StepCost | None) -> DraftPlan:
-        """The plan of a drafting; without a cost, as before it is known, everything is verified."""
-        return DraftPlan(prefill_tokens=prefill_tokens, cost=cost)
+    def __init__(
+        self, config: EvictConfig, max_nodes: int, profile: DrafterProfile | None = None
+    ) -> None:
+        super().__init__(config, max_nodes, survival=SurvivalModel.default(config.max_depth))
+
+    def plan(self, load: Load) -> DraftPlan:
+        """Without a cost, as before it is known, everything is verified."""
+        costs = self.costs()
+        return DraftPlan(
+            prefill_tokens=load.prefill_tokens, cost=None if costs is None else costs.trees
+        )
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:

@@ -13,14 +13,18 @@ tensor-parallel ranks have, so it is the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from echo_vllm import ops
-from echo_vllm.policies.base import DraftBatch
-from echo_vllm.policies.retrieval import RankTemplate, SuccessorTable, fill
+from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.policies.base import DraftBatch, DraftPolicy
+from echo_vllm.policies.elastic import GatedConfig
+from echo_vllm.policies.retrieval import MISSING, RankTemplate, SuccessorTable, fill
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
 
@@ -37,50 +41,61 @@ def kept_share(depth: int) -> float:
     return float(np.interp(depth, list(KEPT), list(KEPT.values())))
 
 
-class GraftPolicy:
-    """Prune, then fill the freed places by retrieval."""
+class GraftConfig(GatedConfig):
+    """The section of `graft`."""
+
+    policy: Literal["graft"] = Field(
+        default="graft",
+        description=(
+            "Gates as for `echo`; what a request that stops early leaves free of its "
+            "num_speculative_tokens nodes is filled by retrieval, without a forward."
+        ),
+    )
+
+
+class GraftPolicy(DraftPolicy):
+    """Prune, then fill the freed places by retrieval. A limit on the nodes of the batch is shared
+    equally by all requests."""
+
+    Config = GraftConfig
+    without_profile = "its gates are built-in values that were never measured for this head"
+    not_traced = "retrieved nodes are not the draft head's"
+    wants_logits = True
 
     def __init__(
-        self,
-        *,
-        max_nodes: int,
-        max_depth: int,
-        top_k: int,
-        width: int,
-        gates: Mapping[int, float],
-        k_max: int | None,
+        self, config: GraftConfig, max_nodes: int, profile: DrafterProfile | None = None
     ) -> None:
-        """
-        Args:
-            max_nodes: nodes of every tree (N).
-            max_depth: levels of the deepest tree, drafted or retrieved.
-            top_k, width, gates: as for `EchoPolicy`.
-            k_max: the most nodes of the batch, which all requests share equally; None for N each.
-        """
-        self.max_nodes = max_nodes
-        self.max_depth = max_depth
-        self.num_ranks = width
-        self.max_frontier = top_k
-        self.gates = dict(gates)
-        self.k_max = k_max
+        super().__init__(config, max_nodes)
+        assert config.width is not None  # `filled` sets it.
+        self.num_ranks = config.width
+        self.k_max = config.k_max
+        self.gates = config.gates_with(profile)
         self.table: SuccessorTable | None = None
         """Made with the first logits, which say how large it must be and where."""
-        self.template = RankTemplate.best(CANDIDATES * max_nodes, max_depth)
+        self.template = RankTemplate.best(CANDIDATES * max_nodes, self.max_depth)
         self._shares = torch.tensor(
-            [kept_share(depth) if depth < max_depth else 1.0 for depth in range(max_depth + 1)]
+            [
+                kept_share(depth) if depth < self.max_depth else 1.0
+                for depth in range(self.max_depth + 1)
+            ]
         )
 
-    def observe(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        """Learn from a forward of the target: [n] tokens and the [n, V] logits after them."""
+    def batch_limit(self, load: Load) -> int | None:
+        return None if self.k_max is None else max(0, self.k_max - load.prefill_tokens)
+
+    def plan(self, load: Load) -> DraftPlan:
+        return DraftPlan(prefill_tokens=load.prefill_tokens)
+
+    def observe_logits(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         if self.table is None:
             self.table = SuccessorTable(logits.shape[1], device=logits.device)
         self.table.observe(tokens, logits)
 
     def limit(self, batch: DraftBatch) -> int:
         """Nodes that each request's tree may have."""
-        if self.k_max is None:
+        budget = self.batch_limit(batch.load)
+        if budget is None:
             return self.max_nodes
-        budget = max(0, self.k_max - batch.plan.prefill_tokens)
         return min(self.max_nodes, budget // max(1, batch.num_requests))
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
@@ -94,8 +109,12 @@ class GraftPolicy:
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         limit = self.limit(batch)
-        reached = pool.first_of_levels().sum(1)
-        kept = (pool.on_device(self._shares)[reached] * limit).ceil()
+        # A request that stopped at its own limit was not pruned: it keeps all that it drafted.
+        kept = (pool.on_device(self._shares)[pool.first_of_levels().sum(1)] * limit).ceil()
+        depth_limits = batch.depth_limits
+        if depth_limits is not None:
+            depth_limits = pool.on_device(depth_limits)
+            kept[pool.first_of_levels().sum(1) >= depth_limits] = limit
         scores = pool.path_logprobs.masked_fill(pool.rank() >= kept.unsqueeze(1), NO_CANDIDATE)
         tiers = torch.zeros_like(scores, dtype=torch.int32)
         columns, cu_nodes = ops.select_budget(
@@ -104,4 +123,8 @@ class GraftPolicy:
         forest = pool.take_ragged(columns, cu_nodes)
         if self.table is None or pool.roots is None or not pool.num_requests:
             return forest
-        return fill(forest, *self.table.walk(pool.roots, self.template), self.template, limit)
+        tokens, scores = self.table.walk(pool.roots, self.template)
+        if depth_limits is not None:
+            depths = pool.on_device(self.template.depths)
+            scores = scores.masked_fill(depths > depth_limits.unsqueeze(1), MISSING)
+        return fill(forest, tokens, scores, self.template, limit)

@@ -50,6 +50,12 @@ class RankTemplate:
         """The nodes of depth 1, 2, ..."""
         return [slice(start, stop) for start, stop in pairwise(self.level_starts)]
 
+    @property
+    def depths(self) -> torch.Tensor:
+        """[T] int64, of the nodes."""
+        sizes = torch.tensor(self.level_starts).diff()
+        return torch.arange(1, len(sizes) + 1).repeat_interleave(sizes)
+
     @classmethod
     def best(cls, num_nodes: int, max_depth: int, num_ranks: int = NUM_RANKS) -> RankTemplate:
         """The `num_nodes` most probable paths of ranks (fewer if there are no more), level by
@@ -242,8 +248,7 @@ def fill(
     start = cu_nodes[:-1].to(torch.int64)
     request, node = is_new.nonzero(as_tuple=True)
     here = torch.cat([start[owner] + place, start[request] + sizes[request] + rank[request, node]])
-    level_sizes = torch.tensor(template.level_starts).diff()
-    depths = torch.arange(1, len(level_sizes) + 1).repeat_interleave(level_sizes)
+    depths = template.depths
 
     def joined(drafted: torch.Tensor, retrieved: torch.Tensor) -> torch.Tensor:
         whole = drafted.new_empty(len(here))

@@ -9,23 +9,127 @@ Medusa verify; it knows nothing of how sure the drafter is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, field_validator
 
-from echo_vllm.policies.base import DraftBatch
+from echo_vllm.config import (
+    MAX_DEPTH,
+    MAX_TOP_K,
+    SECTION,
+    EchoConfig,
+    EchoConfigError,
+    sentence,
+    show,
+)
+from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.policies.base import DraftBatch, DraftPolicy
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
 
+FIELD = f"{SECTION}.tree"
 
-class StaticPolicy:
+
+class StaticConfig(EchoConfig):
+    """The section of `static`."""
+
+    policy: Literal["static"] = Field(
+        default="static", description="The fixed shape given by `tree`."
+    )
+    tree: tuple[tuple[int, ...], ...] | None = Field(
+        default=None,
+        description=(
+            "Required: the nodes as paths of child ranks from the root, 0 being the draft's best "
+            "token. [[0], [1], [0, 0]] is two children of the root and one child of the first. "
+            "Every prefix of a path must be a path too; ranks 0 to 15; at most "
+            "num_speculative_tokens paths of at most 32 ranks. Kept level by level, in the order "
+            "of the ranks."
+        ),
+    )
+
+    @field_validator("tree", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, tree: Any) -> Any:
+        if isinstance(tree, list):
+            return tuple(tuple(path) if isinstance(path, list) else path for path in tree)
+        return tree
+
+    @classmethod
+    def refusal(cls, place: Sequence[int | str], value: object, kind: str, message: str) -> str:
+        if place[0] != "tree":
+            return super().refusal(place, value, kind, message)
+        return sentence(
+            place,
+            "a rank, an integer" if len(place) == 3 else "a list",
+            value,
+            "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]",
+        )
+
+    def filled(self, num_nodes: int) -> Self:
+        tree = _checked_tree(self.tree, num_nodes)
+        follows = {
+            "max_depth": max(len(path) for path in tree),
+            "top_k": 1 + max(max(path) for path in tree),
+        }
+        for name, needed in follows.items():
+            if name in self.model_fields_set and getattr(self, name) != needed:
+                raise EchoConfigError(
+                    f"{SECTION}.{name} follows from {FIELD} for policy static and would "
+                    f"have to be {needed}, got {getattr(self, name)}; remove it."
+                )
+        return self.with_fields(tree=tree, **follows)
+
+
+def _checked_tree(
+    tree: tuple[tuple[int, ...], ...] | None, num_nodes: int
+) -> tuple[tuple[int, ...], ...]:
+    if not tree:
+        raise EchoConfigError(
+            f"{FIELD} is required for policy static and must list at least one path, got "
+            f"{show(tree)}; give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
+        )
+    paths: set[tuple[int, ...]] = set()
+    for index, path in enumerate(tree):
+        where = f"{FIELD}[{index}]"
+        if not 1 <= len(path) <= MAX_DEPTH:
+            raise EchoConfigError(
+                f"{where} must have 1 to {MAX_DEPTH} ranks, got {show(path)} with {len(path)}; "
+                "the root is not listed."
+            )
+        if not all(0 <= rank < MAX_TOP_K for rank in path):
+            raise EchoConfigError(
+                f"{where} must hold child ranks between 0 and {MAX_TOP_K - 1}, got {show(path)}; "
+                "rank 0 is the draft's best token."
+            )
+        if path in paths:
+            raise EchoConfigError(f"{where} repeats the path {show(path)}; list every path once.")
+        paths.add(path)
+    for index, path in enumerate(tree):
+        if len(path) > 1 and path[:-1] not in paths:
+            raise EchoConfigError(
+                f"{FIELD}[{index}] is {show(path)} but its parent {show(path[:-1])} is not in the "
+                "list; add the parent, or remove the path."
+            )
+    if len(tree) > num_nodes:
+        raise EchoConfigError(
+            f"{FIELD} must have at most speculative_config.num_speculative_tokens ({num_nodes}) "
+            f"paths, got {len(tree)}; shorten it, or raise num_speculative_tokens."
+        )
+    return tuple(sorted(tree, key=lambda path: (len(path), path)))
+
+
+class FixedShapePolicy(DraftPolicy):
     """A fixed, prefix-closed set of child-rank paths; every node that has children is expanded."""
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         """Args: paths: prefix-closed, without duplicates; any order."""
         shape = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
         column = {path: i for i, path in enumerate(shape)}
+        self.max_nodes = len(shape)
         self.max_depth = len(shape[-1])
         self.num_ranks = 1 + max(path[-1] for path in shape)
+        self.column_ranks = [path[-1] for path in shape]
         inner = {path[:-1] for path in shape}
         self._frontier: list[list[int]] = []
         self._children: list[torch.Tensor] = []
@@ -44,8 +148,20 @@ class StaticPolicy:
         if depth == 1:
             return Expansion(frontier=None, children=children)
         columns = pool.on_device(torch.tensor(self._frontier[depth - 1]))
-        return Expansion(columns.expand(pool.num_requests, len(columns)), children)
+        return Expansion(columns.expand(len(pool.active), len(columns)), children)
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         columns = torch.arange(pool.num_columns, device=pool.device)
         return pool.take(columns.expand(pool.num_requests, pool.num_columns))
+
+
+class StaticPolicy(FixedShapePolicy):
+    """The shape that the user gives."""
+
+    Config = StaticConfig
+
+    def __init__(
+        self, config: StaticConfig, max_nodes: int, profile: DrafterProfile | None = None
+    ) -> None:
+        assert config.tree is not None  # `filled` refuses a section without one.
+        super().__init__(config.tree)

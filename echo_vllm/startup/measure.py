@@ -121,11 +121,16 @@ def measured_cost(runner: Any) -> StepCost:
 
 @dataclass(frozen=True)
 class _Forwards:
-    """Each runs a forward of so many rows, with what follows it in a step."""
+    """Each runs a forward of so many rows, with what follows it in a step.
+
+    `target_sizes` and `draft_sizes` are the rows that the models' CUDA graphs were captured for.
+    """
 
     target: Callable[[int], None]
     draft: Callable[[int], None]
     catch_up: Callable[[int], None]
+    target_sizes: Sequence[int] = ()
+    draft_sizes: Sequence[int] = ()
 
 
 @contextmanager
@@ -167,7 +172,13 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
     dummy_run, drafter.dummy_run = drafter.dummy_run, lambda *args, **kwargs: None
     try:
         with torch.inference_mode():
-            yield _Forwards(target, draft, catch_up)
+            yield _Forwards(
+                target,
+                draft,
+                catch_up,
+                captured_sizes(runner.cudagraph_dispatcher),
+                captured_sizes(drafter.cudagraph_dispatcher),
+            )
     finally:
         drafter.dummy_run = dummy_run
         ids.copy_(before)
@@ -187,7 +198,10 @@ def _measure(forwards: _Forwards, max_rows: int) -> StepCost:
     for _ in range(1, ROUNDS):
         for timing in timings:
             timing.again()
-    verify, draft_level, catch_up = (timing.curve() for timing in timings)
+    paddings = (forwards.target_sizes, forwards.draft_sizes, forwards.draft_sizes)
+    verify, draft_level, catch_up = (
+        timing.curve(sizes) for timing, sizes in zip(timings, paddings, strict=True)
+    )
     return StepCost(verify, draft_level, catch_up)
 
 
@@ -226,6 +240,13 @@ def _agrees(forward: Callable[[int], None], curve: CostCurve, sizes: Sequence[in
 def _describe(device: torch.device) -> str:
     """The hardware that the forwards run on."""
     return describe_cpu() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def captured_sizes(dispatcher: Any) -> list[int]:
+    """Rows that forwards are padded to, of vLLM's CudagraphDispatcher; none without graphs."""
+    if dispatcher.cudagraph_mode is CUDAGraphMode.NONE:
+        return []
+    return sorted(dispatcher.compilation_config.cudagraph_capture_sizes or ())
 
 
 def feature_size(runner: Any) -> int:
@@ -283,8 +304,10 @@ class _Timings:
             if self._fits(seconds, self._budget_s):
                 self._least[rows] = min(seconds, self._time(rows))
 
-    def curve(self) -> CostCurve:
-        return CostCurve.from_points(list(self._least), list(self._least.values()))
+    def curve(self, padded_to: Sequence[int]) -> CostCurve:
+        return CostCurve.from_points(
+            list(self._least), list(self._least.values()), padded_to=padded_to
+        )
 
     def _time(self, rows: int) -> float:
         seconds = _timed(self._forward, rows)

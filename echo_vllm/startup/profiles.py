@@ -8,8 +8,9 @@ from pathlib import Path
 
 from vllm.logger import init_logger
 
-from echo_vllm.config import PROFILED, SECTION, EchoConfig, EchoConfigError, show
+from echo_vllm.config import SECTION, EchoConfig, EchoConfigError, show
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
+from echo_vllm.policies import policy_class
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -24,15 +25,17 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
     Raises:
         EchoConfigError: the profile that the section names cannot be used.
     """
-    if config.policy not in PROFILED:
+    without = policy_class(config.policy).without_profile
+    if without is None:
         return None
-    if config.profile is not None:
-        profile = DrafterProfile.load(config.profile)
+    given: str | None = getattr(config, "profile", None)
+    if given is not None:
+        profile = DrafterProfile.load(given)
         if Path(profile.drafter).name != Path(head).name:
             logger.warning_once(
                 "The profile %s was made for the draft head %s, and the head is %s: what it says "
                 "of confidence may not be true. `echo-vllm calibrate` makes one for this head.",
-                config.profile,
+                given,
                 profile.drafter,
                 head,
             )
@@ -40,17 +43,12 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
     beside = Path(head) / FILE_NAME
     if beside.is_file():
         return DrafterProfile.load(beside)
-    lost = {
-        "echo": "its gates are built-in values that were never measured for this head",
-        "graft": "its gates are built-in values that were never measured for this head",
-        "auto": "it takes the head's own probabilities for true until it has seen enough nodes",
-    }[config.policy]
     logger.warning_once(
         "No profile of the draft head %s: policy %s works, but %s. `echo-vllm calibrate` makes "
         "one.",
         head,
         config.policy,
-        lost,
+        without,
     )
     return None
 

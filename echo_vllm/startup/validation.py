@@ -29,6 +29,7 @@ from echo_vllm.config import (
     show_name,
 )
 from echo_vllm.ops import dispatch
+from echo_vllm.policies import parse_section
 from echo_vllm.startup.head import FIELD, Head, Target, check_weights, read_head
 from echo_vllm.startup.profiles import check_files
 
@@ -119,9 +120,7 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
     model = _checked_model(values.get("model"))
     num_nodes = check_num_nodes(values.get("num_speculative_tokens"))
     section = values.get("echo")
-    config = EchoConfig.from_section(
-        {} if section is None else section, num_speculative_tokens=num_nodes
-    )
+    config = parse_section({} if section is None else section, num_speculative_tokens=num_nodes)
     # vLLM always gives both; a config made by hand, without an engine, may lack them.
     if (parallel := values.get("target_parallel_config")) is not None:
         _check_parallelism(parallel, values.get("draft_tensor_parallel_size"))

@@ -2,37 +2,28 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """vLLM's scheduler, told that drafts are ragged trees, and the place of all timing decisions.
 
-Every step it attaches a `DraftPlan` to its output (as the attribute `echo_plan`): what the policy
-may know that is not in the draft itself. Step times and the plan's consequences come back in the
-worker's stats. There is one scheduler and there may be many ranks, so ranks never disagree.
+Every step it tells its policy what comes next (`Load`) and attaches the policy's `DraftPlan` to its
+output (as the attribute `echo_plan`). Step times and the plan's consequences come back in the
+worker's stats, and the policy learns from them. There is one scheduler and there may be many
+ranks, so ranks never disagree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from echo_vllm.config import EchoConfig
-from echo_vllm.forecast import Hinge, OnlineCost, StepCost, budget_rows
-from echo_vllm.forecast.forecaster import Forecaster
-from echo_vllm.forecast.plan import DraftPlan
-from echo_vllm.policies import make_policy
-from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.echo import EchoPolicy
-from echo_vllm.policies.evict import EvictPolicy
-from echo_vllm.policies.graft import GraftPolicy
+from echo_vllm.forecast import StepCost
+from echo_vllm.forecast.plan import Load
+from echo_vllm.policies import Observation, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.stats import StepStats
 
 LONGEST_GAP_S = 0.05
 """A longer time between two steps is a lack of requests, not work of the scheduler."""
-
-
-def needs_cost(config: EchoConfig) -> bool:
-    """Whether the policy asks what forwards cost."""
-    return config.policy in ("auto", "evict") or (config.policy == "echo" and config.k_max is None)
 
 
 def trimmed(sizes: Sequence[int], budget: int) -> list[int]:
@@ -63,22 +54,16 @@ class EchoScheduler(Scheduler):
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self._step_stats: StepStats | None = None
         spec = self.vllm_config.speculative_config
-        self._echo: EchoConfig = spec.echo
-        self._cost: OnlineCost | None = None
-        self._max_rows: float | None = None
         self._waiting = 0
-        self._forecaster: Forecaster | None = None
         profile = find_profile(spec.echo, spec.model)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
-        if isinstance(self._policy, AutoPolicy):
-            self._forecaster = self._policy.forecaster(online=spec.echo.online)
 
     # ---- Before the step ----
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._trim_drafts()
         output = super().schedule(*args, **kwargs)
-        output.echo_plan = self._plan(output)
+        output.echo_plan = self._policy.plan(self._load(output))
         return output
 
     def _trim_drafts(self) -> None:
@@ -97,10 +82,9 @@ class EchoScheduler(Scheduler):
             decoding += left <= 1
         room = max(0, self.max_num_scheduled_tokens - len(self.running))
         budget = room - min(prompts, room // 2)
-        if self._echo.k_max is not None:
-            budget = min(budget, self._echo.k_max - prompts)
-        elif isinstance(self._policy, EchoPolicy) and self._max_rows is not None:
-            budget = min(budget, int(self._max_rows) - prompts - decoding)
+        limit = self._policy.batch_limit(Load(decoding, prompts))
+        if limit is not None:
+            budget = min(budget, limit)
         sizes = [len(request.spec_token_ids) for request in self.running]
         if sum(sizes) <= budget:
             return
@@ -108,27 +92,15 @@ class EchoScheduler(Scheduler):
             if kept < len(request.spec_token_ids):
                 request.spec_token_ids = request.spec_token_ids[:kept]
 
-    def _plan(self, output: Any) -> DraftPlan:
-        """What the worker is told for the drafting at the end of this step."""
-        if not isinstance(self._policy, EchoPolicy | AutoPolicy | EvictPolicy | GraftPolicy):
-            return DraftPlan()
+    def _load(self, output: Any) -> Load:
+        """What the policy is told for the drafting at the end of this step."""
         num_decoding, prefill_tokens = self._next_load(output)
-        if isinstance(self._policy, EchoPolicy):
-            return self._policy.plan(num_decoding, prefill_tokens, self._max_rows)
-        if isinstance(self._policy, EvictPolicy):
-            cost = None if self._cost is None else self._cost.with_trees()
-            return self._policy.plan(prefill_tokens, cost)
-        if self._forecaster is None:
-            return DraftPlan(prefill_tokens=prefill_tokens)
-        if self._cost is None:
-            return self._forecaster.plan(num_decoding, prefill_tokens, None)
-        return self._forecaster.plan(
+        return Load(
             num_decoding,
             prefill_tokens,
-            self._cost.with_trees(),
-            self._cost.current(),
             waiting=self._waiting,
             left=self._left(),
+            num_reading=len(self.running) - num_decoding,
         )
 
     def _left(self) -> float:
@@ -183,30 +155,22 @@ class EchoScheduler(Scheduler):
 
     def _learn(self, stats: StepStats) -> None:
         self._waiting = stats.waiting
-        if stats.cost is not None:
-            self._set_cost(StepCost.from_dict(stats.cost))
-            stats.cost = None
-        elif self._cost is not None and self._echo.online:
-            if self._echo.gamma is None:  # Else the user says what a target forward costs.
-                self._cost.observe_verify(stats.rows, stats.verify_s, trees=bool(stats.nodes))
-            if stats.committed:
-                self._cost.observe_draft(stats.level_rows, stats.committed, stats.draft_s)
-            if stats.idle_s < LONGEST_GAP_S:
-                self._cost.observe_other(stats.idle_s)
-        if self._forecaster is not None:
-            for scores, depths in stats.samples:
-                self._forecaster.observe_draft(scores, depths)
-            self._forecaster.observe_acceptance(stats.depth_scores, stats.accepted)
-        # The front end needs neither.
-        stats.samples, stats.depth_scores = [], []
-
-    def _set_cost(self, cost: StepCost) -> None:
-        """Take over what was measured, corrected by what echo.json says."""
-        if self._echo.gamma is not None and self._echo.k_max is not None:
-            hinge = Hinge(float(self._echo.k_max), self._echo.gamma, float(cost.verify(1)))
-            cost = StepCost(hinge.to_curve(), cost.draft_level, cost.catch_up, cost.other)
-        self._cost = OnlineCost(cost)
-        self._max_rows = budget_rows(cost.verify)
+        step = Observation(report=stats.report)
+        if stats.cost is not None:  # The first step, which is like no other.
+            self._policy.set_cost(StepCost.from_dict(stats.cost))
+        else:
+            step = replace(
+                step,
+                rows=stats.rows,
+                num_nodes=sum(stats.nodes),
+                verify_s=stats.verify_s,
+                other_s=stats.idle_s if stats.idle_s < LONGEST_GAP_S else None,
+                draft_s=stats.draft_s,
+                committed=stats.committed,
+                level_rows=stats.level_rows,
+            )
+        self._policy.observe(step)
+        stats.cost = stats.report = None  # The front end needs neither.
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)

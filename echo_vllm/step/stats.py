@@ -25,16 +25,13 @@ class StepStats:
         depths: depth of each tree.
         widths: the most nodes that one level of each tree has.
         accepted: accepted draft tokens of each tree.
-        depth_scores: per depth, the path log-probabilities of the verified nodes; only for a
-            policy that learns from them.
         rows: rows of the target's forward.
         verify_s, draft_s, idle_s: see `StepClock`.
         committed, level_rows: see `DraftReport`; of the drafting at the end of this step, if its
             time is known.
         starved: requests that were drafted for at the end of this step and got no node.
         waiting: tokens that would pass the drafter if every request caught up now.
-        samples: for a few requests drafted to full depth, the path log-probabilities and depths of
-            their best candidates.
+        report: what the worker's policy tells the scheduler's (`DraftPolicy.report`).
         cost: the measured cost of steps (`StepCost.to_dict()`), in the first report only.
     """
 
@@ -42,7 +39,6 @@ class StepStats:
     depths: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-    depth_scores: list[list[float]] = field(default_factory=list)
     rows: int = 0
     verify_s: float = 0.0
     draft_s: float = 0.0
@@ -51,7 +47,7 @@ class StepStats:
     level_rows: list[int] = field(default_factory=list)
     starved: int = 0
     waiting: int = 0
-    samples: list[tuple[list[float], list[int]]] = field(default_factory=list)
+    report: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
 
     @classmethod

@@ -92,6 +92,7 @@ class TraceRecorder:
                 "num_requests": batch.num_requests,
                 "num_decoding": batch.num_decoding,
                 "probes": batch.probes.tolist(),
+                "depth_limits": _listed(batch.depth_limits),
             },
         }
         if report.pool is None or report.forest is None:
@@ -173,3 +174,7 @@ class TraceRecorder:
     def close(self) -> None:
         """End the file; what is recorded later is lost."""
         self._writer.close()
+
+
+def _listed(limits: torch.Tensor | None) -> list[int] | None:
+    return None if limits is None else limits.tolist()

@@ -212,11 +212,16 @@ class CandidatePool:
     def take(self, columns: torch.Tensor) -> DraftForest:
         """The forest of the columns [R, n] of every request, in that order.
 
-        The caller's columns must hold the parent of each of their nodes, before the node.
+        The caller's columns must hold the parent of each of their nodes, before the node. Columns
+        with NO_CANDIDATE, of a request that stopped above, are left out.
         """
-        num_requests, size = columns.shape
-        bounds = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device) * size
-        return self.take_ragged(columns.flatten(), bounds)
+        exists = self.path_logprobs.gather(1, columns) > NO_CANDIDATE
+        bounds = exists.new_zeros(len(columns) + 1, dtype=torch.int32)
+        bounds[1:] = exists.sum(1).cumsum(0)
+        exists, columns = exists.flatten(), columns.flatten()
+        packed = columns.new_zeros(len(columns) + 1)
+        packed[torch.where(exists, exists.cumsum(0) - 1, len(columns))] = columns
+        return self.take_ragged(packed[:-1], bounds)
 
     def take_ragged(self, columns: torch.Tensor, cu_nodes: torch.Tensor) -> DraftForest:
         """The forest of `columns`, of which request i has cu_nodes[i]:cu_nodes[i + 1].

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,8 @@ from echo_vllm import ops
 from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.forecast.survival import SurvivalModel
-from echo_vllm.policies import DraftBatch, DraftPolicy
-from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.chain import ChainPolicy
-from echo_vllm.policies.echo import EchoPolicy
-from echo_vllm.policies.evict import EvictPolicy
+from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy, parse_section
 from echo_vllm.policies.graft import GraftPolicy
-from echo_vllm.policies.static import StaticPolicy
-from echo_vllm.policies.topn import TopNPolicy
 from echo_vllm.step.attention.tree import TreeAttention
 from echo_vllm.step.v1.drafter import DraftReport, EchoProposer
 from echo_vllm.trees.forest import DraftForest
@@ -94,29 +89,33 @@ class TinyDrafter(EchoProposer):
             tokens = torch.arange(VOCAB)
             if self.device.type != "cpu":
                 tokens, said = on_gpu(tokens), on_gpu(said)
-            self.policy.observe(tokens, said)
+            self.policy.observe_logits(tokens, said)
         self.report = DraftReport()
-        return self._draft_trees(
+        return self.draft_trees(
             output=first,
             features=first,
             context_lens=lengths,
+            last_positions=lengths - 1,
             block_table=block_table,
             roots=roots,
             batch=batch,
         )
 
 
-def elastic(**options: Any) -> dict[str, Any]:
-    usual = {"max_nodes": 12, "max_depth": 5, "top_k": 3, "width": 4, "k_max": None, "floor": 1}
-    return {**usual, **options}
+def policy_of(name: str, max_nodes: int = 12, **fields: Any) -> DraftPolicy:
+    section = {"policy": name, **fields}
+    config = parse_section(section, num_speculative_tokens=max_nodes)
+    return make_policy(config, max_nodes)
 
 
-def tree() -> dict[str, Any]:
-    return {name: value for name, value in elastic().items() if name != "floor"}
+def elastic(name: str, **fields: Any) -> DraftPolicy:
+    return policy_of(name, **{"max_depth": 5, "top_k": 3, "width": 4, **fields})
 
 
-def auto_policy(survival: SurvivalModel | None = None) -> AutoPolicy:
-    return AutoPolicy(**elastic(), survival=survival or SurvivalModel.default(5), growth=[0.6] * 4)
+def auto_policy(survival: SurvivalModel | None = None) -> DraftPolicy:
+    policy: Any = elastic("auto", floor=1)
+    policy.survival = survival or policy.survival
+    return policy  # type: ignore[no-any-return]
 
 
 def measured() -> SurvivalModel:
@@ -134,16 +133,14 @@ BATCH = DraftBatch.of(len(CONTEXTS))
 # Policy, batch, and how often the host may wait: once for the forest; `auto` weighs time against
 # tokens on the host, once a level, then for its budget (scores, level sizes), and so does `evict`;
 # `graft` joins what it drafted and what it retrieved there.
-CASES: dict[str, tuple[Any, DraftBatch, int]] = {
-    "chain": (lambda: ChainPolicy(6), BATCH, 1),
-    "static": (lambda: StaticPolicy([[0], [1], [0, 0], [0, 2], [1, 0], [0, 0, 0]]), BATCH, 1),
-    "topn": (lambda: TopNPolicy(16, 6, 4), BATCH, 1),
-    "echo": (lambda: EchoPolicy(**elastic(k_max=30), gates={1: 0.2, 3: 0.02}, share="batch"),
-             BATCH, 1),
-    "echo-that-stops": (
-        lambda: EchoPolicy(**elastic(k_max=9), gates={1: 0.9, 2: 0.5}, share="batch"), BATCH, 1),
-    "echo-equal": (lambda: EchoPolicy(**elastic(k_max=25), gates={2: 0.1}, share="equal"),
-                   BATCH, 1),
+CASES: dict[str, tuple[Callable[[], DraftPolicy], DraftBatch, int]] = {
+    "chain": (lambda: policy_of("chain", 6), BATCH, 1),
+    "static": (
+        lambda: policy_of("static", tree=[[0], [1], [0, 0], [0, 2], [1, 0], [0, 0, 0]]), BATCH, 1),
+    "topn": (lambda: policy_of("topn", 16, max_depth=6, top_k=4), BATCH, 1),
+    "echo": (lambda: elastic("echo", k_max=30, gates={"1": 0.2, "3": 0.02}), BATCH, 1),
+    "echo-that-stops": (lambda: elastic("echo", k_max=9, gates={"1": 0.9, "2": 0.5}), BATCH, 1),
+    "echo-equal": (lambda: elastic("echo", k_max=25, gates={"2": 0.1}, share="equal"), BATCH, 1),
     "auto-without-costs": (auto_policy, BATCH, 2),
     "auto": (auto_policy, replace(BATCH, plan=PAYING), 7),
     "auto-measured": (lambda: auto_policy(measured()), replace(BATCH, plan=PAYING), 7),
@@ -152,8 +149,8 @@ CASES: dict[str, tuple[Any, DraftBatch, int]] = {
         replace(BATCH, plan=replace(PAYING, max_depth=2, probes=1), probes=torch.tensor([3])),
         7,
     ),
-    "evict": (lambda: EvictPolicy(**tree()), replace(BATCH, plan=PAYING), 3),
-    "graft": (lambda: GraftPolicy(**tree(), gates={1: 0.3, 3: 0.02}), BATCH, 2),
+    "evict": (lambda: elastic("evict"), replace(BATCH, plan=PAYING), 3),
+    "graft": (lambda: elastic("graft", gates={"1": 0.3, "3": 0.02}), BATCH, 2),
 }  # fmt: skip
 
 
@@ -183,7 +180,7 @@ def test_a_level_of_more_rows_than_a_batch_runs_in_parts_on_the_device() -> None
     forests = []
     for device in (torch.device("cpu"), GPU):
         with pretended_gpu() as waits:
-            drafter = TinyDrafter(TopNPolicy(16, 4, 4), device)
+            drafter = TinyDrafter(policy_of("topn", 16, max_depth=4, top_k=4), device)
             drafter.max_num_tokens = 8  # two requests at a time
             forests.append(drafter.draft(BATCH))
         assert drafter.forwards == 3 * 3

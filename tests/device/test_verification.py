@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -18,7 +20,7 @@ from echo_vllm import ops
 from echo_vllm.step.attention.tree import VerificationRows
 from echo_vllm.step.clock import DeviceClock, StepClock, clock_of
 from echo_vllm.step.v1.runner import EchoRunnerMixin, Step
-from echo_vllm.step.verification import NO_TOKEN, Verdict, verify
+from echo_vllm.step.verification import NO_TOKEN, Drawing, Verdict, verify
 from echo_vllm.trees.forest import DraftForest
 from tests.device.pretended import GPU, OnGPU, held, on_gpu, pretended_gpu
 
@@ -76,11 +78,17 @@ class Sampler:
 
 
 def run(
-    sampling: SamplingMetadata, logits: torch.Tensor, **options: Any
+    sampling: SamplingMetadata,
+    logits: torch.Tensor,
+    *,
+    by_level: Sequence[bool] = (False,) * 4,
+    is_random: Sequence[bool] = (True,) * 4,
+    skipped: Sequence[bool] = (False,) * 4,
 ) -> tuple[Verdict, list[int]]:
     sampler: Any = Sampler()
     histories: list[list[int]] = [[], [1], [], [2, 2]]
-    verdict = verify(sampler, logits, FOREST, sampling, histories, np.zeros(4, bool), **options)
+    flags = [np.array(values) for values in (skipped, by_level, is_random)]
+    verdict = verify(sampler, logits, FOREST, sampling, histories, *flags)
     assert histories == [[], [1], [], [2, 2]]
     return verdict, sampler.rows
 
@@ -95,7 +103,8 @@ def check(verdict: Verdict) -> None:
 def test_greedy_verification_waits_once_for_all_that_the_host_needs() -> None:
     with pretended_gpu() as waits:
         sampling = sampling_of(GPU, all_greedy=True, all_random=False, temperature=None)
-        verdict, _ = run(sampling, on_gpu(logits_of(TARGET)))
+        verdict, rows = run(sampling, on_gpu(logits_of(TARGET)), is_random=[False] * 4)
+        assert not rows
         assert waits.total == 0, waits.places
         assert isinstance(verdict.accepted_rows, OnGPU)
         verdict = verdict.on_host()
@@ -114,25 +123,78 @@ def test_rows_that_need_no_path_are_sampled_at_once_without_waiting() -> None:
 
 def test_at_once_and_level_by_level_accept_the_same() -> None:
     cpu = torch.device("cpu")
-    walked, levels = run(sampling_of(cpu), logits_of(TARGET))
-    at_once, rows = run(sampling_of(cpu), logits_of(TARGET), at_once=True)
+    walked, levels = run(sampling_of(cpu), logits_of(TARGET), by_level=[True] * 4)
+    at_once, rows = run(sampling_of(cpu), logits_of(TARGET))
     check(walked)
     check(at_once)
     assert (levels, rows) == ([4, 3, 2, 1], [len(TARGET)])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"generators": {1: torch.Generator()}},
-        {"max_num_logprobs": 0},
-        {"no_penalties": False},
-        {"bad_words_token_ids": {0: [[9]]}},
-    ],
-)
+@pytest.mark.parametrize("device", [torch.device("cpu"), GPU])
+@pytest.mark.parametrize("walker", range(4))
+@pytest.mark.parametrize("others_draw", [True, False])
+def test_one_request_that_walks_leaves_the_others_as_they_are(
+    device: torch.device, walker: int, others_draw: bool
+) -> None:
+    """Its own rows alone are sampled level by level: as many as its path has."""
+    with pretended_gpu():
+        logits = logits_of(TARGET)
+        flags = [request == walker for request in range(4)]
+        verdict, rows = run(
+            sampling_of(device),
+            on_gpu(logits) if device == GPU else logits,
+            by_level=flags,
+            is_random=[True] * 4 if others_draw else flags,
+        )
+        verdict = verdict.on_host()
+    check(verdict)
+    path = sum(row >= 0 for row in ROWS[walker])
+    own_rows = 1 + int(FOREST.cu_nodes.diff()[walker])
+    assert rows == [len(TARGET) - own_rows] * others_draw + [1] * path
+
+
+def test_a_request_that_generates_nothing_draws_nothing() -> None:
+    sampling = sampling_of(torch.device("cpu"))
+    skipped = [False, False, True, False]
+    verdict, rows = run(sampling, logits_of(TARGET), by_level=[True] * 4, skipped=skipped)
+    assert rows == [3, 3, 2, 1]
+    assert verdict.sampler_output.sampled_token_ids[2].tolist() == [NO_TOKEN] * 4
+
+
+def test_many_rows_are_sampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_vllm.step.verification.MAX_SAMPLED_ROWS", 5)
+    verdict, rows = run(sampling_of(torch.device("cpu")), logits_of(TARGET))
+    assert rows == [5, 5, 3]
+    check(verdict)
+
+
+def test_parameters_say_whether_a_request_walks() -> None:
+    def flags(**options: Any) -> tuple[bool, bool]:
+        drawing = Drawing.of(SamplingParams(**options))
+        return drawing.is_random, drawing.by_level
+
+    assert flags(temperature=0) == (False, False)
+    assert flags(temperature=0, seed=1, min_p=0.1, top_k=5) == (False, False)
+    assert flags(temperature=0.7, top_p=0.9, top_k=3) == (True, False)
+    assert flags(temperature=0.7, seed=1) == (True, True)
+    assert flags(temperature=0.7, min_p=0.1) == (True, True)
+    for option in (
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 2},
+        {"logprobs": 0},
+        {"logit_bias": {1: 2.0}},
+        {"allowed_token_ids": [1, 2]},
+    ):
+        assert flags(temperature=0, **option) == (False, True), option
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_logprobs": 0}])
 def test_what_depends_on_the_path_walks_with_one_transfer_a_level(options: dict[str, Any]) -> None:
     with pretended_gpu() as waits:
-        verdict, rows = run(sampling_of(GPU, **options), on_gpu(logits_of(TARGET)))
+        logits = on_gpu(logits_of(TARGET))
+        verdict, rows = run(sampling_of(GPU, **options), logits, by_level=[True] * 4)
         assert rows == [4, 3, 2, 1]
         verdict = verdict.on_host()
     assert waits.total == 4, waits.places
@@ -187,7 +249,8 @@ def bind(runner: Any, name: str) -> Any:
 def step_of(rows: VerificationRows | None) -> Step:
     starts = np.concatenate([[0], np.cumsum((FOREST.cu_nodes.diff() + 1).numpy())])
     logits_rows = torch.arange(int(starts[-1]))  # Every row is a root or a node.
-    return Step(FOREST, rows, starts.astype(np.int64), logits_rows)
+    slots, begins = np.arange(4), np.array(BASES)
+    return Step(slots, begins, starts.astype(np.int64), FOREST, rows, logits_rows)
 
 
 def test_masks_are_built_on_the_device_without_waiting() -> None:
@@ -237,18 +300,19 @@ def test_the_commit_moves_what_was_accepted_without_waiting(
 
 def test_the_drafter_gets_the_rows_of_the_paths_and_then_those_of_the_chains() -> None:
     with pretended_gpu() as waits:
-        runner = runner_of(GPU)
-        step = step_of(bind(runner, "_tree_rows")(FOREST, 2))
+        step = step_of(bind(runner_of(GPU), "_tree_rows")(FOREST, 2))
         step.verdict = Verdict(
             SamplerOutput(torch.tensor(TOKENS), None),
             torch.tensor(ROWS, dtype=torch.int32),
             torch.tensor([3, 1, 0, 2], dtype=torch.int32),
         )
-        # As vLLM has them: the first rows of every request, 4 + 2 + 1 + 3 of them.
-        chain = on_gpu(torch.tensor([0, 1, 2, 3, 5, 6, 8, 9, 10, 11]))
-        found = bind(runner, "_committed_rows")(step, None, chain)
+        committed = step.committed()
     assert waits.total == 0, waits.places
-    assert held(found).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert committed.rows.tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert committed.owners.tolist() == [0, 0, 0, 0, 1, 1, 2, 3, 3, 3]
+    assert committed.positions.tolist() == [5, 6, 7, 8, 17, 18, 3, 30, 31, 32]
+    assert committed.counts.tolist() == [4, 2, 1, 3]
+    assert committed.stops.tolist() == [9, 19, 4, 33]
 
 
 # --- the clock ------------------------------------------------------------------------------------

@@ -325,14 +325,14 @@ def test_samples_under_a_shared_budget_have_the_targets_distribution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from echo_vllm.forecast import CostCurve, StepCost
-    from echo_vllm.step.scheduler import EchoScheduler
+    from echo_vllm.policies.cost_aware import CostAwarePolicy
 
     # A drafter that costs nothing, so that no clock decides whether `auto` drafts.
     free = CostCurve((1.0,), (1e-9,))
-    set_cost = EchoScheduler._set_cost
+    set_cost = CostAwarePolicy.set_cost
     monkeypatch.setattr(
-        EchoScheduler,
-        "_set_cost",
+        CostAwarePolicy,
+        "set_cost",
         lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
     )
     with tree_engine(tiny, **section) as llm:

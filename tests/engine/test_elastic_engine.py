@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.offline.trace.replay import recorded_policy, replay_exact
 from echo_vllm.trace_format import read_trace
 from tests.engine.conftest import TinyModel
@@ -31,13 +31,11 @@ def dictate(llm: Any, plans: Iterator[tuple[int | None, int]]) -> None:
     """Let `plans` decide in place of the forecast."""
     turn = itertools.count()
 
-    def plan(num_decoding: int, prefill_tokens: int, *costs: Any, **more: Any) -> DraftPlan:
+    def plan(load: Load) -> DraftPlan:
         depth, probes = next(plans)
-        return DraftPlan(
-            depth, probes, next(turn), prefill_tokens, reads_prompts=depth != 0
-        )
+        return DraftPlan(depth, probes, next(turn), load.prefill_tokens, reads_prompts=depth != 0)
 
-    scheduler(llm)._forecaster.plan = plan
+    scheduler(llm)._policy.plan = plan
 
 
 def record_drafts(llm: Any) -> dict[tuple[str, int], list[int]]:
@@ -59,18 +57,19 @@ def record_drafts(llm: Any) -> dict[tuple[str, int], list[int]]:
     return found
 
 
-def record_waiting(llm: Any) -> list[tuple[int, int]]:
-    """Filled while the engine runs: the positions (start, stop) of the tokens that have to wait."""
-    found: list[tuple[int, int]] = []
-    backlog = runner(llm).drafter.backlog
-    put = backlog.put
+def record_kept(llm: Any) -> list[tuple[int, int]]:
+    """Filled while the engine runs: (slot, position) of every token whose features are kept for a
+    drafter that rests."""
+    kept: list[tuple[int, int]] = []
+    ring = runner(llm).ring
+    put = ring.put
 
-    def recording(req_id: str, tokens: Any, *args: Any) -> None:
-        found.append((tokens.start, tokens.stop))
-        put(req_id, tokens, *args)
+    def recording(layers: Any, slots: Any, positions: Any, rows: Any) -> None:
+        kept.extend(zip(slots.tolist(), positions.tolist(), strict=True))
+        put(layers, slots, positions, rows)
 
-    backlog.put = recording
-    return found
+    ring.put = recording
+    return kept
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +98,10 @@ def test_drafts_after_a_pause_are_those_without_one(
         dictate(llm, itertools.cycle(pattern))
         check_forests(llm, 12)
         paused = record_drafts(llm)
-        waiting = record_waiting(llm)
+        kept = record_kept(llm)
         assert generate(llm, prompts, greedy()) == wanted
     lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts[:16]]
-    assert waiting[:16] == [(0, length) for length in lengths]
+    assert len(set(kept[: sum(lengths)])) == sum(lengths)  # whole prompts
     common = always.keys() & paused.keys()
     assert len(common) > 100
     assert len(paused) < 0.6 * len(always)
@@ -132,26 +131,72 @@ def test_pausing_is_exact_under_server_conditions(
         assert counters(llm)["spec_decode_num_drafts"] > 100
 
 
-@pytest.mark.full
-def test_a_block_without_drafter_keys_is_never_drafted_from(tiny: TinyModel) -> None:
-    """Answers decoded without drafts enter the prefix cache; who hits them runs without drafts."""
-    first = tiny_prompts(4)
-    with tiny_engine(tiny, echo(tiny.head, 12, **AUTO), block_size=32) as llm:
-        dictate(llm, itertools.repeat((0, 0)))
-        answers = generate(llm, first, greedy(100))
-        generate(llm, [{"prompt_token_ids": [4, 4]}], greedy(2))  # The worker hears of the end.
-        assert runner(llm).drafter.backlog.num_stale_blocks > 0
-        drafts = record_drafts(llm)
-        dictate(llm, itertools.repeat((None, 0)))
-        longer = [
-            {"prompt_token_ids": p["prompt_token_ids"] + a}
-            for p, a in zip(first, answers, strict=True)
+def count_drafts(llm: Any, prompts: list[Any], turns: int, rests: int) -> list[int]:
+    """Trees verified in each turn of chats, in the first `rests` of which the drafter rests. A turn
+    begins with all that was said before."""
+    counts = []
+    before = counters(llm).get("spec_decode_num_drafts", 0)
+    for turn in range(turns):
+        dictate(llm, itertools.repeat((0 if turn < rests else None, 0)))
+        answers = generate(llm, prompts, greedy(60))
+        prompts = [
+            {"prompt_token_ids": [*p["prompt_token_ids"], *a, 5, 6, 7]}
+            for p, a in zip(prompts, answers, strict=True)
         ]
-        generate(llm, longer, greedy(20))
-        assert not drafts
-        fresh = [{"prompt_token_ids": [3, 5, 7] + p["prompt_token_ids"]} for p in first]
-        generate(llm, fresh, greedy(20))
-        assert drafts
+        after = counters(llm).get("spec_decode_num_drafts", 0)
+        counts.append(int(after - before))
+        before = after
+    return counts
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_a_chat_that_rested_drafts_again_in_its_next_turn(tiny: TinyModel, block_size: int) -> None:
+    """With prefix caching, where later turns hit blocks that the drafter never saw."""
+    spec = echo(tiny.head, 12, **AUTO)
+    options = {"block_size": block_size, "max_model_len": 512, "num_gpu_blocks_override": 128}
+    # Prompts that end with a turn's 60 tokens far beyond what the ring holds.
+    prompts = [{"prompt_token_ids": 2 * p["prompt_token_ids"]} for p in tiny_prompts(4)]
+    with tiny_engine(tiny, spec, **options) as llm:
+        check_forests(llm, 12)
+        rested = count_drafts(llm, prompts, 4, rests=1)
+        assert rested[0] == 0
+    with tiny_engine(tiny, spec, **options) as llm:
+        never = count_drafts(llm, prompts, 4, rests=0)
+    for with_rest, without in zip(rested[1:], never[1:], strict=True):
+        assert with_rest >= 0.8 * without > 0
+
+
+def limit_depths(llm: Any, limits: list[tuple[int, int]]) -> None:
+    """Filled while the engine runs: (depth, the most it may be) of every node that is selected."""
+    policy = runner(llm).drafter.policy
+    select = policy.select
+
+    def recording(pool: Any, batch: Any) -> Any:
+        forest = select(pool, batch)
+        of_node = batch.depth_limits[forest.request_of_node()]
+        limits.extend(zip(forest.depths.tolist(), of_node.tolist(), strict=True))
+        return forest
+
+    policy.select = recording
+
+
+@pytest.mark.full
+def test_a_request_is_never_drafted_deeper_than_it_may_emit(tiny: TinyModel) -> None:
+    """An answer of three tokens has use for two levels, one of one token for none."""
+    for section in ({"policy": "topn", "max_depth": 4, "top_k": 2}, AUTO, {"policy": "chain"}):
+        nodes = 4 if section["policy"] == "chain" else 8
+        with tiny_engine(tiny, echo(tiny.head, nodes, **section)) as llm:
+            if section is AUTO:
+                dictate(llm, itertools.repeat((None, 0)))
+            limits: list[tuple[int, int]] = []
+            limit_depths(llm, limits)
+            params = [greedy(1 + i % 4) for i in range(8)]
+            answers = generate(llm, tiny_prompts(8), params)
+            assert [len(answer) for answer in answers] == [1 + i % 4 for i in range(8)]
+        assert {limit for _, limit in limits} <= {1, 2}
+        assert any(depth == limit for depth, limit in limits)
+        assert all(depth <= limit for depth, limit in limits)
 
 
 @pytest.mark.full
@@ -178,21 +223,26 @@ def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
     tiny: TinyModel, plain_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More requests than the budget has rows: the drafter rests until they are gone."""
-    monkeypatch.setattr("echo_vllm.step.scheduler.budget_rows", lambda curve: 6.0)
+    monkeypatch.setattr("echo_vllm.policies.echo.budget_rows", lambda curve: 6.0)
     prompts = tiny_prompts(8)
     lengths = [96 if i < 3 else 24 for i in range(8)]
     params = [greedy(length) for length in lengths]
     wanted = [t[:length] for t, length in zip(plain_tokens, lengths, strict=False)]
     spec = echo(tiny.head, 8, policy="echo", max_depth=3, gates={})
     with tiny_engine(tiny, spec) as llm:
-        runs = []
-        propose = runner(llm).drafter.propose_forest
+        runs: list[tuple[int, int]] = []
+        model_runner = runner(llm)
+        sample, draft = model_runner.sample_tokens, model_runner._draft
 
-        def counting(**kwargs: Any) -> Any:
-            runs.append((kwargs["batch"].num_decoding, len(kwargs["requests"].drafting)))
-            return propose(**kwargs)
+        def counting(*args: Any) -> Any:
+            runs.append((model_runner.input_batch.num_reqs, 0))
+            return sample(*args)
 
-        runner(llm).drafter.propose_forest = counting
+        def drafting(state: Any, place: Any, batch: Any) -> Any:
+            runs[-1] = (batch.num_decoding, len(place))
+            return draft(state, place, batch)
+
+        model_runner.sample_tokens, model_runner._draft = counting, drafting
         assert generate(llm, prompts, params) == wanted
         found = counters(llm)
     # What a step costs is known after the first one.
@@ -242,6 +292,6 @@ def test_a_trace_holds_what_was_drafted_and_accepted(
     assert nodes == found["spec_decode_num_draft_tokens"]
     assert accepted == found["spec_decode_num_accepted_tokens"]
     # Offline, the same policy decides the same.
-    report = replay_exact(header, steps, recorded_policy(header))
+    report = replay_exact(steps, recorded_policy(header))
     assert report.different == 0, report
     assert report.equal > 100, report

@@ -9,7 +9,6 @@ all rows sampled at once: token-identical at T = 0, and the target's distributio
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -57,6 +56,19 @@ def pad_like_graphs(patch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+def draw_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Engines sample the rows of a tree at once from now on, as on a GPU."""
+    from echo_vllm.step.v1.runner import EchoRunnerMixin
+
+    make = EchoRunnerMixin.__init__
+
+    def making(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.draws_at_once = True
+
+    patch.setattr(EchoRunnerMixin, "__init__", making)
+
+
 def as_on_a_gpu(patch: pytest.MonkeyPatch) -> list[int]:
     """Engines take the paths of a GPU from now on; gives the rows of their forwards."""
     from vllm.v1.attention.backends import flash_attn
@@ -64,9 +76,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> list[int]:
 
     from echo_vllm.step.attention.cuda import EchoFlashAttentionBackend
     from echo_vllm.step.v1 import drafter
-    from echo_vllm.step.v1 import runner as model_runner
     from echo_vllm.step.v1.cpu import EchoCPUModelRunner, EchoCPUWorker
-    from echo_vllm.step.verification import verify
     from echo_vllm.trees.pool import CPU, CandidatePool
 
     flash.install(patch)
@@ -77,7 +87,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> list[int]:
         lambda self: (AttentionBackendEnum.CPU_ATTN, EchoFlashAttentionBackend),
     )
     patch.setattr(EchoCPUModelRunner, "_kv_layout", lambda self, layer: "nhd")
-    patch.setattr(model_runner, "verify", partial(verify, at_once=True))
+    draw_at_once(patch)
 
     class Pool(CandidatePool):
         @classmethod
@@ -116,20 +126,20 @@ def test_all_rows_at_once_have_the_targets_distribution(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from echo_vllm.step import verification
-    from echo_vllm.step.v1 import runner as model_runner
     from tests.engine import test_distribution as distribution
 
     six = distribution.tiny.__wrapped__(tmp_path_factory)  # type: ignore[attr-defined]
     logits = distribution.target_logits.__wrapped__(six)  # type: ignore[attr-defined]
     at_once: list[int] = []
-    sample_rows = verification._sample_rows
+    sample_at_once = verification._sample_at_once
 
-    def counted(sampler: Any, rows: torch.Tensor, *args: Any) -> torch.Tensor:
-        at_once.append(len(rows))
-        return sample_rows(sampler, rows, *args)
+    def counted(*args: Any) -> torch.Tensor:
+        tokens = sample_at_once(*args)
+        at_once.append(len(tokens))
+        return tokens
 
-    monkeypatch.setattr(verification, "_sample_rows", counted)
-    monkeypatch.setattr(model_runner, "verify", partial(verification.verify, at_once=True))
+    monkeypatch.setattr(verification, "_sample_at_once", counted)
+    draw_at_once(monkeypatch)
     names = ["plain", "hot", "top-k", "top-p"]
     settings = [distribution.SETTINGS[name] for name in names]
     with distribution.tree_engine(six) as llm:

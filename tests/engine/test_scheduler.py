@@ -105,11 +105,11 @@ def test_a_budget_from_measured_costs_holds_when_drafts_of_different_steps_meet(
         found: list[int] = []
 
         def recording(*args: Any, **kwargs: Any) -> Any:
-            if core._max_rows is not None:
-                core._max_rows = 15.0
+            if core._policy._max_rows is not None:
+                core._policy._max_rows = 15.0
             output = schedule(*args, **kwargs)
             drafts = output.scheduled_spec_decode_tokens
-            if core._max_rows is not None and drafts:
+            if core._policy._max_rows is not None and drafts:
                 found.append(sum(map(len, drafts.values())) + len(output.num_scheduled_tokens))
             return output
 

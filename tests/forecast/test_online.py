@@ -161,7 +161,7 @@ def test_a_slow_minute_makes_no_kind_of_step_look_dearer_than_another() -> None:
             online.observe_verify(20, 3.0 * BASE.verify(20))
     for _ in range(60):
         online.observe_verify(20, BASE.verify(20))
-    for cost in (settled(online), online.with_trees()):
+    for cost in (settled(online), online.costs().trees):
         for rows in (20, 40):
             assert cost.verify(rows) == pytest.approx(BASE.verify(rows), rel=0.1)
     assert online.pace == pytest.approx(1.0, rel=0.1)
@@ -175,7 +175,7 @@ def test_at_any_pace_the_surcharge_of_trees_is_learned() -> None:
         rows, trees = int(rng.integers(20, 60)), bool(step % 4)
         seconds = slow * (1.4 if trees else 1.0) * BASE.verify(rows)
         online.observe_verify(rows, seconds, trees=trees)
-    ratio = online.with_trees().verify(30) / settled(online).verify(30)
+    ratio = online.costs().trees.verify(30) / settled(online).verify(30)
     assert ratio == pytest.approx(1.4, rel=0.1)
 
 
@@ -186,4 +186,4 @@ def test_what_plain_steps_teach_holds_for_trees() -> None:
         online.observe_verify(4, BASE.verify(4))
     plain = settled(online)
     assert plain.verify(24) / plain.verify(4) > 1.3 * BASE.verify(24) / BASE.verify(4)
-    assert online.with_trees().verify(ASKED) == pytest.approx(plain.verify(ASKED))
+    assert online.costs().trees.verify(ASKED) == pytest.approx(plain.verify(ASKED))

@@ -14,10 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_vllm.config import EchoConfig
 from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.forecast.plan import DraftPlan
-from echo_vllm.policies import DraftBatch, make_policy
+from echo_vllm.policies import DraftBatch, make_policy, parse_section
 from echo_vllm.policies.cost_aware import CostAwarePolicy
 from echo_vllm.policies.echo import EchoPolicy
 from echo_vllm.trees.forest import ROOT, DraftForest
@@ -26,7 +25,7 @@ from tests.policies.test_policies import grow, paths_of
 
 
 def elastic(num_nodes: int, **section: Any) -> Any:
-    config = EchoConfig.from_section(section, num_speculative_tokens=num_nodes)
+    config = parse_section(section, num_speculative_tokens=num_nodes)
     return make_policy(config, num_nodes)
 
 

@@ -29,7 +29,7 @@ def graft(num_nodes: int, **section: Any) -> GraftPolicy:
 def knowing(policy: GraftPolicy, seed: int = 0) -> GraftPolicy:
     """The policy after it has seen every token once."""
     logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
-    policy.observe(torch.arange(VOCAB), 2 * logits)
+    policy.observe_logits(torch.arange(VOCAB), 2 * logits)
     return policy
 
 
@@ -107,7 +107,7 @@ def test_the_unsure_stop_and_the_sure_go_on() -> None:
 def test_a_vocabulary_may_be_smaller_than_the_tables_ranks(num_nodes: int, max_depth: int) -> None:
     policy = graft(num_nodes, max_depth=max_depth, top_k=8, width=8)
     said = torch.tensor([[0.0, 3.0, 1.0]]).expand(3, -1)
-    policy.observe(torch.arange(3), said)
+    policy.observe_logits(torch.arange(3), said)
     assert policy.table is not None
     tokens, scores = policy.table.walk(torch.tensor([2]), policy.template)
     there = sum(3**depth for depth in range(1, max_depth + 1))

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_vllm.config import EchoConfig
-from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy
+from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy, parse_section
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool
 
@@ -65,7 +64,7 @@ def grow(
 
 
 def policy_of(num_nodes: int, **section: object) -> DraftPolicy:
-    config = EchoConfig.from_section(section, num_speculative_tokens=num_nodes)
+    config = parse_section(section, num_speculative_tokens=num_nodes)
     return make_policy(config, num_nodes)
 
 

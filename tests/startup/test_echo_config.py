@@ -12,15 +12,23 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from echo_vllm.config import MAX_DEPTH, MAX_TOP_K, EchoConfig, EchoConfigError
+from echo_vllm.policies.registry import (
+    field_names,
+    parse_section,
+    policy_names,
+    section_models,
+    section_type,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TREE = [[0], [1], [0, 0]]
 
 
 def parse(section: object, num_nodes: int = 16) -> EchoConfig:
-    return EchoConfig.from_section(section, num_speculative_tokens=num_nodes)
+    return parse_section(section, num_speculative_tokens=num_nodes)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +57,14 @@ def test_accepted_sections_get_every_default_filled_in(
     section: dict[str, Any], num_nodes: int, expected: tuple[Any, ...]
 ) -> None:
     config = parse(section, num_nodes)
-    assert (config.policy, config.max_depth, config.top_k, config.tree) == expected
+    tree = getattr(config, "tree", None)
+    assert (config.policy, config.max_depth, config.top_k, tree) == expected
 
 
 FIELD = "speculative_config.echo"
 NODES = "speculative_config.num_speculative_tokens"
 POLICIES = "chain, static, topn, echo, auto, evict, graft"
-FIELDS = f"the fields are {', '.join(EchoConfig.model_fields)}."
+FIELDS = f"the fields are {', '.join(field_names())}."
 SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
 
 
@@ -326,12 +335,34 @@ def test_the_config_is_frozen_and_hashable_and_travels() -> None:
     assert repr(copy) == repr(config)
 
 
-def test_every_field_says_its_range_and_default() -> None:
-    for name, field in EchoConfig.model_fields.items():
+@pytest.mark.parametrize("model", section_models().values())
+def test_every_field_says_its_range_and_default(model: type[EchoConfig]) -> None:
+    for name, field in model.model_fields.items():
         assert field.description, name
-        assert len(field.description) > 40, name
-        if name != "tree":
+        if name == "policy":
+            assert field.description.endswith(".")
+        elif name != "tree":
             assert f"efault {json.dumps(field.default)}" in field.description, name
+
+
+def test_a_reference_of_all_fields_follows_from_the_models() -> None:
+    schema = TypeAdapter(section_type()).json_schema()
+    names = schema["discriminator"]["mapping"].keys()
+    assert sorted(names) == sorted(policy_names())
+    for reference in schema["discriminator"]["mapping"].values():
+        fields = schema["$defs"][reference.rpartition("/")[2]]["properties"]
+        assert fields.keys() <= set(field_names())
+        assert all(field["description"] for field in fields.values())
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_a_foreign_field_with_its_default_changes_nothing(policy: str) -> None:
+    """Traces of earlier releases name all fields."""
+    section: dict[str, Any] = {"policy": policy}
+    if policy == "static":
+        section["tree"] = TREE
+    others = {"width": None, "k_max": None, "share": "batch", "online": True, "profile": None}
+    assert parse({**others, **section}) == parse(section)
 
 
 JSON_VALUES = st.recursive(
@@ -345,7 +376,7 @@ TREES = st.lists(st.lists(st.integers(-1, 17), max_size=4), max_size=8)
 SECTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "policy": st.sampled_from(EchoConfig.POLICIES) | JSON_VALUES,
+        "policy": st.sampled_from(policy_names()) | JSON_VALUES,
         "width": st.integers(0, 18) | JSON_VALUES,
         "k_max": st.integers(-1, 300) | JSON_VALUES,
         "gamma": st.floats(-1, 5) | JSON_VALUES,
@@ -374,7 +405,7 @@ def test_any_section_is_either_valid_or_one_sentence(section: Any, num_nodes: in
         return
     assert 1 <= config.max_depth <= min(MAX_DEPTH, num_nodes)
     assert 1 <= config.top_k <= MAX_TOP_K
-    assert (config.tree is not None) == (config.policy == "static")
+    assert hasattr(config, "tree") == (config.policy == "static")
     # A filled-in config means the same when it is read again.
     again = config.model_dump(mode="json", exclude_none=True)
     assert parse(again, num_nodes) == config

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.config import EchoConfig, EchoConfigError
+from echo_vllm.config import EchoConfigError
+from echo_vllm.policies.topn import TopNConfig
 from echo_vllm.startup import validation
 from tests.startup.models import write_head, write_target
 
@@ -58,7 +59,7 @@ def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeC
     assert spec.use_eagle()
     assert spec.disable_padded_drafter_batch
     assert spec.num_speculative_tokens == config.num_lookahead_tokens == 16
-    assert spec.echo == EchoConfig(policy="topn", max_depth=6, top_k=5)
+    assert spec.echo == TopNConfig(max_depth=6, top_k=5)
     assert config.parallel_config.worker_cls == validation.CPU_WORKER
     assert config.scheduler_config.scheduler_cls == validation.SCHEDULER
     assert config.scheduler_config.async_scheduling is False

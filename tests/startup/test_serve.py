@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.config import EchoConfig
+from echo_vllm.policies.registry import field_names
 from tests.startup.models import write_head, write_target
 from tests.startup.starts import Starts
 
@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
         {"echo": {"depth": 3}},
         [],
         "speculative_config.echo.depth is not a known field, got 3; did you mean max_depth?; the "
-        f"fields are {', '.join(EchoConfig.model_fields)}.",
+        f"fields are {', '.join(field_names())}.",
     ),
     "unknown-field-of-vllm": (
         {"num_speculative_token": 4},

@@ -138,6 +138,8 @@ class RecordedDrafter:
         k = policy.num_ranks
         level_rows: list[int] = []
         for depth in range(1, policy.max_depth + 1):
+            if not pool.stop_at(depth, batch.depth_limits):
+                break
             expansion = policy.expand(depth, pool, batch)
             if expansion is None:
                 break

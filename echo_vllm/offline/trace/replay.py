@@ -35,17 +35,24 @@ import numpy as np
 import torch
 
 from echo_vllm.config import MAX_NODES, SECTION, EchoConfig, EchoConfigError
-from echo_vllm.forecast import StepCost, budget_rows
+from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.drafter_profile import DrafterProfile
-from echo_vllm.forecast.forecaster import Forecaster
-from echo_vllm.forecast.plan import DraftPlan
-from echo_vllm.offline.trace.recorded import STAND_IN, RecordedDraft, RecordedDrafter
-from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy
-from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.base import MAX_BACKLOG
-from echo_vllm.policies.echo import EchoPolicy
-from echo_vllm.policies.evict import EvictPolicy
+from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.offline.trace.recorded import STAND_IN, RecordedDrafter
+from echo_vllm.policies import (
+    DraftBatch,
+    DraftPolicy,
+    Observation,
+    make_policy,
+    parse_section,
+    policy_class,
+)
 from echo_vllm.trace_format import TraceError, TraceHeader, TraceRequest, TraceStep
+from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.pool import CandidatePool
+
+WINDOW = 48
+"""Tokens that a request catches up with at most, on average over the places in a block of 32."""
 
 PLAIN = "plain"
 
@@ -56,13 +63,21 @@ class Contender:
 
     Attributes:
         name: for tables.
-        policy: None for plain decoding, without a drafter.
-        online: whether policy `auto` follows observed acceptance.
+        config: of its policy, None for plain decoding, without a drafter.
+        num_nodes: num_speculative_tokens.
+        profile: of the drafter.
     """
 
     name: str
-    policy: DraftPolicy | None
-    online: bool = True
+    config: EchoConfig | None = None
+    num_nodes: int = 0
+    profile: DrafterProfile | None = None
+
+    def policy(self) -> DraftPolicy | None:
+        """A new one, which has learned nothing yet."""
+        if self.config is None:
+            return None
+        return make_policy(self.config, self.num_nodes, self.profile)
 
     @classmethod
     def of(
@@ -77,13 +92,13 @@ class Contender:
         Raises:
             EchoConfigError: the section is wrong.
         """
-        config = EchoConfig.from_section(section, num_speculative_tokens=num_speculative_tokens)
-        if config.policy == "graft":
+        config = parse_section(section, num_speculative_tokens=num_speculative_tokens)
+        if (reason := policy_class(config.policy).not_traced) is not None:
             raise EchoConfigError(
-                f'{SECTION}.policy must be one that a trace can replay, got "graft", which '
-                "retrieves nodes that no trace holds; choose another."
+                f"{SECTION}.policy must be one that a trace can replay, got {config.policy}, "
+                f"because {reason}; choose another."
             )
-        return cls(name, make_policy(config, num_speculative_tokens, profile), config.online)
+        return cls(name, config, num_speculative_tokens, profile)
 
     @classmethod
     def parse(cls, text: str, profile: DrafterProfile | None = None) -> Contender:
@@ -95,7 +110,7 @@ class Contender:
             TraceError: the text is none of these.
         """
         if text == PLAIN:
-            return cls(PLAIN, None)
+            return cls(PLAIN)
         wrong = TraceError(
             f"a policy must be plain, NAME:N, NAME:N:{{...}} or a JSON file, got {text!r}; write "
             "it as topn:16, or as echo:16:{\"k_max\": 64}."
@@ -171,14 +186,14 @@ def fully_verified(steps: Iterable[TraceStep]) -> list[TraceRequest]:
     """
     every = [request for step in steps for request in step.requests]
     most = max((request.num_candidates for request in every), default=0)
-    found = [r for r in every if r.is_fully_verified and r.num_candidates == most]
-    if not most or 2 * len(found) < len(every):
+    full = [r for r in every if r.is_fully_verified and r.num_candidates == most]
+    if not most or 2 * len(full) < len(every):
         raise TraceError(
-            f"only {len(found)} of the trace's {len(every)} trees were verified with all "
+            f"only {len(full)} of the trace's {len(every)} trees were verified with all "
             f"candidates; record it with policy topn and as many num_speculative_tokens as there "
             "are candidates (`echo-vllm trace record` does so by default)."
         )
-    return found
+    return full
 
 
 def replay(
@@ -201,16 +216,13 @@ def replay(
         cost: what a step takes, also what the policy is told.
         prefill_tokens: prompt tokens in every target forward.
         request_steps: as many steps as it takes for this many requests, at least 128.
-        warm_up: steps before these, in which policy `auto` learns what drafts are worth: at high
-            load it looks at a few of them every 16 steps.
+        warm_up: steps before these, for policies that learn what drafts are worth.
         seed: of the draws, which depend on it and on the load alone.
 
     Raises:
         TraceError: the policy wants to know more than was recorded.
     """
-    if contender.policy is not None:
-        drafter.check(contender.policy)
-    run = _Run(drafter, contender, concurrency, cost, prefill_tokens)
+    run = _Run(drafter, contender.policy(), concurrency, cost, prefill_tokens)
     rng = np.random.default_rng([seed, concurrency])
     num_steps = max(128, math.ceil(request_steps / concurrency))
     steps = []
@@ -220,7 +232,7 @@ def replay(
         )
         if number >= warm_up:
             steps.append(run.step(samples))
-        elif run.learns:
+        elif run.policy is not None and run.policy.learns:
             run.step(samples)
     tokens = np.array([step.tokens for step in steps], dtype=np.float64)
     seconds = np.array([step.seconds for step in steps])
@@ -262,85 +274,72 @@ class _Run:
     def __init__(
         self,
         drafter: RecordedDrafter,
-        contender: Contender,
+        policy: DraftPolicy | None,
         concurrency: int,
         cost: StepCost,
         prefill_tokens: int,
     ) -> None:
+        """Raises TraceError: the policy wants to know more than was recorded."""
         self.drafter = drafter
-        self.policy = contender.policy
-        self.concurrency = concurrency
+        self.policy = policy
+        self.load = Load(concurrency, prefill_tokens)
         self.cost = cost
-        self.prefill_tokens = prefill_tokens
-        self.max_rows = budget_rows(cost.verify)
-        self.forecaster: Forecaster | None = None
-        if isinstance(self.policy, AutoPolicy):
-            self.forecaster = self.policy.forecaster(online=contender.online)
-        self.learns = self.forecaster is not None
+        if policy is not None:
+            drafter.check(policy)
+            if policy.needs_cost:
+                policy.set_cost(cost)
         # Per slot: committed tokens that the drafter has not seen.
         self.waiting = np.ones(concurrency, dtype=np.int64)
 
     def step(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Step:
         """One step: plan, draft, select, verify."""
-        count = self.concurrency
-        plain = self.cost.plain_step(count, self.prefill_tokens)
+        count = self.load.num_decoding
+        plain = self.cost.plain_step(count, self.load.prefill_tokens)
         if self.policy is None:
             return _Step(count, 0, [], plain, False, 0, 0)
-        plan = self._plan()
+        plan = self.policy.plan(self.load)
         slots = np.arange(count)
         probes = list(plan.probed(count))
         if plan.max_depth == 0:
             slots, probes = slots[probes], list(range(len(probes)))
         if not len(slots):
-            if self.forecaster is not None:
-                self.forecaster.observe_acceptance([], [])
-            self.waiting = np.minimum(self.waiting + 1, MAX_BACKLOG)
+            self._observe(DraftForest.empty(0), np.zeros(0, dtype=np.int64), None, probes)
+            self.waiting = np.minimum(self.waiting + 1, WINDOW)
             return _Step(count, 0, [], plain, False, 0, 0)
         batch = DraftBatch(len(slots), count, plan, torch.tensor(probes, dtype=torch.int64))
         draft = self.drafter.draft(self.policy, batch, samples[slots])
         accepted, unknown = self.drafter.accepted(draft, samples[slots])
         committed = int(self.waiting[slots].sum())
-        self.waiting = np.minimum(self.waiting + 1, MAX_BACKLOG)
+        self.waiting = np.minimum(self.waiting + 1, WINDOW)
         self.waiting[slots] = 1 + accepted
         nodes = draft.forest.num_nodes
-        rows = count + self.prefill_tokens + nodes
-        self._observe(draft, accepted, batch)
+        self._observe(draft.forest, accepted, draft.pool, probes)
         return _Step(
             tokens=count + int(accepted.sum()),
             nodes=nodes,
             level_rows=draft.level_rows,
-            seconds=self.cost.step(rows, draft.level_rows, committed),
+            seconds=self.cost.step(self.load.rows + nodes, draft.level_rows, committed),
             drafted=True,
             starved=int((draft.forest.cu_nodes.diff() == 0).sum()),
             unknown=int(unknown.sum()),
         )
 
-    def _plan(self) -> DraftPlan:
-        if self.forecaster is not None:
-            return self.forecaster.plan(self.concurrency, self.prefill_tokens, self.cost)
-        if isinstance(self.policy, EchoPolicy):
-            return self.policy.plan(self.concurrency, self.prefill_tokens, self.max_rows)
-        if isinstance(self.policy, EvictPolicy):
-            return self.policy.plan(self.prefill_tokens, self.cost)
-        return DraftPlan()
-
     def _observe(
         self,
-        draft: RecordedDraft,
+        verified: DraftForest,
         accepted: np.ndarray[Any, np.dtype[np.int64]],
-        batch: DraftBatch,
+        pool: CandidatePool | None,
+        probes: list[int],
     ) -> None:
-        """What the engine's worker reports to its scheduler."""
-        forecaster, policy = self.forecaster, self.policy
-        if forecaster is None or not isinstance(policy, AutoPolicy):
-            return
-        pool, forest = draft.pool, draft.forest
-        for scores, depths in policy.samples(pool, batch.probes):
-            forecaster.observe_draft(scores, depths)
-        forecaster.observe_acceptance(
-            forest.scores_by_depth(),
-            accepted[forest.cu_nodes.diff().numpy() > 0].tolist(),
+        """What the engine's worker reports to its scheduler, but for times."""
+        assert self.policy is not None
+        report = self.policy.report(
+            verified=verified,
+            num_accepted=torch.from_numpy(accepted),
+            pool=pool,
+            probes=torch.tensor(probes, dtype=torch.int64),
         )
+        self.policy.observe(Observation(report=report))
 
 
 @dataclass(frozen=True)
@@ -376,26 +375,17 @@ def recorded_policy(header: TraceHeader, profile: DrafterProfile | None = None) 
         header: of the trace.
         profile: that the engine had; a trace names no file.
     """
-    config = EchoConfig.from_section(
-        dict(header.echo), num_speculative_tokens=header.num_speculative_tokens
-    )
+    config = parse_section(dict(header.echo), num_speculative_tokens=header.num_speculative_tokens)
     return make_policy(config, header.num_speculative_tokens, profile)
 
 
-def replay_exact(
-    header: TraceHeader, steps: Iterable[TraceStep], policy: DraftPolicy
-) -> ExactReport:
+def replay_exact(steps: Iterable[TraceStep], policy: DraftPolicy) -> ExactReport:
     """Give `policy` what it was given, step by step, and compare what it selects.
 
     Args:
-        header: of the trace.
         steps: of the trace.
         policy: normally `recorded_policy`.
     """
-    ranks = None
-    if header.echo.get("policy") == "static":
-        paths = sorted((tuple(path) for path in header.echo["tree"]), key=lambda p: (len(p), p))
-        ranks = [path[-1] for path in paths]
     done = incomplete = equal = cut = different = 0
     first: str | None = None
     for step in steps:
@@ -404,7 +394,7 @@ def replay_exact(
             incomplete += 1
             continue
         done += 1
-        chosen = _decide(step, policy, batch, ranks)
+        chosen = _decide(step, policy, batch)
         for request, own in zip(step.requests, chosen, strict=True):
             size = len(request.selected)
             if own == list(request.selected):
@@ -420,12 +410,10 @@ def replay_exact(
     return ExactReport(done, incomplete, equal, cut, different, first)
 
 
-def _decide(
-    step: TraceStep, policy: DraftPolicy, batch: DraftBatch, ranks: Sequence[int] | None
-) -> list[list[int]]:
+def _decide(step: TraceStep, policy: DraftPolicy, batch: DraftBatch) -> list[list[int]]:
     if not any(request.num_candidates for request in step.requests):
         return [[] for _ in step.requests]
-    drafter = RecordedDrafter(step.requests, ranks)
+    drafter = RecordedDrafter(step.requests, policy.column_ranks)
     if policy.num_ranks > drafter.num_ranks or policy.max_depth < drafter.max_depth:
         return [[STAND_IN] for _ in step.requests]  # another policy drafted this
     return drafter.draft(policy, batch, np.arange(len(step.requests))).selected()
@@ -439,11 +427,13 @@ def _recorded_batch(step: TraceStep) -> DraftBatch:
         "num_decoding": step.decoding,
         "probes": [],
     }
+    limits = told.get("depth_limits")
     return DraftBatch(
         num_requests=told["num_requests"],
         num_decoding=told["num_decoding"],
         plan=DraftPlan.from_dict(values),
         probes=torch.tensor(told["probes"], dtype=torch.int64),
+        depth_limits=None if limits is None else torch.tensor(limits, dtype=torch.int64),
     )
 
 

@@ -37,9 +37,6 @@ from echo_vllm import ops
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, make_policy
-from echo_vllm.policies.auto import AutoPolicy
-from echo_vllm.policies.echo import EchoPolicy
-from echo_vllm.policies.graft import GraftPolicy
 from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
@@ -176,7 +173,7 @@ class EchoRunnerMixin(_Runner):
         """Whether tokens are drawn for rows that the walk may not reach: on a GPU that saves
         waiting, on a CPU it costs more than it saves."""
         # Only a drafter that may rest has anything to catch up with.
-        self.may_rest = isinstance(policy, AutoPolicy | EchoPolicy)
+        self.may_rest = policy.may_rest
         self.ring: FeatureRing | None = None
         self.window: DrafterWindow | None = None
         self.rests = False
@@ -366,9 +363,13 @@ class EchoRunnerMixin(_Runner):
     # ---- After the forward: sample, accept, commit ----
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        step, state = self.step, self.execute_model_state
-        if self.rests and step is not None and state is not None:
-            self._keep_features(step, self._layers(state.hidden_states, state.aux_hidden_states))
+        step, state, policy = self.step, self.execute_model_state, self.drafter.policy
+        if step is not None and state is not None:
+            if policy.wants_logits:  # A grammar's mask is written into them next.
+                policy.observe_logits(self.input_ids.gpu[step.logits_rows], state.logits)
+            if self.rests:
+                layers = self._layers(state.hidden_states, state.aux_hidden_states)
+                self._keep_features(step, layers)
         with self._plain_decoding(self.rests):
             output = super().sample_tokens(grammar_output)
         self.clock.end()
@@ -424,10 +425,13 @@ class EchoRunnerMixin(_Runner):
             stats.committed, stats.level_rows = report.committed, report.level_rows
         if report.forest is not None:
             stats.starved = int((report.forest.cu_nodes.diff() == 0).sum())
-        if isinstance(policy, AutoPolicy):  # Its forecast, in the scheduler, learns from both.
-            stats.depth_scores = step.forest.scores_by_depth()
-            if report.pool is not None:
-                stats.samples = policy.samples(report.pool, report.probes)
+        if verdict is not None:
+            stats.report = policy.report(
+                verified=step.forest,
+                num_accepted=verdict.num_accepted,
+                pool=report.pool,
+                probes=report.probes,
+            )
         return stats
 
     def _sample(
@@ -438,8 +442,6 @@ class EchoRunnerMixin(_Runner):
             return super()._sample(logits, spec_decode_metadata)
         assert logits is not None
         num_reqs = self.input_batch.num_reqs
-        if isinstance(self.drafter.policy, GraftPolicy):
-            self.drafter.policy.observe(self.input_ids.gpu[step.logits_rows], logits)
         # Its holder counts draft tokens to find a request's row; here every request has one.
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:

@@ -16,7 +16,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from echo_vllm.startup.measure import measured_cost
 from echo_vllm.startup.validation import check_layers
 from echo_vllm.step.attention.backend import TreeMetadataBuilder
-from echo_vllm.step.scheduler import needs_cost
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -59,7 +58,7 @@ class EchoWorkerMixin(_Worker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         runner: Any = self.model_runner
-        if needs_cost(self.vllm_config.speculative_config.echo):
+        if runner.drafter.policy.needs_cost:
             runner.cost = measured_cost(runner)
         return times
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.config import EchoConfig
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DepthProfile, DrafterProfile
 from echo_vllm.offline.bench.configurations import (
     MAX_DEPTH,
@@ -23,6 +22,7 @@ from echo_vllm.offline.bench.configurations import (
 )
 from echo_vllm.offline.bench.prompts import read_shuffled, window
 from echo_vllm.offline.bench.timers import FRONT_END, StageTimers
+from echo_vllm.policies.registry import parse_section, policy_names
 
 HEAD = Path("some/head")
 
@@ -58,12 +58,12 @@ def test_every_built_in_echo_section_is_valid() -> None:
     for configuration in built_in(HEAD).values():
         speculation = configuration.speculation
         if speculation and speculation["method"] == "echo":
-            section = EchoConfig.from_section(
+            section = parse_section(
                 speculation["echo"],
                 num_speculative_tokens=speculation["num_speculative_tokens"],
             )
             policies.add(section.policy)
-    assert policies == set(EchoConfig.POLICIES)
+    assert policies == set(policy_names())
     assert len(STATIC_TREE) == 15
 
 

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from echo_vllm.cli.trace import FULL, FULL_NODES, _speculation, trace_app
-from echo_vllm.config import EchoConfig
 from echo_vllm.forecast import CostCurve, StepCost
+from echo_vllm.policies.registry import parse_section
 from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter
 
 COST = StepCost(
@@ -56,9 +56,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 def write(path: Path, steps: list[TraceStep]) -> Path:
-    config = EchoConfig.from_section(
-        {"policy": "topn", "max_depth": 2, "top_k": 2}, num_speculative_tokens=6
-    )
+    config = parse_section({"policy": "topn", "max_depth": 2, "top_k": 2}, num_speculative_tokens=6)
     echo = config.model_dump(mode="json", exclude={"trace"})
     header = TraceHeader("target", "head", "float32", 6, echo, "2026-01-01")
     with TraceWriter(path, header) as writer:
@@ -171,7 +169,7 @@ def test_a_trace_of_a_policy_at_work_is_not_for_replays(tmp_path: Path) -> None:
 def test_the_default_recording_verifies_every_candidate(tmp_path: Path) -> None:
     spec = _speculation("head", tmp_path / "t.jsonl.gz", None)
     assert spec["echo"] == {**FULL, "trace": str(tmp_path / "t.jsonl.gz")}
-    config = EchoConfig.from_section(spec["echo"], num_speculative_tokens=FULL_NODES)
+    config = parse_section(spec["echo"], num_speculative_tokens=FULL_NODES)
     assert config.top_k + (config.max_depth - 1) * config.top_k**2 == FULL_NODES
     assert (spec["method"], spec["model"]) == ("echo", "head")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from echo_vllm.config import EchoConfig
 from echo_vllm.forecast import CostCurve, Hinge, StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.offline.trace.recorded import STAND_IN, RecordedDrafter
@@ -25,7 +24,7 @@ from echo_vllm.offline.trace.replay import (
     replay_exact,
     summary,
 )
-from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy
+from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy, parse_section
 from echo_vllm.trace_format import TraceError, TraceHeader, TraceRequest, TraceStep
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool
@@ -139,7 +138,7 @@ class LiveStep:
 
 
 def header_of(section: dict[str, Any], num_nodes: int) -> TraceHeader:
-    config = EchoConfig.from_section(section, num_speculative_tokens=num_nodes)
+    config = parse_section(section, num_speculative_tokens=num_nodes)
     echo = config.model_dump(mode="json", exclude={"trace"})
     return TraceHeader("target", "head", "float32", num_nodes, echo, "2026-01-01")
 
@@ -152,7 +151,7 @@ def recording(
     concurrency: int = 3,
     plans: Iterable[DraftPlan] | None = None,
 ) -> tuple[TraceHeader, list[TraceStep]]:
-    config = EchoConfig.from_section(section, num_speculative_tokens=num_nodes)
+    config = parse_section(section, num_speculative_tokens=num_nodes)
     policy = make_policy(config, num_nodes)
     every = list(plans) if plans is not None else [DraftPlan()]
     found = []
@@ -200,7 +199,7 @@ PLANS = [
 )
 def test_a_replay_decides_as_the_recording_did(section: dict[str, Any], num_nodes: int) -> None:
     header, steps = recording(section, num_nodes, plans=PLANS)
-    report = replay_exact(header, steps, recorded_policy(header))
+    report = replay_exact(steps, recorded_policy(header))
     assert report.first is None
     assert (report.steps, report.equal, report.different) == (12, 36, 0)
     assert report.agrees
@@ -211,7 +210,7 @@ def test_another_decision_is_found() -> None:
     request = steps[2].requests[1]
     swapped = replace(request, selected=[request.selected[0], *request.selected[:0:-1]])
     steps[2] = replace(steps[2], requests=[steps[2].requests[0], swapped, steps[2].requests[2]])
-    report = replay_exact(header, steps, recorded_policy(header))
+    report = replay_exact(steps, recorded_policy(header))
     assert (report.equal, report.different) == (35, 1)
     assert report.first is not None
     assert report.first.startswith("step 2, request 7: ")
@@ -219,9 +218,9 @@ def test_another_decision_is_found() -> None:
 
 
 def test_another_policy_decides_differently() -> None:
-    header, steps = recording({"policy": "auto", "max_depth": 4, "top_k": 3, "width": 3}, 8)
+    _, steps = recording({"policy": "auto", "max_depth": 4, "top_k": 3, "width": 3}, 8)
     other = header_of({"policy": "topn", "max_depth": 4, "top_k": 3}, 5)
-    assert not replay_exact(header, steps, recorded_policy(other)).agrees
+    assert not replay_exact(steps, recorded_policy(other)).agrees
 
 
 def test_what_the_engine_cut_is_told_apart() -> None:
@@ -229,14 +228,14 @@ def test_what_the_engine_cut_is_told_apart() -> None:
     request = steps[0].requests[0]
     cut = replace(request, selected=request.selected[:3], accepted=[])
     steps[0] = replace(steps[0], requests=[cut, *steps[0].requests[1:]])
-    report = replay_exact(header, steps, recorded_policy(header))
+    report = replay_exact(steps, recorded_policy(header))
     assert (report.equal, report.cut, report.different) == (35, 1, 0)
 
 
 def test_a_step_without_all_of_its_requests_is_left_out() -> None:
     header, steps = recording(FULL, 8)
     steps[0] = replace(steps[0], requests=steps[0].requests[1:])
-    report = replay_exact(header, steps, recorded_policy(header))
+    report = replay_exact(steps, recorded_policy(header))
     assert (report.steps, report.incomplete, report.equal) == (11, 1, 33)
 
 
@@ -255,9 +254,7 @@ def test_what_a_replay_accepts_is_what_the_target_would_have(
     section: dict[str, Any], num_nodes: int, full: list[TraceStep], drafter: RecordedDrafter
 ) -> None:
     """A policy whose frontier the recording covers: compare with running it for real."""
-    policy = make_policy(
-        EchoConfig.from_section(section, num_speculative_tokens=num_nodes), num_nodes
-    )
+    policy = make_policy(parse_section(section, num_speculative_tokens=num_nodes), num_nodes)
     for number, step in enumerate(full):
         requests = [int(request.id) for request in step.requests]
         batch = DraftBatch(3, 4)
@@ -275,8 +272,8 @@ def test_what_was_not_expanded_is_a_stand_in_and_is_counted() -> None:
     # Depth 2 was drafted after candidate 0 alone; a chain along 0 and a tree of both are asked for.
     request = TraceRequest("r", 5, [-1, -1, 0, 0], [-0.2, -1.8, -0.5, -1.6], [0, 2], range(4), [1])
     drafter = RecordedDrafter([request])
-    chain = Contender.of("chain", {"policy": "chain"}, 2).policy
-    tree = Contender.of("tree", {"policy": "topn", "max_depth": 2, "top_k": 2}, 6).policy
+    chain = Contender.of("chain", {"policy": "chain"}, 2).policy()
+    tree = Contender.of("tree", {"policy": "topn", "max_depth": 2, "top_k": 2}, 6).policy()
     assert chain is not None
     assert tree is not None
     one = np.array([0])
@@ -305,7 +302,7 @@ def test_a_policy_that_wants_more_than_was_recorded_is_refused(drafter: Recorded
 
 
 def test_plain_decoding_costs_what_the_curve_says(drafter: RecordedDrafter) -> None:
-    result = replay(drafter, Contender("plain", None), 8, COST, prefill_tokens=4)
+    result = replay(drafter, Contender("plain"), 8, COST, prefill_tokens=4)
     assert result.tokens == 1
     assert result.nodes == result.drafting == 0
     assert result.tokens_per_second == pytest.approx(8 / COST.plain_step(8, 4))
@@ -346,7 +343,7 @@ def test_auto_is_not_below_plain_or_any_chain_by_more_than_its_probes(
         return replay(drafter, contender, concurrency, COST, request_steps=200)
 
     auto = run(Contender.of("auto", {"policy": "auto", "max_depth": 4, "top_k": 3, "width": 3}, 12))
-    plain = run(Contender("plain", None))
+    plain = run(Contender("plain"))
     assert auto.tokens_per_second > 0.97 * plain.tokens_per_second
     assert auto.tokens_per_second > 0.97 * best_chain(run, 4).tokens_per_second
 
@@ -399,10 +396,10 @@ def test_what_is_not_a_policy_is_refused(text: str) -> None:
 
 
 def test_policies_can_be_written_on_a_command_line() -> None:
-    assert Contender.parse("plain").policy is None
-    contender = Contender.parse('topn:6:{"max_depth": 3, "top_k": 2}')
-    assert contender.policy is not None
-    assert (contender.policy.max_depth, contender.policy.num_ranks) == (3, 2)
-    assert Contender.parse("examples/topn-64.json").policy is not None
+    assert Contender.parse("plain").policy() is None
+    policy = Contender.parse('topn:6:{"max_depth": 3, "top_k": 2}').policy()
+    assert policy is not None
+    assert (policy.max_depth, policy.num_ranks) == (3, 2)
+    assert Contender.parse("examples/topn-64.json").policy() is not None
     with pytest.raises(ValueError, match=r"echo\.policy must be one of"):
         Contender.parse("tpon:6")
