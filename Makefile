@@ -46,7 +46,7 @@ test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
 test-fast: setup ## the fast tier (under three minutes)
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile -m 'not full and not gpu' $(ARGS)
 
-check: setup ## ruff, mypy and clang-format; changes nothing
+check: setup ## ruff, mypy, import contracts and clang-format; changes nothing
 	@scripts/check.sh
 
 cuda-check: setup ## compile the CUDA kernels for every architecture (needs nvcc, no GPU)

@@ -19,6 +19,7 @@ mapfile -t sources < <(find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -nam
 run "ruff check" .venv/bin/ruff check .
 run "ruff format" .venv/bin/ruff format --check .
 run "mypy" .venv/bin/mypy
+run "imports" .venv/bin/lint-imports --no-logo
 run "clang-format" .venv/bin/clang-format --dry-run -Werror "${sources[@]}"
 
 if ((${#failed[@]})); then
