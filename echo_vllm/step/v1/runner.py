@@ -36,6 +36,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from echo_vllm import ops
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.ops.argmax import argmax_of_rows
 from echo_vllm.policies import DraftBatch, make_policy
 from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
@@ -449,12 +450,11 @@ class EchoRunnerMixin(_Runner):
         skipped = self.discard_request_mask.np[:num_reqs]
         by_level, is_random = self.slots.by_level[step.slots], self.slots.is_random[step.slots]
         sampling = self.input_batch.sampling_metadata
-        # Plain sampling draws for partial prefills too, which their generators must not see.
-        if (
-            self.rests
-            and (by_level | is_random).any()
-            and not (skipped.any() and sampling.generators)
-        ):
+        if self.rests and not (by_level | is_random).any():
+            tokens = argmax_of_rows(logits).to(torch.int32).unsqueeze(1)
+            return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+        # Plain sampling would draw for partial prefills too, from generators that must not move.
+        if self.rests and not (skipped.any() and sampling.generators):
             return self.sampler(logits=logits, sampling_metadata=sampling)
         if not self.draws_at_once:
             by_level = by_level | is_random
