@@ -187,7 +187,13 @@ class Forecaster:
             return replace(plan, price=best.plain)
         if (trial := self._trial(load, costs, best)) is not None:
             doubted, other = trial
-            return replace(plan, max_depth=other.depth, price=other.speed, cost=doubted.trees)
+            return replace(
+                plan,
+                max_depth=other.depth,
+                price=other.speed,
+                cost=doubted.trees,
+                reads_prompts=self._drafting,
+            )
         depth = best.depth if self._drafting else 0
         probes = 0
         if self._step >= self._next_probe:

@@ -51,7 +51,8 @@ class BrushPolicy(DraftPolicy):
         return DraftPlan(max_depth=0 if self.steps % self.rest == 0 else None)
 
     def observe(self, step):
-        self.accepted += step.report["accepted"]
+        if step.report is not None:  # There is none after a rest.
+            self.accepted += step.report["accepted"]
 
     def expand(self, depth, pool, batch):
         return Expansion(frontier=None, children=None) if depth == 1 else None

@@ -40,9 +40,9 @@ def grow(
     pool = CandidatePool.empty(num_requests, compacts=compacts)
     paths: list[list[tuple[int, ...]]] = [[] for _ in range(num_requests)]
     for depth in range(1, policy.max_depth + 1):
-        if batch.depth_limits is not None:
-            pool.active = pool.active[batch.depth_limits[pool.active] >= depth]
-        expansion = policy.expand(depth, pool, batch) if len(pool.active) else None
+        if not pool.stop_at(depth, batch.depth_limits):
+            break
+        expansion = policy.expand(depth, pool, batch)
         if expansion is None:
             break
         tokens, logprobs = [], []
