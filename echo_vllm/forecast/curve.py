@@ -168,8 +168,8 @@ class CostCurve:
                 count = np.where(count <= sizes[-1], np.take(sizes, place, mode="clip"), count)
             seconds: NDArray[np.float64] = np.interp(count, self._x, self._y)
             return seconds
-        if sizes and count <= sizes[-1]:
-            count = sizes[bisect_left(sizes, count)]
+        if sizes:
+            count = self.padded(count)
         x, y = self.counts, self.seconds
         i = bisect_right(x, count)
         if i == 0:
@@ -177,6 +177,11 @@ class CostCurve:
         x0, y0 = x[i - 1], y[i - 1]
         x1, y1 = (x[i], y[i]) if i < len(x) else self._far
         return (y1 - y0) / (x1 - x0) * (min(count, x1) - x0) + y0
+
+    def padded(self, count: float) -> float:
+        """The rows that a forward of `count` rows runs with."""
+        sizes = self.padded_to
+        return sizes[bisect_left(sizes, count)] if sizes and count <= sizes[-1] else count
 
     def to_points(self) -> tuple[list[float], list[float]]:
         """(counts, seconds) as lists."""

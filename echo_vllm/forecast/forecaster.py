@@ -57,8 +57,11 @@ PROBES = 2
 DOUBT = 3.0
 """How many times too long start-up may have measured forwards: on a machine that was busy then."""
 
-TRIALS = 12
-"""Trials at about one load, at most; after each, less is doubted (`Forecaster._trial`)."""
+TRIALS = 16
+"""Trials at about one load, at most (`Forecaster._trial`)."""
+
+LARGER = 1.25
+"""How many times as many nodes make a trial while something is drafted anyway."""
 
 TRIAL_STEPS = 16
 """Steps between them."""
@@ -182,8 +185,15 @@ class Forecaster:
         self._drafting = best.depth > 0 and best.speed > self._hurdle(load, costs) * best.plain
         if self._drafting and self._is_plain_due(load):
             return replace(plan, price=best.plain)
-        if not self._drafting and (trial := self._trial(load, costs, plan)) is not None:
-            return trial
+        if (trial := self._trial(load, costs, best)) is not None:
+            doubted, other = trial
+            return replace(
+                plan,
+                max_depth=other.depth,
+                price=other.speed,
+                cost=doubted.trees,
+                reads_prompts=self._drafting,
+            )
         depth = best.depth if self._drafting else 0
         probes = 0
         if self._step >= self._next_probe:
@@ -219,32 +229,36 @@ class Forecaster:
         if self._step < self._next_plain:
             return False
         octave = load.num_decoding.bit_length()
+        num_plain = self._num_plain.get(octave, 0)
+        self._num_plain[octave] = num_plain + 1
         shortest, longest = PLAIN_STEPS
-        steps = min(longest, shortest << self._num_plain.get(octave, 0) // 2)
-        if steps < longest:
-            self._num_plain[octave] = self._num_plain.get(octave, 0) + 1
-        self._next_plain = self._step + steps
+        most = (longest // shortest).bit_length()  # Doublings; a shift must not grow for good.
+        self._next_plain = self._step + min(longest, shortest << min(num_plain // 2, most))
         return True
 
-    def _trial(self, load: Load, costs: Costs, plan: DraftPlan) -> DraftPlan | None:
-        """At rest: a step that drafts as if forwards took less than is believed, where it would
-        pay then.
+    def _trial(self, load: Load, costs: Costs, best: Forecast) -> tuple[Costs, Forecast] | None:
+        """Now and then other costs, and what would be best if they were the true ones, where that
+        is to draft more than `best` does.
 
-        A rest shows nothing of what drafting costs, so curves that were measured too long would
-        keep the rest that they are the reason of. What is doubted falls from `DOUBT` to nothing
-        over `TRIALS` trials, each of which teaches the curves what forwards of such sizes take.
+        A rest shows nothing of what drafting costs, and small trees nothing of large ones, so
+        curves that were measured too high would keep up what they are the reason of. What is
+        doubted falls from `DOUBT` to nothing over the second half of `TRIALS` trials, each of which
+        teaches the curves what forwards of such sizes take.
         """
         octave = load.num_decoding.bit_length()
         num_trials = self._num_trials.get(octave, 0)
         if self.online is None or num_trials == TRIALS or self._step < self._next_trial:
             return None
         self._next_trial = self._step + TRIAL_STEPS
-        doubted = costs.doubted(load.rows, DOUBT ** (1 - num_trials / TRIALS))
-        best = self.forecast(load, doubted)
-        if best.depth == 0 or best.speed <= self._hurdle(load, doubted) * best.plain:
+        doubted = costs.doubted(load.rows, DOUBT ** min(1.0, 2 - 2 * num_trials / TRIALS))
+        other = self.forecast(load, doubted)
+        if other.speed <= self._hurdle(load, doubted) * other.plain:
+            return None
+        is_more = other.depth > best.depth or other.nodes > LARGER * best.nodes
+        if self._drafting and not is_more:
             return None
         self._num_trials[octave] = num_trials + 1
-        return replace(plan, max_depth=best.depth, price=best.speed, cost=doubted.trees)
+        return doubted, other
 
     def _forecast(self, load: Load, costs: Costs) -> Forecast:
         """`forecast`, or what it said a few steps ago for the same load at the same cost."""

@@ -34,7 +34,7 @@ WINDOW = 64
 PACE_WINDOW = 16
 """Steps whose median is the pace: fewer than a bin remembers, so that bins see several paces."""
 
-PRIOR = 4.0
+PRIOR = 3.0
 """Observations that the start-up measurement counts for in a bin."""
 
 REACH = 3.0
@@ -97,7 +97,7 @@ class CurveCorrection:
         # The corrected curve bends where the measured one does, and where something was observed.
         # Points far behind keep the last slope from being that of two neighbours.
         last = curve.counts[-1]
-        self._points = np.array([*curve.counts, 2 * last + 1, 4 * last + 3])
+        self._points = np.array([*curve.counts, *curve.padded_to, 2 * last + 1, 4 * last + 3])
 
     @property
     def is_due(self) -> bool:
@@ -105,7 +105,7 @@ class CurveCorrection:
         return self.pending > 0 and self.pending >= min(REFRESH, self._seen // 4)
 
     def observe(self, count: float, log_ratio: float) -> None:
-        place = math.log2(count)
+        place = math.log2(self._curve.padded(count))
         octave = math.floor(place)
         if octave not in self._bins:
             self._bins[octave] = (RunningMedian(), RunningMedian())

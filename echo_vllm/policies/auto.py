@@ -172,7 +172,7 @@ class AutoPolicy(CostAwarePolicy):
             return []
         best = pool.rows_of(probes, pool.best_first())[:, : self.max_nodes]
         logprobs = pool.rows_of(probes, pool.path_logprobs)
-        deepest = logprobs[:, pool.level_starts[-1]]
+        deepest = logprobs[:, pool.level_starts[-1]].contiguous()
         logprobs, depths, deepest = download(logprobs.gather(1, best), pool.depths()[best], deepest)
         is_full = (deepest > NO_CANDIDATE).tolist()
         drafts = zip(is_full, logprobs.tolist(), depths.tolist(), strict=True)

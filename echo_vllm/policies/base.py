@@ -39,7 +39,7 @@ class DraftBatch:
         probes: [n] int64, those of the R requests that draft to full depth; on the host.
         depth_limits: [R] int64, on the host, levels that each request may have at most, whatever
             the policy wants: what it may still emit. None where no request is limited. The drafter
-            takes a request out of `pool.active` at its limit, before it asks for the next level.
+            takes a request out of `pool.active` at its limit (`CandidatePool.stop_at`).
     """
 
     num_requests: int
@@ -77,7 +77,8 @@ class Observation:
         committed: tokens that went through the drafter to bring its cache up to date; 0 where the
             time of the drafting is not known.
         level_rows: rows of each further drafter forward.
-        report: what the worker's policy said (`DraftPolicy.report`).
+        report: what the worker's policy said (`DraftPolicy.report`); None after a rest, of which
+            it is not asked.
     """
 
     rows: int = 0

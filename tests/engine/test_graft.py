@@ -17,6 +17,8 @@ from tests.engine.tiny import make_head
 
 pytestmark = pytest.mark.full
 
+ALLOWED = 3
+
 SECTION = {"policy": "graft", "max_depth": 4, "top_k": 3, "gates": {"1": 0.4}}
 
 
@@ -28,7 +30,7 @@ def test_the_table_learns_what_the_target_said_after_each_token(tiny: TinyModel)
     with tiny_engine(tiny, echo(tiny.head, 12, **SECTION), max_num_batched_tokens=64) as llm:
         check_forests(llm, 12)
         model_runner, policy = runner(llm), runner(llm).drafter.policy
-        observe, roots = policy.observe, []
+        observe, roots = policy.observe_logits, []
 
         def recorded(tokens: torch.Tensor, logits: torch.Tensor) -> None:
             observe(tokens, logits)
@@ -43,7 +45,7 @@ def test_the_table_learns_what_the_target_said_after_each_token(tiny: TinyModel)
                 first += size
             assert first == len(tokens) == len(logits)
 
-        policy.observe = recorded
+        policy.observe_logits = recorded
         assert generate(llm, prompts, greedy(40)) == wanted
     assert len(roots) > 200
     for req_id, length, (token, successor) in roots:
@@ -69,3 +71,24 @@ def test_retrieved_nodes_are_accepted_where_the_head_knows_nothing(
             found = counters(llm)
         accepted[name] = found["spec_decode_num_accepted_tokens"] / found["spec_decode_num_drafts"]
     assert accepted["grafted"] > accepted["pruned"] + 0.3
+
+
+def test_a_grammars_mask_teaches_the_table_nothing(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM writes the mask into the logits; here one that leaves a single token."""
+
+    def mask(scheduler_output: Any, grammar: Any, batch: Any, logits: torch.Tensor) -> None:
+        logits[:, torch.arange(logits.shape[1]) != ALLOWED] = float("-inf")
+
+    monkeypatch.setattr("vllm.v1.worker.gpu_model_runner.apply_grammar_bitmask", mask)
+    with tiny_engine(tiny, echo(tiny.head, 12, **SECTION)) as llm:
+        model_runner, table_of = runner(llm), runner(llm).drafter.policy
+        sample = model_runner.sample_tokens
+        model_runner.sample_tokens = lambda grammar: sample("any")
+        answers = generate(llm, tiny_prompts(4), greedy(12))
+        table = table_of.table
+    assert answers == [[ALLOWED] * 12] * 4
+    successors, logprobs = table._tokens[ALLOWED], table._logprobs[ALLOWED]
+    assert len(set(successors.tolist())) == len(successors)
+    assert torch.isfinite(logprobs).all()

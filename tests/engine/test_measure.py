@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from vllm.config import CUDAGraphMode
 
 from echo_vllm.forecast import CostCurve
 from echo_vllm.startup import measure
@@ -88,3 +90,21 @@ def test_a_wrong_cost_in_the_cache_is_measured_again(
         found = measure.measured_cost(runner(llm))
         assert max(found.verify.seconds) < 60
         assert json.loads(file.read_text())["cost"] == found.to_dict()
+
+
+def test_curves_pad_to_what_cuda_graphs_were_captured_for(on: Callable[..., Machine]) -> None:
+    machine = on(lambda rows, times: CURVE(rows))
+    forwards = measure._Forwards(
+        machine.forward, machine.forward, machine.forward, target_sizes=[8, 16, 32]
+    )
+    cost = measure._measure(forwards, 64)
+    assert cost.verify(9) == cost.verify(16) < cost.verify(17) == cost.verify(32)
+    assert cost.draft_level(9) < cost.draft_level(16)
+
+
+def test_the_sizes_are_those_of_vllms_dispatcher() -> None:
+    config = SimpleNamespace(cudagraph_capture_sizes=[16, 1, 8])
+    dispatcher = SimpleNamespace(cudagraph_mode=CUDAGraphMode.PIECEWISE, compilation_config=config)
+    assert measure.captured_sizes(dispatcher) == [1, 8, 16]
+    dispatcher.cudagraph_mode = CUDAGraphMode.NONE
+    assert measure.captured_sizes(dispatcher) == []

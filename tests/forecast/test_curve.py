@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression  # noqa: F401  so that no example waits for it
 
 from echo_vllm.forecast import CostCurve, CostError, Hinge, StepCost, budget_rows, fit_hinge
+from echo_vllm.forecast.online_cost import CurveCorrection
 
 COUNTS = st.lists(st.integers(0, 2048), min_size=1, max_size=20, unique=True)
 SECONDS = st.floats(1e-6, 10.0)
@@ -213,3 +215,31 @@ def test_a_step_cost_survives_json() -> None:
         StepCost.from_dict({"verify": COST.verify.to_dict()})
     with pytest.raises(CostError, match="finite and >= 0, got nan"):
         StepCost.from_dict({**COST.to_dict(), "other": float("nan")})
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.floats(0, 700), sizes=st.sets(st.integers(1, 512), max_size=6).map(sorted))
+def test_up_to_the_captured_sizes_a_curve_is_a_step_function(
+    count: float, sizes: list[int]
+) -> None:
+    linear = CostCurve((1.0, 64.0, 512.0), (0.5, 1.0, 7.0))
+    curve = CostCurve(linear.counts, linear.seconds, tuple(sizes))
+    padded = next((size for size in sizes if size >= count), count)
+    assert curve(count) == linear(padded)
+    assert curve(np.array([count, count])).tolist() == pytest.approx([linear(padded)] * 2)
+    assert CostCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+def test_a_correction_and_a_scale_keep_the_steps() -> None:
+    curve = CostCurve((1.0, 64.0), (0.5, 1.0), (8, 16, 32))
+    correction = CurveCorrection(curve)
+    for _ in range(64):
+        correction.observe(12, math.log(2.0))
+    for found in (correction.corrected(), curve.scaled(2.0), curve.shrunk(2.0)):
+        assert found(9) == found(16) < found(17) == found(32) < found(40) < found(41)
+    assert correction.corrected()(9) == pytest.approx(2 * curve(16), rel=0.05)
+
+
+def test_sizes_that_do_not_rise_are_refused() -> None:
+    with pytest.raises(CostError, match=r"must rise from above 0, got \[8\.0, 4\.0\]; sort them"):
+        CostCurve((1.0,), (1.0,), (8, 4))

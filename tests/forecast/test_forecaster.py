@@ -222,3 +222,21 @@ def test_catching_up_must_pay_in_the_tokens_that_are_left() -> None:
     assert drafts[0, 4.0] > 0
     assert drafts[8000, 4.0] == 0
     assert drafts[8000, 400.0] > 0
+
+
+def test_the_price_of_catching_up_is_paid_out_of_the_same_steps() -> None:
+    """Of 64 steps the share x goes to it, so the rest must be 1 / (1 - x) times as fast."""
+    costs = cost(16, drafter=0.02)
+    step = costs.plain.plain_step(8)
+    for share in (0.25, 0.75, 1.5):
+        rows = next(n for n in range(9, 10**7, 7) if costs.trees.catch_up(n) > share * 64 * step)
+        hurdle = forecaster(0.7)._hurdle(Load(8, waiting=rows), costs)
+        least = forecaster(0.7)._hurdle(Load(8), costs)
+        assert hurdle == pytest.approx(least / (1 - share) if share < 1 else math.inf, rel=0.01)
+
+
+def test_steps_of_plain_decoding_do_not_become_rarer_without_end() -> None:
+    found = forecaster(0.9)
+    found._num_plain = dict.fromkeys(range(4), 10**9)  # A shift by as much takes all memory.
+    plain = [step for step in range(600) if not found.plan(Load(2), cost(64)).max_depth]
+    assert set(np.diff(plain)) == {PLAIN_STEPS[1]}

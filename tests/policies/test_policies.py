@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -18,6 +19,7 @@ from echo_vllm.trees.pool import CandidatePool
 VOCAB = 40
 
 
+@functools.cache
 def table_drafter(seed: int, request: int, path: tuple[int, ...]) -> torch.Tensor:
     """Log-probabilities [VOCAB] of the next token after `path`: a fixed random function."""
     generator = torch.Generator().manual_seed(hash((seed, request, path)) % 2**31)
@@ -32,11 +34,14 @@ def grow(
     *,
     compacts: bool = True,
 ) -> CandidatePool:
-    """Run the drafter's loop with the table in place of the network."""
+    """Run the drafter's loop with the table in place of the network; as there, a request leaves at
+    its own depth limit."""
     batch = DraftBatch.of(num_requests) if batch is None else batch
     pool = CandidatePool.empty(num_requests, compacts=compacts)
     paths: list[list[tuple[int, ...]]] = [[] for _ in range(num_requests)]
     for depth in range(1, policy.max_depth + 1):
+        if not pool.stop_at(depth, batch.depth_limits):
+            break
         expansion = policy.expand(depth, pool, batch)
         if expansion is None:
             break
