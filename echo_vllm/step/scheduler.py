@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import Load
 from echo_vllm.policies import Observation, make_policy
 from echo_vllm.startup.profiles import find_profile
+from echo_vllm.step.drafts import Drafts
+from echo_vllm.step.grammar import AllowedTree, allow
 from echo_vllm.step.stats import StepStats
 
 LONGEST_GAP_S = 0.05
@@ -55,6 +59,8 @@ class EchoScheduler(Scheduler):
         self._step_stats: StepStats | None = None
         spec = self.vllm_config.speculative_config
         self._waiting = 0
+        self._allowed: dict[str, AllowedTree] = {}
+        """Of running requests with a grammar and a draft."""
         profile = find_profile(spec.echo, spec.model)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
 
@@ -63,6 +69,9 @@ class EchoScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._trim_drafts()
         output = super().schedule(*args, **kwargs)
+        for req_id in output.finished_req_ids:
+            self._allowed.pop(req_id, None)
+        output.echo_kept = self._kept(output)
         output.echo_plan = self._policy.plan(self._load(output))
         return output
 
@@ -135,14 +144,57 @@ class EchoScheduler(Scheduler):
 
     # ---- After the step ----
 
-    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """Take the drafts over, but for sessions whose input is still coming: where such a request
-        stops within an accepted path, vLLM goes on as if the rest of the path belonged to it."""
-        super().update_draft_token_ids(draft_token_ids)
-        for req_id in draft_token_ids.req_ids:
+    def _take_drafts(self, drafts: Drafts) -> None:
+        """Take the drafts over: of a request with a grammar what it allows, and none of a session
+        whose input is still coming, because where such a request stops within an accepted path
+        vLLM goes on as if the rest of the path belonged to it."""
+        token_ids = drafts.token_ids
+        for req_id, tokens in zip(token_ids.req_ids, token_ids.draft_token_ids, strict=True):
+            self._allowed.pop(req_id, None)
             request = self.requests.get(req_id)
-            if request is not None and request.resumable:
-                request.spec_token_ids = []
+            if request is None or request.is_finished():
+                continue
+            parents = drafts.parents.get(req_id)
+            if request.is_prefill_chunk or request.resumable:
+                tokens = []
+            elif request.use_structured_output and tokens:
+                assert parents is not None
+                tree = allow(self.structured_output_manager, request, tokens, parents)
+                self._allowed[req_id] = tree
+                tokens = [tokens[node] for node in tree.kept]
+            request.spec_token_ids = tokens
+
+    def _kept(self, output: Any) -> dict[str, list[int]]:
+        """Nodes of the drafted trees that requests with a grammar go on with in this step."""
+        scheduled = output.scheduled_spec_decode_tokens
+        return {
+            req_id: tree.kept[: len(scheduled[req_id])]
+            for req_id, tree in self._allowed.items()
+            if req_id in scheduled
+        }
+
+    def get_grammar_bitmask(self, scheduler_output: Any) -> GrammarOutput | None:
+        """vLLM's masks, and for every node of a tree the mask behind its own path."""
+        kept = scheduler_output.echo_kept
+        if not kept:
+            return super().get_grammar_bitmask(scheduler_output)
+        # Without their drafts, so that vLLM makes the masks of the roots only.
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        scheduler_output.scheduled_spec_decode_tokens = {}
+        try:
+            roots = super().get_grammar_bitmask(scheduler_output)
+        finally:
+            scheduler_output.scheduled_spec_decode_tokens = scheduled
+        assert roots is not None
+        req_ids = roots.structured_output_request_ids
+        rows = [
+            self._allowed[req_id].masks[: 1 + len(kept[req_id])].numpy()
+            if req_id in kept
+            else roots.grammar_bitmask[i : i + 1]
+            for i, req_id in enumerate(req_ids)
+        ]
+        counts = [len(kept.get(req_id, ())) for req_id in req_ids]
+        return GrammarOutput(req_ids, np.concatenate(rows), counts)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats
@@ -150,7 +202,7 @@ class EchoScheduler(Scheduler):
             self._learn(self._step_stats)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if model_runner_output.echo_drafts is not None:
-            self.update_draft_token_ids(model_runner_output.echo_drafts)
+            self._take_drafts(model_runner_output.echo_drafts)
         return outputs
 
     def _learn(self, stats: StepStats) -> None:

@@ -9,11 +9,13 @@ here, one row of each array for the slot of a request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.forest import ROOT, DraftForest
 
 Ints = NDArray[np.int64]
 
@@ -52,6 +54,20 @@ class TreeStore:
         branches = parents != place - 1
         np.minimum.at(chains, owner[branches], place[branches])
         self._chains[slots] = chains
+
+    def keep(self, slot: int, nodes: Sequence[int]) -> None:
+        """Keep only `nodes` of the tree of `slot`: ascending, each with its parent."""
+        kept = np.asarray(nodes, np.int64)
+        # Index -1, which stands for the root, finds the last entry.
+        place = np.full(self._parents.shape[1] + 1, ROOT, np.int32)
+        place[kept] = np.arange(len(kept))
+        for values in (self._token_ids, self._depths, self._path_logprobs):
+            values[slot, : len(kept)] = values[slot, kept]
+        parents = place[self._parents[slot, kept]]
+        self._parents[slot, : len(kept)] = parents
+        self._sizes[slot] = len(kept)
+        branches = np.flatnonzero(parents != np.arange(len(kept)) - 1)
+        self._chains[slot] = branches[0] if len(branches) else len(kept)
 
     def are_chains(self, slots: Ints, sizes: Ints) -> NDArray[np.bool_]:
         """[R] bool, whether the first `sizes` nodes of each tree are one path (or none)."""

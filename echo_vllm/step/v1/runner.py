@@ -42,6 +42,7 @@ from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.step.clock import clock_of
+from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.stats import StepStats
 from echo_vllm.step.tracing import TraceRecorder
 from echo_vllm.step.v1.drafter import CatchUpRows, EchoProposer
@@ -164,6 +165,8 @@ class EchoRunnerMixin(_Runner):
         )
         self.slots = RequestSlots(self.max_num_reqs)
         self.trees = TreeStore(self.max_num_reqs, spec.num_speculative_tokens)
+        self.grammar_parents: dict[str, list[int]] = {}
+        """Of the last drafting, for the scheduler; see `Drafts`."""
         self.step: Step | None = None
         self.plan = DraftPlan()
         self.clock = clock_of(device)
@@ -245,6 +248,11 @@ class EchoRunnerMixin(_Runner):
             self.slots.end(req_id)
         for req_id in scheduler_output.preempted_req_ids or ():
             self.slots.end(req_id)
+        # What a grammar forbade is left out of the trees that it goes on with.
+        for req_id, kept in getattr(scheduler_output, "echo_kept", {}).items():
+            self.trees.keep(int(self.slots.of([req_id])[0]), kept)
+            if self.recorder is not None:  # A trace holds what a policy decided.
+                self.recorder.forget(req_id)
         for new in scheduler_output.scheduled_new_reqs:
             params, blocks = new.sampling_params, new.block_ids
             self._begin(new.req_id, params, new.prompt_len, blocks, new.num_computed_tokens)
@@ -379,7 +387,8 @@ class EchoRunnerMixin(_Runner):
         if isinstance(output, ModelRunnerOutput) and step is not None:
             output.echo_stats = self._stats(step)
             # They go with the output; the engine core need not ask for them.
-            output.echo_drafts = self.take_draft_token_ids()
+            if (token_ids := self.take_draft_token_ids()) is not None:
+                output.echo_drafts = Drafts(token_ids, self.grammar_parents)
             self._draft_token_req_ids = None
         self.step = None
         return output
@@ -576,11 +585,16 @@ class EchoRunnerMixin(_Runner):
                 committed.rows[stay],
             )
         drafts: list[list[int]] = [[] for _ in self.input_batch.req_ids]
+        self.grammar_parents = {}
+        has_grammar = self.slots.has_grammar[step.slots]
         tokens = forest.token_ids.tolist()
         for i, (start, stop) in zip(
             drafting.tolist(), pairwise(forest.cu_nodes.tolist()), strict=True
         ):
             drafts[i] = tokens[start:stop]
+            if has_grammar[i]:
+                parents = forest.parents[start:stop].tolist()
+                self.grammar_parents[self.input_batch.req_ids[i]] = parents
         self.trees.put(step.slots[drafting], forest)
         self.clock.drafted(waited=bool(len(drafting)))
         if self.recorder is not None:

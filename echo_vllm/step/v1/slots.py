@@ -13,6 +13,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 from vllm.sampling_params import SamplingParams
 
+from echo_vllm.step.grammar import FOLLOWED_BACKENDS
 from echo_vllm.step.verification import Drawing
 from echo_vllm.trees.store import Ints
 
@@ -22,6 +23,7 @@ class RequestSlots:
 
     Attributes:
         may_draft: [num_slots] bool, whether drafts of the request can be verified.
+        has_grammar: [num_slots] bool, whether its output is constrained.
         last_token: [num_slots] int64, tokens of prompt and answer that the request may have.
         by_level, is_random: [num_slots] bool, see `Drawing`.
     """
@@ -32,6 +34,7 @@ class RequestSlots:
         self._batch: list[str] = []
         self._batch_slots: Ints = np.zeros(0, np.int64)
         self.may_draft = np.zeros(num_slots, np.bool_)
+        self.has_grammar = np.zeros(num_slots, np.bool_)
         self.last_token = np.zeros(num_slots, np.int64)
         self.by_level = np.zeros(num_slots, np.bool_)
         self.is_random = np.zeros(num_slots, np.bool_)
@@ -63,9 +66,11 @@ class RequestSlots:
             self._slots[req_id] = self._free.pop()
             self._batch = []
         slot = self._slots[req_id]
-        # A grammar and a thinking budget know one token after the other, not trees.
-        self.may_draft[slot] = (
-            params.structured_outputs is None and params.thinking_token_budget is None
+        grammar = params.structured_outputs
+        self.has_grammar[slot] = grammar is not None
+        # A thinking budget knows one token after the other, not trees.
+        self.may_draft[slot] = params.thinking_token_budget is None and (
+            grammar is None or grammar._backend in FOLLOWED_BACKENDS
         )
         self.last_token[slot] = min(max_len, num_prompt + (params.max_tokens or max_len))
         drawing = Drawing.of(params)
