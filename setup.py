@@ -56,6 +56,8 @@ SOURCES = [
     "csrc/cpu/merge_attention.cpp",
     "csrc/cpu/packed_linear.cpp",
     "csrc/cpu/packed_linear_portable.cpp",
+    "csrc/cpu/sample_path.cpp",
+    "csrc/cpu/sample_path_portable.cpp",
     "csrc/cpu/select_budget.cpp",
     "csrc/cpu/super_tree.cpp",
     "csrc/cpu/tree_attention.cpp",
@@ -76,6 +78,7 @@ CUDA_SOURCES = [
     "csrc/cuda/accept_path.cu",
     "csrc/cuda/commit_kv.cu",
     "csrc/cuda/merge_attention.cu",
+    "csrc/cuda/sample_path.cu",
     "csrc/cuda/select_budget.cu",
     "csrc/cuda/super_tree.cu",
     "csrc/cuda/tree_attention.cu",
@@ -99,6 +102,8 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 X86_SOURCES = {
     "csrc/cpu/packed_linear_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/packed_linear_avx512.cpp": AVX512_FLAGS,
+    "csrc/cpu/sample_path_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/cpu/sample_path_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/tree_attention_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_amx.cpp": [

@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CPU, m) {
   m.impl("build_super_tree", TORCH_BOX(&echo_vllm::cpu::build_super_tree));
   m.impl("accept_path", TORCH_BOX(&echo_vllm::cpu::accept_path));
   m.impl("select_budget", TORCH_BOX(&echo_vllm::cpu::select_budget));
+  m.impl("sample_path", TORCH_BOX(&echo_vllm::cpu::sample_path));
   m.impl("pack_linear", TORCH_BOX(&echo_vllm::cpu::pack_linear));
   m.impl("packed_linear", TORCH_BOX(&echo_vllm::cpu::packed_linear));
 }

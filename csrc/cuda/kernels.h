@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../common/merge_attention.h"
+#include "../common/rejection.h"
 #include "../common/tree_attention_args.h"
 
 #if defined(ECHO_EMULATE_CUDA)
@@ -68,6 +69,8 @@ struct SelectBudgetArgs {
 };
 
 cudaError_t launch_select_budget(const SelectBudgetArgs& args, cudaStream_t stream);
+
+cudaError_t launch_sample_path(const SamplePathArgs& args, cudaStream_t stream);
 
 // As many as fit the parameters of one kernel (CUDA 12.1 and later: 32 KB).
 constexpr int kMaxCommitLayers = 512;

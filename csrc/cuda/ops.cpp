@@ -19,6 +19,7 @@
 
 #include "../common/checks.h"
 #include "../common/ragged_tiles.h"
+#include "../common/sample_path_checks.h"
 #include "../common/tree_attention_checks.h"
 #include "kernels.h"
 
@@ -178,6 +179,30 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
   args.cu_nodes = write<int32_t>(cu_nodes);
   check_launch(op, launch_select_budget(args, current_stream(parents)));
   return {columns, cu_nodes};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_path(
+    const Tensor& target_logits, const Tensor& target_rows, const Tensor& draft_probs,
+    const Tensor& draft_rows, const std::optional<Tensor>& draft_ids, const Tensor& rules,
+    const Tensor& uniforms, const Tensor& token_ids, const Tensor& parents, const Tensor& cu_nodes,
+    int64_t max_depth) {
+  const DeviceGuard guard(parents.get_device_index());
+  check_devices(kSamplePathOp, parents,
+                {{"target_logits", &target_logits},
+                 {"target_rows", &target_rows},
+                 {"draft_probs", &draft_probs},
+                 {"draft_rows", &draft_rows},
+                 {"rules", &rules},
+                 {"uniforms", &uniforms},
+                 {"token_ids", &token_ids},
+                 {"cu_nodes", &cu_nodes}});
+  if (draft_ids) check_devices(kSamplePathOp, parents, {{"draft_ids", &*draft_ids}});
+  SampledPath out{parents, parents, parents};
+  const SamplePathArgs args =
+      check_sample_path(target_logits, target_rows, draft_probs, draft_rows, draft_ids, rules,
+                        uniforms, token_ids, parents, cu_nodes, max_depth, &out);
+  check_launch(kSamplePathOp, launch_sample_path(args, current_stream(parents)));
+  return {out.accepted_rows, out.num_accepted, out.last_tokens};
 }
 
 void commit_kv(const std::vector<Tensor>& kv_caches, const Tensor& src_slots,
@@ -364,4 +389,5 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CUDA, m) {
   m.impl("build_super_tree", TORCH_BOX(&echo_vllm::cuda::build_super_tree));
   m.impl("accept_path", TORCH_BOX(&echo_vllm::cuda::accept_path));
   m.impl("select_budget", TORCH_BOX(&echo_vllm::cuda::select_budget));
+  m.impl("sample_path", TORCH_BOX(&echo_vllm::cuda::sample_path));
 }

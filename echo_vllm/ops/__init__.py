@@ -24,8 +24,10 @@ from torch import Tensor
 from echo_vllm.ops import attention_table
 from echo_vllm.ops.dispatch import implementation
 from echo_vllm.ops.library import load_library
+from echo_vllm.ops.rules import AcceptRule
 
 __all__ = [
+    "AcceptRule",
     "accept_path",
     "build_super_tree",
     "commit_kv",
@@ -33,6 +35,7 @@ __all__ = [
     "merge_attention",
     "pack_linear",
     "packed_linear",
+    "sample_path",
     "select_budget",
     "suffix_attention",
     "supported_cpu_isas",
@@ -292,6 +295,77 @@ def accept_path(
         sampled, token_ids, parents, cu_nodes, max_depth
     )
     return accepted_rows, num_accepted
+
+
+def sample_path(
+    target_logits: Tensor,
+    target_rows: Tensor,
+    draft_probs: Tensor,
+    draft_rows: Tensor,
+    draft_ids: Tensor | None,
+    rules: Tensor,
+    uniforms: Tensor,
+    token_ids: Tensor,
+    parents: Tensor,
+    cu_nodes: Tensor,
+    max_depth: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk the trees of a batch from their roots, sampling from the target along the way.
+
+    Where `accept_path` follows tokens that are known, this samples them, by one `AcceptRule` a
+    request, and reads the logits of the rows on the walked paths only. The order of a row's
+    children is that of their nodes; for DRAWN it is the order of drawing, and a prefix of each
+    row's draws may be missing from the end without harm (docs/drawn.md).
+
+    With DRAWN a row's children are accepted one after the other, child j with probability
+    min(1, r_j(x_j) / q_j(x_j)); a child whose token has no probability in q is passed over. After
+    the last child is rejected the last token is sampled from what is left of the target; at a row
+    without children, or at `max_depth`, from the target.
+
+    Args:
+        target_logits: float32 [n, V], last dim contiguous, after the request's temperature and
+            logits processors; -inf: never sampled. Not normalised.
+        target_rows: int32 [K + R], which row of `target_logits` each row of the trees has (per
+            request the root, then its nodes); -1: none, the walk ends there without a last token.
+        draft_probs: float32 [m, V_draft], last dim contiguous, q of the rows that have drawn
+            children, as they were drawn from; need not sum to 1, not negative.
+        draft_rows: int32 [K + R], which row of `draft_probs` each row has; -1: none, its children
+            are passed over.
+        draft_ids: int32 [V], the place of each of the target's tokens in the draft vocabulary, -1
+            for none; None where the two are one.
+        rules: int32 [R], of `AcceptRule`.
+        uniforms: float64 [K + R], in [0, 1), independent of all drawn tokens. A node's decides
+            whether it is accepted (DRAWN), or its row's token (BEST); a root's decides the last
+            token (DRAWN), or the root's token (BEST).
+        token_ids: int32 [K], in the target's vocabulary.
+        parents: int32 [K], cu_nodes: int32 [R + 1].
+        max_depth: nodes that are accepted at most.
+
+    Returns:
+        accepted_rows: int32 [R, max_depth + 1], the path, root first; -1 behind its end.
+        num_accepted: int32 [R], nodes of the path.
+        last_tokens: int32 [R], the token behind the path; -1 where its row has no logits. A row
+            whose logits are all -inf gives token 0.
+
+    On CUDA and in Triton the values of rows, rules, parents, ids and tokens are trusted.
+
+    Raises:
+        RuntimeError: shapes, dtypes or values do not fit.
+    """
+    accepted_rows, num_accepted, last_tokens = implementation("sample_path", parents.is_cuda)(
+        target_logits,
+        target_rows,
+        draft_probs,
+        draft_rows,
+        draft_ids,
+        rules,
+        uniforms,
+        token_ids,
+        parents,
+        cu_nodes,
+        max_depth,
+    )
+    return accepted_rows, num_accepted, last_tokens
 
 
 def select_budget(

@@ -45,6 +45,7 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "commit_kv": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
     "build_super_tree": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
     "accept_path": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
+    "sample_path": {"cpu": _CPU_ORDER, "cuda": _GPU_ORDER},
     "select_budget": {"cpu": ("extension", "reference"), "cuda": ("extension", "reference")},
 }
 """Operator -> device type -> its implementations, best first."""

@@ -76,6 +76,27 @@ def _fake_select_budget(
     )
 
 
+def _fake_sample_path(
+    target_logits: Tensor,
+    target_rows: Tensor,
+    draft_probs: Tensor,
+    draft_rows: Tensor,
+    draft_ids: Tensor | None,
+    rules: Tensor,
+    uniforms: Tensor,
+    token_ids: Tensor,
+    parents: Tensor,
+    cu_nodes: Tensor,
+    max_depth: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_requests = cu_nodes.shape[0] - 1
+    return (
+        parents.new_empty((num_requests, max_depth + 1)),
+        parents.new_empty((num_requests,)),
+        parents.new_empty((num_requests,)),
+    )
+
+
 def _fake_packed_linear(
     x: Tensor, packed: Tensor, num_columns: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -90,5 +111,6 @@ _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "build_super_tree": _fake_build_super_tree,
     "accept_path": _fake_accept_path,
     "select_budget": _fake_select_budget,
+    "sample_path": _fake_sample_path,
     "packed_linear": _fake_packed_linear,
 }

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from echo_vllm.ops.rules import AcceptRule
+
 BITS_PER_WORD = 64
 
 
@@ -307,6 +309,103 @@ def accept_path(
         accepted_rows[request, : len(path)] = torch.tensor(path, dtype=torch.int32)
         num_accepted[request] = len(path) - 1
     return accepted_rows.to(parents.device), num_accepted.to(parents.device)
+
+
+def rejection(p: Tensor, q: Tensor, tokens: Sequence[int]) -> tuple[list[float], Tensor]:
+    """Recursive rejection at one row, as the textbook has it.
+
+    Args:
+        p: float64 [V], the target's distribution.
+        q: float64 [V], the draft's, from which `tokens` were drawn without replacement.
+        tokens: in the order of drawing; one that q cannot have drawn is never accepted.
+
+    Returns:
+        per token the probability that it is accepted where the ones before it are rejected, and
+        float64 [V], the distribution of the token where all are.
+    """
+    residual, left = p / p.sum(), q.clone()
+    accepted: list[float] = []
+    for token in tokens:
+        if left[token] <= 0:
+            accepted.append(0.0)
+            continue
+        draft = left / left.sum()
+        accepted.append(min(1.0, float(residual[token] / draft[token])))
+        rest = (residual - draft).clamp(min=0.0)
+        # Nothing is left where the two are equal: this rejection happens by rounding only.
+        residual = rest / rest.sum() if float(rest.sum()) > 0 else residual
+        left[token] = 0.0
+    return accepted, residual
+
+
+def _sample(distribution: Tensor, uniform: float) -> int:
+    """The first token at which the sum from the left passes `uniform`."""
+    support = distribution.nonzero().flatten().tolist()
+    through = distribution.cumsum(0)
+    passed = [token for token in support if float(through[token]) > uniform * float(through[-1])]
+    return int((passed or support)[0 if passed else -1])
+
+
+def sample_path(
+    target_logits: Tensor,
+    target_rows: Tensor,
+    draft_probs: Tensor,
+    draft_rows: Tensor,
+    draft_ids: Tensor | None,
+    rules: Tensor,
+    uniforms: Tensor,
+    token_ids: Tensor,
+    parents: Tensor,
+    cu_nodes: Tensor,
+    max_depth: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `echo_vllm.ops.sample_path`. Computes in float64."""
+    bounds, device = cu_nodes.tolist(), parents.device
+    paths = torch.full((len(bounds) - 1, max_depth + 1), -1, dtype=torch.int32)
+    last_tokens = torch.full((len(bounds) - 1,), -1, dtype=torch.int32)
+    ids = torch.arange(target_logits.shape[1], device=device) if draft_ids is None else draft_ids
+    for request, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        first, rule = begin + request, AcceptRule(int(rules[request]))
+        tokens, above = token_ids[begin:end].tolist(), parents[begin:end].tolist()
+        uniform = uniforms[first : end + request + 1].tolist()
+        path = [0]
+        while True:
+            row, logits_row = path[-1], int(target_rows[first + path[-1]])
+            if logits_row < 0:
+                break
+            children = [node for node, parent in enumerate(above) if parent == row - 1]
+            if len(path) > max_depth:
+                children = []
+            logits = target_logits[logits_row].double()
+            p = torch.softmax(logits, 0)
+            nothing_is_allowed = bool(p.isnan().any())
+            if rule is not AcceptRule.DRAWN or nothing_is_allowed:
+                greedy = rule is AcceptRule.GREEDY or nothing_is_allowed
+                token = int((logits == logits.max()).nonzero()[0]) if greedy else 0
+                token = token if greedy else _sample(p, uniform[row])
+                accepted = next((node for node in children if tokens[node] == token), None)
+            else:
+                q = torch.zeros_like(p)
+                if (draft_row := int(draft_rows[first + row])) >= 0:
+                    known = ids >= 0
+                    q[known] = draft_probs[draft_row].double()[ids[known].long()]
+                chances, residual = rejection(p, q, [tokens[node] for node in children])
+                accepted = next(
+                    (
+                        node
+                        for node, chance in zip(children, chances, strict=True)
+                        if uniform[node + 1] < chance
+                    ),
+                    None,
+                )
+                token = _sample(residual, uniform[0]) if accepted is None else -1
+            if accepted is None:
+                last_tokens[request] = token
+                break
+            path.append(accepted + 1)
+        paths[request, : len(path)] = torch.tensor(path, dtype=torch.int32)
+    num_accepted = ((paths >= 0).sum(1) - 1).to(torch.int32)
+    return paths.to(device), num_accepted.to(device), last_tokens.to(device)
 
 
 def select_budget(

@@ -53,7 +53,7 @@ LOAD_BESIDE_A_CPU_BUILD = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 ops = ["tree_attention", "suffix_attention", "merge_attention", "commit_kv", "build_super_tree",
-       "accept_path", "select_budget"]
+       "accept_path", "select_budget", "sample_path"]
 for op in ops:
     for device in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"echo_vllm::{op}", device), op

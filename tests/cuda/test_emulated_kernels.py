@@ -19,6 +19,7 @@ from echo_vllm.ops import reference
 from tests.cuda import kernel_checks as checks
 from tests.cuda.emulator.build import build_emulated_kernels
 from tests.ops.cases import Shape, build
+from tests.ops.drawn_cases import KINDS, assert_same_path, cases
 
 pytestmark = pytest.mark.full  # compiling takes a minute
 
@@ -62,6 +63,12 @@ def test_select_budget_over_many_requests(kernels: Any) -> None:
     """More requests than threads: each thread keeps to several."""
     pool = checks.random_pool(1, requests=1100, columns=3, steps=4)
     checks.check_select_budget(kernels, "cpu", pool, 700, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sample_path(kernels: Any, kind: str) -> None:
+    for case in cases(kind, 3):
+        assert_same_path(kernels.sample_path, case)
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])

@@ -15,7 +15,7 @@ from echo_vllm.ops import dispatch, reference
 
 OPERATORS = {
     "tree_attention", "suffix_attention", "merge_attention", "commit_kv", "build_super_tree",
-    "accept_path", "select_budget",
+    "accept_path", "select_budget", "sample_path",
 }  # fmt: skip
 FOREST = (torch.tensor([-1, 0], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32))
 

@@ -18,6 +18,7 @@ from echo_vllm import ops
 from echo_vllm.ops import library
 from tests.cuda.kernel_checks import suffix_case
 from tests.ops.cases import Shape, TreeAttentionCase, build
+from tests.ops.drawn_cases import make_case
 
 SHAPE = Shape("vec", torch.float32, 32, 2, 3, 32, (5, 1, 0, 9), (40, 0, 3, 77), (5, 1, 2, 9))
 FOREST = (
@@ -90,6 +91,14 @@ def test_opcheck_accept_path() -> None:
     sampled = torch.tensor([3, 9, 7, 1, 1, 1, 5, 4, 4, 8, 4])
     token_ids = torch.tensor([2, 3, 1, 2, 7, 4, 4, 4], dtype=torch.int32)
     opcheck(torch.ops.echo_vllm.accept_path, sampled, token_ids, *FOREST, 3)
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 25])
+def test_opcheck_sample_path(draft_vocab: int | None) -> None:
+    case = make_case(1, draft_vocab=draft_vocab)
+    # opcheck compares arguments with ==, which NaN fails.
+    logits = case.target_logits.nan_to_num(0.0)
+    opcheck(torch.ops.echo_vllm.sample_path, logits, *case.arguments()[1:])
 
 
 def test_opcheck_select_budget() -> None:

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from echo_vllm.ops import triton_kernels
 from tests.ops.cases import Shape, build
+from tests.ops.drawn_cases import make_case
 
 SHARED_MEMORY = 99 * 1024  # a block's, on the GPU of these with least (sm_86 and sm_89 are alike)
 TYPES = {
@@ -28,6 +29,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.float64: "*fp64",
 }
 
 
@@ -118,3 +120,10 @@ def test_forest_and_commit(compiled: list[str]) -> None:
     slots = torch.tensor([1, -1])
     triton_kernels.commit_kv([torch.zeros(2, 8, 16, 256).bfloat16()], slots, slots, 16, "nhd")
     assert compiled == ["_super_tree_kernel", *["_accept_kernel"] * 2, *["_move_kernel"] * 2]
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+def test_sample_path(compiled: list[str]) -> None:
+    for draft_vocab in (None, 25):
+        triton_kernels.sample_path(*make_case(0, draft_vocab=draft_vocab).arguments())
+    assert compiled == ["_sample_path_kernel"] * 2

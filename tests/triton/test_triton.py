@@ -44,7 +44,7 @@ def triton_beside() -> str:
 
 
 def test_kernels_in_the_interpreter(triton_beside: str) -> None:
-    scripts = ("attention.py", "forest.py")
+    scripts = ("attention.py", "forest.py", "sampling.py")
     run_pytest(scripts, PYTHONPATH=triton_beside, TRITON_INTERPRET="1")
 
 
@@ -56,4 +56,4 @@ def test_kernels_compile(triton_beside: str, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_kernels_on_a_gpu() -> None:
     pytest.importorskip("triton")
-    run_pytest(("attention.py", "forest.py"))
+    run_pytest(("attention.py", "forest.py", "sampling.py"))

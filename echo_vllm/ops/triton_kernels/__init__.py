@@ -11,5 +11,13 @@ how the tests run them. There is no `select_budget`.
 from echo_vllm.ops.triton_kernels.attention import suffix_attention, tree_attention
 from echo_vllm.ops.triton_kernels.commit import commit_kv
 from echo_vllm.ops.triton_kernels.forest import accept_path, build_super_tree
+from echo_vllm.ops.triton_kernels.sampling import sample_path
 
-__all__ = ["accept_path", "build_super_tree", "commit_kv", "suffix_attention", "tree_attention"]
+__all__ = [
+    "accept_path",
+    "build_super_tree",
+    "commit_kv",
+    "sample_path",
+    "suffix_attention",
+    "tree_attention",
+]

@@ -63,7 +63,7 @@ def build_super_tree(parents: Tensor, cu_nodes: Tensor, num_words: int) -> tuple
     Parents may be padded: rows behind the last request's get no bits and depth 0. Bits that do not
     fit the words are dropped.
     """
-    _check_forest("build_super_tree", parents, cu_nodes)
+    check_forest("build_super_tree", parents, cu_nodes)
     if num_words < 1:
         raise RuntimeError(f"build_super_tree: num_words must be >= 1, got {num_words}")
     num_requests = cu_nodes.shape[0] - 1
@@ -130,7 +130,7 @@ def accept_path(
     sampled: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, max_depth: int
 ) -> tuple[Tensor, Tensor]:
     """See `echo_vllm.ops.accept_path`. Parents and token ids may be padded."""
-    _check_forest("accept_path", parents, cu_nodes)
+    check_forest("accept_path", parents, cu_nodes)
     if max_depth < 0:
         raise RuntimeError(f"accept_path: max_depth must be >= 0, got {max_depth}")
     num_requests = cu_nodes.shape[0] - 1
@@ -161,7 +161,8 @@ def accept_path(
     return accepted_rows, num_accepted
 
 
-def _check_forest(op: str, parents: Tensor, cu_nodes: Tensor) -> None:
+def check_forest(op: str, parents: Tensor, cu_nodes: Tensor) -> None:
+    """Raises RuntimeError where the two are not the vectors of a forest."""
     for name, tensor in (("parents", parents), ("cu_nodes", cu_nodes)):
         if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise RuntimeError(
