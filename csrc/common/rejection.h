@@ -4,11 +4,11 @@
 // sample_path: what its kernels are handed, and the arithmetic of recursive rejection that they
 // share.
 //
-// Children x_1, x_2, ... of a row are drawn from q one after the other without replacement: x_j from
-// q_j = q / Q_j on what is left, Q_j = 1 - q(x_1) - ... - q(x_(j-1)). With r_1 = p, x_j is accepted
-// with probability min(1, r_j(x_j) / q_j(x_j)), and a rejection leaves
-// r_(j+1) ~ max(r_j - q_j, 0). As max(max(a - b, 0) - c, 0) = max(a - b - c, 0) for b, c >= 0, and
-// as a rejected token has nothing left, all residuals of a row have one form,
+// Children x_1, x_2, ... of a row are drawn from q one after the other without replacement: x_j
+// from q_j = q / Q_j on what is left, Q_j = 1 - q(x_1) - ... - q(x_(j-1)). With r_1 = p, x_j is
+// accepted with probability min(1, r_j(x_j) / q_j(x_j)), and a rejection leaves r_(j+1) ~ max(r_j -
+// q_j, 0). As max(max(a - b, 0) - c, 0) = max(a - b - c, 0) for b, c >= 0, and as a rejected token
+// has nothing left, all residuals of a row have one form,
 //
 //     r_(j+1) ~ max(p - C_j q, 0),   C_j = C_(j-1) + S_j / Q_j,   C_0 = 0,
 //

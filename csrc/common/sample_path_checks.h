@@ -21,11 +21,10 @@ struct SampledPath {
 
 inline SamplePathArgs check_sample_path(const Tensor& target_logits, const Tensor& target_rows,
                                         const Tensor& draft_probs, const Tensor& draft_rows,
-                                        const std::optional<Tensor>& draft_ids,
-                                        const Tensor& rules, const Tensor& uniforms,
-                                        const Tensor& token_ids, const Tensor& parents,
-                                        const Tensor& cu_nodes, int64_t max_depth,
-                                        SampledPath* out) {
+                                        const std::optional<Tensor>& draft_ids, const Tensor& rules,
+                                        const Tensor& uniforms, const Tensor& token_ids,
+                                        const Tensor& parents, const Tensor& cu_nodes,
+                                        int64_t max_depth, SampledPath* out) {
   const char* op = kSamplePathOp;
   for (const auto& [name, tensor] :
        {std::tuple{"target_logits", &target_logits}, std::tuple{"draft_probs", &draft_probs}}) {
@@ -61,7 +60,9 @@ inline SamplePathArgs check_sample_path(const Tensor& target_logits, const Tenso
       torch::stable::new_empty(parents, {num_requests, max_depth + 1}, ScalarType::Int);
   out->num_accepted = torch::stable::new_empty(parents, {num_requests}, ScalarType::Int);
   out->last_tokens = torch::stable::new_empty(parents, {num_requests}, ScalarType::Int);
-  const auto int32 = [](const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); };
+  const auto int32 = [](const Tensor& t) {
+    return static_cast<const int32_t*>(t.const_data_ptr());
+  };
   const auto result = [](Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
   SamplePathArgs args{};
   args.target_logits = static_cast<const float*>(target_logits.const_data_ptr());

@@ -58,11 +58,13 @@ void check_values(const SamplePathArgs& args, int64_t num_target_rows, int64_t n
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> sample_path(
-    const Tensor& target_logits, const Tensor& target_rows, const Tensor& draft_probs,
-    const Tensor& draft_rows, const std::optional<Tensor>& draft_ids, const Tensor& rules,
-    const Tensor& uniforms, const Tensor& token_ids, const Tensor& parents, const Tensor& cu_nodes,
-    int64_t max_depth) {
+std::tuple<Tensor, Tensor, Tensor> sample_path(const Tensor& target_logits,
+                                               const Tensor& target_rows, const Tensor& draft_probs,
+                                               const Tensor& draft_rows,
+                                               const std::optional<Tensor>& draft_ids,
+                                               const Tensor& rules, const Tensor& uniforms,
+                                               const Tensor& token_ids, const Tensor& parents,
+                                               const Tensor& cu_nodes, int64_t max_depth) {
   check_forest(kSamplePathOp, parents, cu_nodes);
   SampledPath out{parents, parents, parents};
   const SamplePathArgs args =

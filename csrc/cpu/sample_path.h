@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 //
-// The kernels of sample_path, one per instruction set. As in packed_linear.h only plain data crosses
-// this border.
+// The kernels of sample_path, one per instruction set. As in packed_linear.h only plain data
+// crosses this border.
 #pragma once
 
 #include "../common/rejection.h"

@@ -201,7 +201,8 @@ void run_sample_path(const SamplePathArgs& args, int request, float* scratch) {
   path[0] = 0;
   for (int i = 1; i <= args.max_depth; ++i) path[i] = -1;
   int depth = 0, last_token = -1;
-  for (int child; (child = walk.step(args.rules[request], depth < args.max_depth, &last_token)) > 0;) {
+  for (int child;
+       (child = walk.step(args.rules[request], depth < args.max_depth, &last_token)) > 0;) {
     walk.row = path[++depth] = child;
   }
   args.num_accepted[request] = depth;

@@ -2,9 +2,9 @@
 // SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 //
 // sample_path: one block a request. All that decides is the same in every thread: the numbers of a
-// sweep over the vocabulary end in shared memory, and each thread adds them up in one order. A token
-// is found by halving: the warps have a stretch of the vocabulary each, the stretch that holds the
-// token is divided among them again, and the last piece is scanned.
+// sweep over the vocabulary end in shared memory, and each thread adds them up in one order. A
+// token is found by halving: the warps have a stretch of the vocabulary each, the stretch that
+// holds the token is divided among them again, and the last piece is scanned.
 #include "../common/rejection.h"
 #include "device.cuh"
 #include "kernels.h"
@@ -84,8 +84,8 @@ __device__ double block_sum(const Weights& weights, int begin, int end, double* 
   return total;
 }
 
-// The first of [0, n) at which the sum from the left passes `place`; the last one that has any weight
-// where rounding leaves none; 0 where nothing has. `parts` is of a block_sum over [0, n).
+// The first of [0, n) at which the sum from the left passes `place`; the last one that has any
+// weight where rounding leaves none; 0 where nothing has. `parts` is of a block_sum over [0, n).
 template <class Weights>
 __device__ int block_sample(const Weights& weights, int n, double place, double* parts) {
   int begin = 0, end = n;

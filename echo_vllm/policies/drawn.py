@@ -32,8 +32,8 @@ def guess_target(
 def expected_gains(draft_probs: torch.Tensor, guess: torch.Tensor, k: int) -> torch.Tensor:
     """Before drawing: the probability that the r-th child is the accepted one, r = 1 .. k.
 
-    The first is exactly the sum of min(p, q). From the second on the tokens drawn before are taken
-    by their expectation, so that a value may be off by what a distribution of sums is from its mean.
+    The first is exactly the sum of min(p, q). From the second on what was drawn before is taken by
+    its expectation, so these are estimates.
 
     Args:
         draft_probs: [..., n], q, or its most probable tokens; what is missing counts as no gain.

@@ -4,12 +4,12 @@
 
 Whether a drawn token is verified must not depend on the token itself, nor on what hangs below it
 (docs/drawn.md). So a level is grown in two steps. `DrawnPool.open` gives an `OpenLevel`: the worth
-of every slot, from the parents and from expectations alone. A policy sees no more than that when it
-says how many children each parent gets. Only then `fill` takes the draws; from then on their scores
-decide who gets children, never who stays. The forest is the slots of greatest worth, in which a slot
-is never worth more than the one above it or an earlier sibling: the order of falling worth is an
-order in which all of it could have been drawn one by one, so cutting by it anywhere is sound, as
-long as where to cut does not follow from slots behind the cut.
+of every slot, from the parents and from expectations alone. A policy sees no more than that when
+it says how many children each parent gets. Only then `fill` takes the draws; from then on their
+scores decide who gets children, never who stays. The forest is the slots of greatest worth, in
+which a slot is never worth more than the one above it or an earlier sibling: the order of falling
+worth is an order in which all of it could have been drawn one by one, so cutting by it anywhere is
+sound, as long as where to cut does not follow from slots behind the cut.
 
 The counterpart for certain candidates is `pool.CandidatePool`. Nothing here knows a policy.
 """
@@ -38,8 +38,8 @@ class OpenLevel:
         parents: [R, W] int64, columns of the pool, or ROOT.
         reaches: [R, W] float32 in 0..1, how probably each parent is on the accepted path, given its
             token; 0 where there is no such parent.
-        worths: [R, W, k] float32, accepted tokens that each parent's first to k-th child is expected
-            to add; not above the parent's own, and not above that of the sibling before.
+        worths: [R, W, k] float32, accepted tokens that each parent's first to k-th child is
+            expected to add; not above the parent's own, nor above that of the sibling before.
     """
 
     depth: int
@@ -178,9 +178,7 @@ class DrawnPool:
         worths = self._worths[:, 1:]
         worths = worths.masked_fill(~(worths >= least_worth), NO_SLOT)
         tiers = torch.zeros(worths.shape, dtype=torch.int32, device=worths.device)
-        columns, cu_nodes = ops.select_budget(
-            worths, tiers, self._parents, budget, max_per_request
-        )
+        columns, cu_nodes = ops.select_budget(worths, tiers, self._parents, budget, max_per_request)
         owner = torch.searchsorted(
             cu_nodes[1:].long(), torch.arange(len(columns), device=columns.device), right=True
         )

@@ -19,8 +19,11 @@ from enum import IntEnum
 import torch
 
 NUCLEUS = 256
-"""Tokens among which the ends of top-k and top-p are looked for. A wider q than the request's own is
-as exact as any other q, and a full sort of the vocabulary takes longer than what it would gain."""
+"""Tokens among which the ends of top-k and top-p are looked for. A wider q than the request's own
+is as exact as any other q, and sorting a vocabulary takes longer than what that would gain."""
+
+SUMMED_AT_ONCE = 1 << 24
+"""Probabilities whose running sums are in memory at once, 128 MiB."""
 
 EXHAUSTED = 1e-12
 """Share of q's mass below which nothing is left to draw."""
@@ -114,42 +117,31 @@ def draft_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
         logits: [rows, V_draft], floating point.
         sampling: of the rows.
     """
-    greedy = sampling.temperature == 0
-    temperature = torch.where(greedy, 1.0, sampling.temperature)
-    scaled = logits.float() / temperature.unsqueeze(1)
-    lowest: list[torch.Tensor] = []
+    greedy = (sampling.temperature == 0).unsqueeze(1)
+    scaled = logits.float() / sampling.temperature.unsqueeze(1).masked_fill(greedy, 1.0)
+
+    def cut(bound: torch.Tensor) -> torch.Tensor:
+        bound = bound.masked_fill(greedy, float("-inf"))
+        return scaled.masked_fill(scaled < bound, float("-inf"))
+
     if sampling.top_k is not None or sampling.top_p is not None:
-        # Sorted once for both; top_p is of what top_k leaves, as in the target's sampler.
         best = scaled.topk(min(NUCLEUS, scaled.shape[1]), dim=1).values
-        last = torch.full_like(greedy, best.shape[1] - 1, dtype=torch.int64)
+        end = best.shape[1] - 1
         if sampling.top_k is not None:
-            last = torch.minimum(last, sampling.top_k - 1)
-            kept = best.gather(1, last.unsqueeze(1))
-            all_of_it = (sampling.top_k > best.shape[1]).unsqueeze(1)
-            lowest.append(kept.masked_fill(all_of_it, float("-inf")))
-            scaled_in = scaled.masked_fill(scaled < lowest[-1], float("-inf"))
-        else:
-            scaled_in = scaled
+            last = sampling.top_k.unsqueeze(1) - 1
+            scaled = cut(best.gather(1, last.clamp(max=end)).masked_fill(last > end, float("-inf")))
         if sampling.top_p is not None:
-            share = (best - scaled_in.logsumexp(1, keepdim=True)).exp()
+            share = (best - scaled.logsumexp(1, keepdim=True)).exp()
             before = share.cumsum(1) - share
-            inside = (before < sampling.top_p.unsqueeze(1)).sum(1) - 1
-            kept = best.gather(1, inside.clamp(min=0).unsqueeze(1))
+            last = (before < sampling.top_p.unsqueeze(1)).sum(1, keepdim=True).clamp(min=1) - 1
             # The nucleus may end behind what was sorted: then nothing is cut.
-            open_end = (inside == best.shape[1] - 1) & (last == best.shape[1] - 1)
-            lowest.append(kept.masked_fill(open_end.unsqueeze(1), float("-inf")))
+            scaled = cut(best.gather(1, last).masked_fill(last == end, float("-inf")))
     if sampling.min_p is not None:
-        top = scaled.amax(1, keepdim=True)
-        lowest.append(top + sampling.min_p.unsqueeze(1).log())
-    for bound in lowest:
-        bound = bound.masked_fill(greedy.unsqueeze(1), float("-inf"))
-        scaled = scaled.masked_fill(scaled < bound, float("-inf"))
+        scaled = cut(scaled.amax(1, keepdim=True) + sampling.min_p.unsqueeze(1).log())
     return torch.softmax(scaled, 1)
 
 
-def draw_children(
-    logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sampling
-) -> Draws:
+def draw_children(logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sampling) -> Draws:
     """The first k draws from every row's q, one after the other without replacement.
 
     Each draw inverts the sum of q from the left with the drawn tokens left out, so it takes one
@@ -158,44 +150,46 @@ def draw_children(
 
     Args:
         logits: [rows, V_draft], floating point, the drafter's.
-        k: children a row.
+        k: children a row, at least 1.
         keys: [rows] int64, of the nodes that the rows belong to.
         sampling: of the rows.
     """
     probs = draft_distribution(logits, sampling)
-    rows, vocab = probs.shape
     own_keys = child_keys(keys, k)
     numbers = uniforms(own_keys, Stream.DRAW)
+    # Sums in float64 take twice what q does, so not of all rows at once.
+    step = max(1, SUMMED_AT_ONCE // max(1, probs.shape[1]))
+    parts = zip(probs.split(step), numbers.split(step), strict=True)
+    ids = torch.cat([_draw(some, of_some) for some, of_some in parts])
+    greedy = (sampling.temperature == 0).unsqueeze(1)
+    best = probs.topk(min(k, probs.shape[1]), dim=1).indices
+    best = torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-1)
+    ids = torch.where(greedy, best, ids)
+    logprobs = probs.gather(1, ids.clamp(min=0)).log().masked_fill(ids < 0, float("-inf"))
+    return Draws(ids, logprobs, own_keys, probs)
+
+
+def _draw(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """[rows, k] int64, tokens drawn from `probs` [rows, V_draft] by `numbers` [rows, k]."""
     through = probs.cumsum(1, dtype=torch.float64)
     total = through[:, -1:]
     left = total.clone()
     # What is drawn: where its piece of the sum begins and how long it is, by its beginning.
-    begins = total.new_empty(rows, 0)
-    masses = total.new_empty(rows, 0)
-    tokens: list[torch.Tensor] = []
-    for rank in range(k):
+    begins, masses = total[:, :0], total[:, :0]
+    tokens = torch.empty(numbers.shape, dtype=torch.int64, device=probs.device)
+    for rank in range(numbers.shape[1]):
         place = numbers[:, rank : rank + 1] * left
-        for begin, mass in zip(begins.unbind(1), masses.unbind(1), strict=True):
-            skipped = (place >= begin.unsqueeze(1)) & (mass.unsqueeze(1) > 0)
-            place = torch.where(skipped, place + mass.unsqueeze(1), place)
-        found = torch.searchsorted(through, place, right=True).clamp(max=vocab - 1)
+        for drawn in range(rank):
+            begin, mass = begins[:, drawn : drawn + 1], masses[:, drawn : drawn + 1]
+            place = torch.where((place >= begin) & (mass > 0), place + mass, place)
+        found = torch.searchsorted(through, place, right=True).clamp(max=probs.shape[1] - 1)
         mass = probs.gather(1, found).double()
-        again = torch.zeros_like(found, dtype=torch.bool)
-        for token in tokens:
-            again |= found == token
         # Rounding can end up on a token without mass, or on a drawn one: rather no child.
+        again = (tokens[:, :rank] == found).any(1, keepdim=True)
         missing = again | (mass <= 0) | (left <= EXHAUSTED * total)
         mass = mass.masked_fill(missing, 0.0)
-        begin = through.gather(1, found) - mass
-        tokens.append(found.masked_fill(missing, -1))
+        tokens[:, rank : rank + 1] = found.masked_fill(missing, -1)
         left = left - mass
-        begins, order = torch.cat([begins, begin], 1).sort(dim=1)
+        begins, order = torch.cat([begins, through.gather(1, found) - mass], 1).sort(dim=1)
         masses = torch.cat([masses, mass], 1).gather(1, order)
-    ids = torch.cat(tokens, 1) if k else own_keys
-    greedy = sampling.temperature == 0
-    if k:
-        best = probs.topk(min(k, vocab), dim=1).indices
-        best = torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-1)
-        ids = torch.where(greedy.unsqueeze(1), best, ids)
-    logprobs = probs.gather(1, ids.clamp(min=0)).log().masked_fill(ids < 0, float("-inf"))
-    return Draws(ids, logprobs, own_keys, probs)
+    return tokens

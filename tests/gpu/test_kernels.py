@@ -17,6 +17,7 @@ import torch
 from echo_vllm.ops import load_library, prefix_attention, reference
 from tests.cuda import kernel_checks as checks
 from tests.ops.cases import Shape, build
+from tests.ops.drawn_cases import KINDS, assert_same_path, cases
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +50,12 @@ def test_forest_kernels_sanitized(kernels: Any, seed: int) -> None:
     forest = checks.random_forest(seed, requests=5 * seed, max_nodes=150)
     checks.check_super_tree(kernels, "cuda", forest)
     checks.check_accept_path(kernels, "cuda", forest, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sample_path_sanitized(kernels: Any, kind: str) -> None:
+    for case in cases(kind, 10):
+        assert_same_path(kernels.sample_path, case, "cuda")
 
 
 @pytest.mark.parametrize("seed", range(4))

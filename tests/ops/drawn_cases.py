@@ -2,16 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Random inputs for `sample_path`, and uniforms that lie on either side of every decision.
 
-Random uniforms would hardly ever come near a boundary. Here they are chosen from the reference's own
-probabilities: a child's is just below or just above the chance at which it is accepted, a token's is
-in the middle of its piece of [0, 1). A kernel whose probabilities are off by more than the margin
-decides otherwise somewhere.
+Random uniforms would hardly ever come near a boundary. Here they are chosen from the reference's
+own probabilities: a child's is just below or just above the chance at which it is accepted, a
+token's is in the middle of its piece of [0, 1). A kernel whose probabilities are off by more than
+the margin decides otherwise somewhere.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ class PathCase:
     cu_nodes: Tensor
     max_depth: int
 
-    def arguments(self, device: str = "cpu") -> tuple[object, ...]:
+    def arguments(self, device: str = "cpu") -> tuple[Any, ...]:
         values = (getattr(self, name) for name in self.__dataclass_fields__)
         return tuple(x.to(device) if isinstance(x, Tensor) else x for x in values)
 
@@ -147,7 +149,7 @@ def near_every_boundary(case: PathCase, seed: int) -> PathCase:
     draw = random.Random(seed)
     uniforms = case.uniforms.clone()
     bounds = case.cu_nodes.tolist()
-    for request, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for request, (begin, end) in enumerate(itertools.pairwise(bounds)):
         first, above = begin + request, case.parents[begin:end].tolist()
         tokens, rule = case.token_ids[begin:end].tolist(), int(case.rules[request])
         row: int | None = 0
@@ -184,7 +186,7 @@ def near_every_boundary(case: PathCase, seed: int) -> PathCase:
     return replace(case, uniforms=uniforms)
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "one-vocabulary": {},
     "draft-vocabulary": {"draft_vocab": 25},
     "truncated": {"draft_vocab": 25, "truncated": True},
@@ -204,14 +206,14 @@ KINDS = {
 
 def cases(kind: str, count: int) -> list[PathCase]:
     """`count` cases of a kind, each by random uniforms and near its boundaries."""
-    plain = [make_case(seed, **KINDS[kind]) for seed in range(count)]  # type: ignore[arg-type]
+    plain = [make_case(seed, **KINDS[kind]) for seed in range(count)]
     return plain + [near_every_boundary(case, seed) for seed, case in enumerate(plain)]
 
 
 def assert_same_path(operator: object, case: PathCase, device: str = "cpu") -> None:
     """The operator decides as the reference does."""
     assert callable(operator)
-    expected = reference.sample_path(*case.arguments())  # type: ignore[arg-type]
+    expected = reference.sample_path(*case.arguments())
     actual = operator(*case.arguments(device))
     for name, one, other in zip(("rows", "accepted", "last"), actual, expected, strict=True):
         assert one.dtype == torch.int32

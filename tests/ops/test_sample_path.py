@@ -119,7 +119,9 @@ def test_what_rounding_leaves_is_a_token_of_the_target(op: Any) -> None:
         ends = [0.0, LAST_UNIFORM]
         for root in ends:
             uniforms = [root, *[LAST_UNIFORM] * len(tokens)]
-            arguments = one_row((p / p.sum()).tolist(), p.tolist(), tokens, uniforms, AcceptRule.DRAWN)
+            arguments = one_row(
+                (p / p.sum()).tolist(), p.tolist(), tokens, uniforms, AcceptRule.DRAWN
+            )
             _, _, last = op(*arguments)
             assert p[int(last)] > 0
 
@@ -136,7 +138,9 @@ def test_a_row_without_logits_ends_the_walk(op: Any) -> None:
 
 
 @pytest.mark.parametrize("op", EVERY, ids=["kernel", "reference"])
-def test_greedy_takes_the_first_of_equals_and_forbids_nothing_but_what_is_forbidden(op: Any) -> None:
+def test_greedy_takes_the_first_of_equals_and_forbids_nothing_but_what_is_forbidden(
+    op: Any,
+) -> None:
     nothing = float("-inf")
     logits = torch.tensor([[1.0, 3.0, 3.0, nothing], [nothing] * 4])
     for row, token in ((0, 1), (1, 0)):
@@ -196,4 +200,4 @@ def test_known_tokens_and_sampled_ones_take_one_walk() -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     case = replace(make_case(0, trees=[[-1]]), **changes)
     with pytest.raises(RuntimeError, match=message):
-        ops.sample_path(*case.arguments())  # type: ignore[arg-type]
+        ops.sample_path(*case.arguments())

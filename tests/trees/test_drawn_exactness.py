@@ -4,8 +4,8 @@
 
 All draws of a tree, with their probabilities, and for each of them all verdicts are gone through in
 float64; what verification accepts is `reference.rejection`, which the kernels are held to elsewhere
-(tests/ops/test_sample_path.py). Strategies may look at all that was drawn before a slot. Bugs planted
-in the rule or in the strategy must not give the distribution.
+(tests/ops/test_sample_path.py). Strategies may look at all that was drawn before a slot. Bugs
+planted in the rule or in the strategy must not give the distribution.
 """
 
 from __future__ import annotations

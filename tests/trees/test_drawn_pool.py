@@ -28,10 +28,8 @@ def grow(
     pool: DrawnPool, width: int, k: int, widths: torch.Tensor | None, generator: torch.Generator
 ) -> OpenLevel:
     """One level of random distributions; all slots unless `widths` says how many."""
-    if pool.depth:
-        parents = pool.best_parents(width)
-    else:
-        parents = torch.full((pool.num_requests, 1), ROOT)
+    roots = torch.full((pool.num_requests, 1), ROOT)
+    parents = pool.best_parents(width) if pool.depth else roots
     shape = parents.shape
     logits = 2 * torch.randn(shape.numel(), VOCAB, generator=generator)
     sampling = Sampling(torch.ones(shape.numel()))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_the_kernel_decides_as_the_reference(kind: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    arguments = list(make_case(0, trees=[[-1]]).arguments())
+    arguments: list[Any] = list(make_case(0, trees=[[-1]]).arguments())
     for place, wrong, message in (
         (0, torch.zeros(2, 40).double(), "target_logits must be a float32 matrix"),
         (6, torch.zeros(2), r"uniforms must be a contiguous torch.float64 \[2\]"),

@@ -25,10 +25,7 @@ _DRAWN = tl.constexpr(int(AcceptRule.DRAWN))
 
 @triton.jit
 def _draft_weights(draft, draft_ids, tokens, inside, HAS_IDS: tl.constexpr):
-    if HAS_IDS:
-        ids = tl.load(draft_ids + tokens, mask=inside, other=-1)
-    else:
-        ids = tokens
+    ids = tl.load(draft_ids + tokens, mask=inside, other=-1) if HAS_IDS else tokens
     return tl.load(draft + ids, mask=inside & (ids >= 0), other=0.0)
 
 
@@ -41,7 +38,8 @@ def _weights(
     values = tl.load(logits + tokens, mask=inside, other=float("-inf"))
     if IS_TOP:
         return tl.where(inside & (values == top), 1.0, 0.0)
-    q = _draft_weights(draft, draft_ids, tokens, inside & (scale > 0), HAS_IDS)
+    rejected = tl.where(inside, scale, 0.0) > 0
+    q = _draft_weights(draft, draft_ids, tokens, rejected, HAS_IDS)
     return tl.maximum(tl.exp(values - top) - scale * q, 0.0)
 
 
@@ -50,9 +48,7 @@ def _sum(logits, draft, draft_ids, vocab, top, scale, HAS_IDS: tl.constexpr, BLO
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, vocab, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        weights = _weights(
-            logits, draft, draft_ids, tokens, vocab, top, scale, False, HAS_IDS
-        )
+        weights = _weights(logits, draft, draft_ids, tokens, vocab, top, scale, False, HAS_IDS)
         total += weights.to(tl.float64)
     return tl.sum(total, 0)
 
@@ -157,9 +153,7 @@ def _sample_path_kernel(
                 )
                 child = _child_with(parents, token_ids, num_nodes, row, last)
             else:
-                total = _sum(
-                    logits, draft_probs, draft_ids, vocab, top, scale, HAS_IDS, BLOCK
-                )
+                total = _sum(logits, draft_probs, draft_ids, vocab, top, scale, HAS_IDS, BLOCK)
                 draft_row = tl.load(draft_rows + first_row + row)
                 rejects = (rule == _DRAWN) & (draft_row >= 0) & (count < max_depth)
                 draft_row = tl.where(rejects, draft_row, 0).to(tl.int64)
