@@ -94,7 +94,7 @@ class DrawnPool:
         Args:
             parents: [R, W] int64, of the deepest level, each at most once; ROOT for the first one.
             gains: [R, W, k] float32 in 0..1, the probability that a parent's r-th child is the
-                accepted one, given that the parent is (`policies.drawn.expected_gains`).
+                accepted one, given that the parent is (`forecast.gains.expected_gains`).
 
         Raises:
             ValueError: a parent is not of the deepest level.
@@ -126,7 +126,7 @@ class DrawnPool:
             draws: of the R * W parents, with k children each.
             target_ids: [R * W, k] int64, their tokens in the target's vocabulary.
             reaches: [R * W, k] float32, the probability that each child is the accepted one, given
-                that its parent is (`policies.drawn.reaches_of`).
+                that its parent is (`forecast.gains.reaches_of`).
 
         Raises:
             ValueError: the level was not opened last, or there are more parents than draws.

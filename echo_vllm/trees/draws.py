@@ -158,9 +158,13 @@ def draw_children(logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sa
     own_keys = child_keys(keys, k)
     numbers = uniforms(own_keys, Stream.DRAW)
     # Sums in float64 take twice what q does, so not of all rows at once.
-    step = max(1, SUMMED_AT_ONCE // max(1, probs.shape[1]))
-    parts = zip(probs.split(step), numbers.split(step), strict=True)
-    ids = torch.cat([_draw(some, of_some) for some, of_some in parts])
+    step = max(1, SUMMED_AT_ONCE // probs.shape[1])
+    ids = torch.cat(
+        [
+            _draw(probs[first : first + step], numbers[first : first + step])
+            for first in range(0, max(1, len(probs)), step)
+        ]
+    )
     greedy = (sampling.temperature == 0).unsqueeze(1)
     best = probs.topk(min(k, probs.shape[1]), dim=1).indices
     best = torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-1)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_vllm import ops
+from echo_vllm.forecast.gains import expected_gains, reaches_of
 from echo_vllm.ops import AcceptRule
-from echo_vllm.policies.drawn import expected_gains, reaches_of
 from echo_vllm.trees.drawn import NO_SLOT, DrawnPool, OpenLevel
 from echo_vllm.trees.draws import Draws, Sampling, draw_children, root_keys
 from echo_vllm.trees.forest import ROOT, DraftForest

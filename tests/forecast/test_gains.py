@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
 from echo_vllm.ops import reference
-from echo_vllm.policies.drawn import expected_gains, guess_target, reaches_of
 
 probabilities = st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5)
 
