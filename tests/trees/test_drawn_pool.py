@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from echo_vllm import ops
-from echo_vllm.forecast.gains import expected_gains, reaches_of
+from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
 from echo_vllm.ops import AcceptRule
 from echo_vllm.trees.drawn import NO_SLOT, DrawnPool, OpenLevel
 from echo_vllm.trees.draws import Draws, Sampling, draw_children, root_keys
@@ -136,6 +137,70 @@ def test_a_forest_goes_through_verification() -> None:
     )
     assert (counts >= 1).all()
     assert (accepted[:, 1] == 1).all(), "the first child of the root is the first draw"
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_drawn_and_verified_tokens_have_the_targets_distribution(
+    temperature: float, top_k: int | None
+) -> None:
+    """Everything at once, with its own random numbers: keys, draws, budget, uniforms, kernel.
+
+    A batch of equal requests with trees of three nodes; the next two tokens, by chi-square.
+    """
+    requests, vocab = 20_000, 5
+    generator = torch.Generator().manual_seed(5)
+    logits = 1.5 * torch.randn(1 + vocab, vocab, generator=generator)
+    target = logits / temperature
+    if top_k is not None:
+        target = target.masked_fill(target < target.topk(top_k).values[:, -1:], float("-inf"))
+    drafter = logits / 2 + torch.randn(1 + vocab, vocab, generator=generator)
+    options = Sampling(
+        torch.full((requests,), temperature),
+        None if top_k is None else torch.full((requests,), top_k),
+    )
+    pool = DrawnPool(root_keys(torch.arange(requests), torch.full((requests,), 17)))
+    for k in (2, 1):
+        first = not pool.depth
+        parents = torch.full((requests, 1), ROOT) if first else pool.best_parents(1)
+        # Row 0 is what follows the root, row 1 + t what follows token t.
+        rows = torch.zeros_like(parents) if first else 1 + pool.tokens_of(parents)
+        draws = draw_children(drafter[rows.flatten()], k, pool.keys_of(parents).flatten(), options)
+        guess = guess_target(draws.probs, lambda logq: 0.7 * logq.exp() ** 0.6)
+        gains = expected_gains(draws.probs, guess, k).view(requests, 1, k)
+        level = pool.open(parents, gains)
+        reaches = reaches_of(draws.probs, guess, draws.token_ids)
+        pool.fill(level, torch.full((requests, 1), k), draws, draws.token_ids, reaches)
+    forest = pool.take(requests * 3, 3)
+    draft_rows, numbers = pool.rows_of(forest)
+    sizes = forest.cu_nodes.diff().long() + 1
+    starts = forest.cu_nodes[:-1].long() + torch.arange(requests)
+    is_root = torch.zeros(len(numbers), dtype=torch.bool)
+    is_root[starts] = True
+    which = torch.zeros(len(numbers), dtype=torch.int32)
+    which[~is_root] = 1 + forest.token_ids
+    rows, counts, last = ops.sample_path(
+        target, which, pool.draft_probs(), draft_rows, None,
+        torch.full((requests,), AcceptRule.DRAWN, dtype=torch.int32),
+        numbers, forest.token_ids, forest.parents, forest.cu_nodes, 2,
+    )  # fmt: skip
+    assert (sizes == 4).float().mean() > 0.9
+    tokens = torch.full((len(numbers),), -1, dtype=torch.int32)
+    tokens[~is_root] = forest.token_ids
+    p = torch.softmax(target.double(), 1)
+    joint = torch.zeros(vocab, vocab)
+    path = tokens[(starts.unsqueeze(1) + rows.clamp(min=0)).flatten()].view(rows.shape)
+    one = torch.where(counts >= 1, path[:, 1], last).long()
+    plain = torch.multinomial(p[1 + one], 1, generator=generator).squeeze(1)
+    known = torch.where(counts >= 2, path[:, 2], last).long()
+    two = torch.where(counts >= 1, known, plain)
+    joint.index_put_((one, two), torch.ones(requests), accumulate=True)
+    expected = (p[0].unsqueeze(1) * p[1:]).flatten() * requests
+    possible = expected > 0
+    assert not joint.flatten()[~possible].any()
+    result = chisquare(joint.flatten()[possible].numpy(), expected[possible].numpy())
+    assert result.pvalue > 0.001
+    assert (counts >= 1).float().mean() > 0.5, "drawn children are accepted often"
 
 
 # The pool's own cuts, held against the target by enumeration.
