@@ -190,7 +190,7 @@ struct Walk {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) sample_path_kernel(const SamplePathArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) sample_path_kernel(const SamplePathArgs args) {
   const int request = blockIdx.x;
   const int first_node = args.cu_nodes[request], first_row = first_node + request;
   Walk walk{args,
