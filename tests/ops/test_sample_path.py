@@ -24,7 +24,7 @@ def test_the_kernel_decides_as_the_reference(
     kind: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ECHO_VLLM_CPU_ISA", isa)
-    for case in cases(kind, 25):
+    for case in cases(kind, 15):
         assert_same_path(ops.sample_path, case)
 
 

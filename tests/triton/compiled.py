@@ -122,7 +122,7 @@ def test_forest_and_commit(compiled: list[str]) -> None:
     assert compiled == ["_super_tree_kernel", *["_accept_kernel"] * 2, *["_move_kernel"] * 2]
 
 
-@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize("compiled", [80, 100], indirect=True)
 def test_sample_path(compiled: list[str]) -> None:
     for draft_vocab in (None, 25):
         triton_kernels.sample_path(*make_case(0, draft_vocab=draft_vocab).arguments())

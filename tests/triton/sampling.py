@@ -18,7 +18,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernel_decides_as_the_reference(kind: str) -> None:
-    for case in cases(kind, 4 if INTERPRETED else 40):
+    for case in cases(kind, 2 if INTERPRETED else 40):
         assert_same_path(triton_kernels.sample_path, case, DEVICE)
 
 
