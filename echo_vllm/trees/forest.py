@@ -155,11 +155,6 @@ class DraftForest:
         tokens, parents, cu = self.token_ids.tolist(), self.parents.tolist(), self.cu_nodes.tolist()
         return [(tokens[a:b], parents[a:b]) for a, b in itertools.pairwise(cu)]
 
-    def scores_by_depth(self) -> list[list[float]]:
-        """Per depth 1, 2, ...: the path log-probabilities of its nodes, all requests."""
-        deepest = int(self.depths.max()) if self.num_nodes else 0
-        return [self.path_logprobs[self.depths == d].tolist() for d in range(1, deepest + 1)]
-
     def validate(self, *, max_nodes: int, max_depth: int) -> None:
         """Check every invariant that verification and truncation rely on.
 

@@ -29,6 +29,11 @@ pytestmark = pytest.mark.full
 
 PROMPT = [3, 5, 2, 4, 5]
 NUM_TOKENS = 4
+"""Tokens whose joint distribution is looked at."""
+
+GENERATED = NUM_TOKENS + 2
+"""More than that, because no tree is deeper than what its request may still emit."""
+
 NUM_SAMPLES = 20_000
 LEAST_P = 0.001
 SEED = 20261122
@@ -143,14 +148,14 @@ def sample(llm: Any, settings: list[Setting], each: int) -> list[list[tuple[int,
     params = [
         SamplingParams(
             **{"temperature": 1.0, **s.options},
-            max_tokens=NUM_TOKENS,
+            max_tokens=GENERATED,
             ignore_eos=True,
             detokenize=False,
         )
         for s in settings
     ] * each
     outputs = llm.generate([{"prompt_token_ids": PROMPT}] * len(params), params, use_tqdm=False)
-    tokens = [tuple(o.outputs[0].token_ids) for o in outputs]
+    tokens = [tuple(o.outputs[0].token_ids[:NUM_TOKENS]) for o in outputs]
     return [tokens[i :: len(settings)] for i in range(len(settings))]
 
 
@@ -200,15 +205,18 @@ def test_a_batch_of_mixed_settings_gives_each_its_own_distribution(
 
 def plant_accept_on_less_or_equal(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
     """The walk compares with <= where it must ask for equality."""
-    from echo_vllm.step import verification
+    from echo_vllm.step.verification import _Walk
 
-    def find(tokens: list[int], parents: list[int], node: int, token: int) -> int | None:
-        for child, parent in enumerate(parents):
-            if parent == node and tokens[child] <= token:
-                return child
-        return None
+    def children(self: Any, level: int, requests: Any, sampled: Any) -> Any:
+        found = []
+        for request, token in zip(requests.tolist(), sampled.tolist(), strict=True):
+            at = self.rows[request, level] - 1
+            own = (self.owner == request) & (self.parents == at) & (self.node_tokens <= token)
+            found += [(request, self.place[node]) for node in np.flatnonzero(own)[:1]]
+        pairs = np.array(found, np.int64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
 
-    monkeypatch.setattr(verification, "find_child", find)
+    monkeypatch.setattr(_Walk, "_children", children)
 
 
 def plant_a_missing_ancestor_bit(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:

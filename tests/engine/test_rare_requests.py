@@ -150,16 +150,23 @@ async def session_answers(
 
 
 def test_a_request_that_rests_for_long_catches_up_and_can_draft_again(tiny: TinyModel) -> None:
-    """Its backlog may have 32 tokens, and it rests for 100 steps."""
+    """For longer than the ring holds: behind a hole in the drafter's cache."""
     prompts = tiny_prompts(4)
     with tiny_engine(tiny, None) as llm:
         wanted = generate(llm, prompts, greedy())
-    with tiny_engine(tiny, echo(tiny.head, 12, **AUTO), enable_prefix_caching=False) as llm:
-        backlog = runner(llm).drafter.backlog
-        backlog.limit = 32
+    with tiny_engine(tiny, echo(tiny.head, 12, **AUTO), block_size=32) as llm:
+        window, holes = runner(llm).window, list[int]()
+        compact = window.compact
+
+        def recording(table: Any, slots: Any) -> Any:
+            holes.extend(window.skipped_blocks(slots).tolist())
+            return compact(table, slots)
+
+        window.compact = recording
         pause = itertools.repeat((0, 0), 100)
         dictate(llm, itertools.chain(pause, itertools.repeat((None, 0))))
         check_forests(llm, 12)
         drafts = record_drafts(llm)
         assert generate(llm, prompts, greedy()) == wanted
     assert len({request for request, _ in drafts}) == len(prompts), "some drafted no more"
+    assert max(holes) > 0, "nobody had a hole"

@@ -147,7 +147,7 @@ def test_aborted_requests_leave_no_block_and_no_tree(trees: Any) -> None:
     # Finished requests are forgotten with the next batch.
     trees.generate(tiny_prompts(1), greedy(4), use_tqdm=False)
     assert free_blocks(trees) == blocks
-    assert len(runner(trees).draft_trees) <= 1
+    assert len(runner(trees).slots) <= 1
 
 
 @pytest.mark.parametrize("method", ["echo", "eagle3", "plain"])

@@ -39,6 +39,10 @@ class RequestSlots:
         self.by_level = np.zeros(num_slots, np.bool_)
         self.is_random = np.zeros(num_slots, np.bool_)
 
+    def __len__(self) -> int:
+        """Requests that have a slot."""
+        return len(self._slots)
+
     def __contains__(self, req_id: str) -> bool:
         return req_id in self._slots
 
