@@ -65,5 +65,5 @@ bench-quick: setup ## one table: plain decoding, vLLM's eagle3, and our policies
 
 clean: ## remove .venv, the builds and the demo model
 	rm -rf .venv .build build dist *.egg-info echo_vllm/*.so models/smollm2-135m-instruct
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,7 +33,7 @@ from echo_vllm.step.attention.tree import (
 from echo_vllm.transfer import upload
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool
-from echo_vllm.trees.store import Ints
+from echo_vllm.trees.store import Ints, owners
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,46 @@ class EchoProposer(EagleProposer):
             tree takes as hidden state), both [U, hidden].
         """
         self.report.committed += len(rows.token_ids)
+        most = self.max_num_tokens
+        if not len(rows.counts) or rows.counts.max() <= most:
+            return self._catch_up_all(rows, features, block_table)
+        # More rows of one request than a forward may have: they go one part after the other.
+        owner, place = owners(rows.counts)
+        last: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for start in range(0, int(rows.counts.max()), most):
+            these = np.flatnonzero((place >= start) & (place < start + most))
+            requests = np.unique(owner[these])
+            left = np.maximum(0, rows.counts[requests] - start - most)
+            part = CatchUpRows(
+                np.bincount(owner[these], minlength=len(rows.counts))[requests],
+                rows.token_ids[these],
+                rows.positions[these],
+                rows.slot_mapping[these],
+                rows.lengths[requests] - left,
+            )
+            some = self._upload(torch.from_numpy(requests))
+            output, above = self._catch_up_all(
+                part, features[self._upload(torch.from_numpy(these))], block_table[some]
+            )
+            for i, request in enumerate(requests.tolist()):
+                last[request] = output[i], above[i]
+        pairs = [last[request] for request in range(len(rows.counts))]
+        return torch.stack([o for o, _ in pairs]), torch.stack([a for _, a in pairs])
+
+    def _catch_up_all(
+        self, rows: CatchUpRows, features: torch.Tensor, block_table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`catch_up` for requests none of which has more rows than a forward may have."""
         ends = np.cumsum(rows.counts)
         outputs, above = [], []
         first = 0
         while first < len(ends):
             start = int(ends[first] - rows.counts[first])
-            last = int(np.searchsorted(ends, start + self.max_num_tokens, side="right"))
-            part = slice(first, max(last, first + 1))
-            output, hidden = self._catch_up_some(rows, part, features, block_table)
+            stop = int(np.searchsorted(ends, start + self.max_num_tokens, side="right"))
+            output, hidden = self._catch_up_some(rows, slice(first, stop), features, block_table)
             outputs.append(output)
             above.append(hidden)
-            first = part.stop
+            first = stop
         if len(outputs) == 1:
             return outputs[0], above[0]
         return torch.cat(outputs), torch.cat(above)
