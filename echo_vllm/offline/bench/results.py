@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import PLAIN, SAME_CHAIN, Configuration, is_fixed
 from echo_vllm.offline.bench.plot import plot_speed
 from echo_vllm.offline.bench.sweep import Cell
@@ -181,8 +182,8 @@ def write_results(
         "summary": summary(journal.samples, names, PLAIN.name),
         "samples": [_sample.dump_python(s, exclude={"run": {"outputs"}}) for s in journal.samples],
     }
-    journal.path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    journal.path.with_suffix(".md").write_text(text)
+    atomic.write_json(journal.path.with_suffix(".json"), document)
+    atomic.write_text(journal.path.with_suffix(".md"), text)
     if wanted:
         png = journal.path.with_suffix(".png")
         shown = [name for name in names if name not in failures]
