@@ -23,6 +23,7 @@ from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import Load
 from echo_vllm.policies import Observation, make_policy
 from echo_vllm.startup.profiles import find_profile
+from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.grammar import AllowedTree, allow
 from echo_vllm.step.stats import StepStats
@@ -59,6 +60,7 @@ class EchoScheduler(Scheduler):
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self._step_stats: StepStats | None = None
         self._budget = 0
+        self._watch = AcceptanceWatch(self.vllm_config.speculative_config.model)
         self._verified: list[tuple[Any, int]] = []
         """Of the step's trees, in their order: the request, and its tokens before the step."""
         spec = self.vllm_config.speculative_config
@@ -67,6 +69,16 @@ class EchoScheduler(Scheduler):
         """Of running requests with a grammar and a draft."""
         profile = find_profile(spec.echo, spec.model)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+
+    @property
+    def num_lookahead_tokens(self) -> int:
+        """Slots reserved beyond the rows of a step: none, because drafts get no slot before they
+        are scheduled, and those of the rows (1 + nodes) are reserved with the rows."""
+        return 0
+
+    @num_lookahead_tokens.setter
+    def num_lookahead_tokens(self, value: int) -> None:
+        """vLLM's constructor sets one for each token that its own drafters write ahead."""
 
     # ---- Before the step ----
 
@@ -204,6 +216,7 @@ class EchoScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats
         if self._step_stats is not None:
+            self._watch.observe(self._step_stats.accepted)
             self._learn(self._step_stats)
             drafts = scheduler_output.scheduled_spec_decode_tokens
             requests = [self.requests.get(id) for id in model_runner_output.req_ids if id in drafts]

@@ -88,9 +88,19 @@ def test_the_config_survives_copies_and_processes(make_config: MakeConfig) -> No
         assert other.compute_hash() == config.compute_hash()
 
 
-def test_the_section_is_part_of_the_hash(make_config: MakeConfig) -> None:
-    one, other = (make_config({"echo": {"max_depth": depth}}) for depth in (3, 4))
-    assert one.compute_hash() != other.compute_hash()
+def test_only_what_changes_the_graph_compiles_the_target_anew(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    section = {"policy": "echo", "k_max": 8, "max_depth": 3}
+    key = make_config({"echo": section}).compute_hash()
+    for same in (
+        {"k_max": 9},
+        {"max_depth": 4},
+        {"policy": "auto"},
+        {"trace": str(tmp_path / "trace.jsonl")},
+    ):
+        assert make_config({"echo": section | same}).compute_hash() == key, same
+    assert make_config({"echo": section | {"linear": "stock"}}).compute_hash() != key
 
 
 def test_other_methods_are_left_alone(make_config: MakeConfig, target: Path, head: Path) -> None:
