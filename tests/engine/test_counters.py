@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -143,7 +142,7 @@ def test_blocks_are_reserved_for_rows_and_not_for_drafts_to_come(tiny: TinyModel
 def test_a_head_that_is_never_right_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    records: list[logging.LogRecord] = []
+    records: list[tuple[Any, ...]] = []
     monkeypatch.setattr(acceptance_watch.logger, "warning", lambda *args: records.append(args))
     watch = AcceptanceWatch("a head")
     for _ in range(10):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from echo_vllm.demo import fetch
+from echo_vllm.cache import cache_folder
 from echo_vllm.forecast import CostCache, CostCurve, CostKey, StepCost
 
 KEY = CostKey(
@@ -102,7 +102,7 @@ def test_the_folder_follows_the_environment(
     monkeypatch.delenv("ECHO_VLLM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert CostCache().folder == tmp_path / "xdg" / "echo-vllm" / "costs"
-    assert fetch.cache_folder() == tmp_path / "xdg" / "echo-vllm"
+    assert cache_folder() == tmp_path / "xdg" / "echo-vllm"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for nowhere in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", nowhere)

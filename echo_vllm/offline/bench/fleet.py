@@ -56,7 +56,7 @@ def launcher(kind: Kind, options: EngineOptions) -> Launch:
 
 def workers_that_fit(kind: Kind, options: EngineOptions) -> int:
     """How many workers of a kind the free memory holds, at least one."""
-    available = psutil.virtual_memory().available
+    available = int(psutil.virtual_memory().available)
     weights = sum(path.stat().st_size for path in Path(options.model).glob("*.safetensors"))
     if options.dtype == "float32":
         weights *= 2  # Files are mostly in 16 bits.
