@@ -351,7 +351,8 @@ class Report:
             atomic.write_json(self.out, record)
         found = measurements(self.results, self.models)
         if self.table is not None and found:
-            attention_table.write_table(self.table, self.device, found)
+            capability = attention_table.capability_of_this_gpu()
+            attention_table.write_table(self.table, self.device, capability, found)
 
     def conclude(self) -> None:
         for name, reason in {

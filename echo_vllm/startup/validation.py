@@ -28,7 +28,7 @@ from echo_vllm.config import (
     show,
     show_name,
 )
-from echo_vllm.ops import dispatch
+from echo_vllm.ops import attention_table, dispatch
 from echo_vllm.policies import parse_section
 from echo_vllm.startup.head import FIELD, Head, Target, check_weights, read_head
 from echo_vllm.startup.profiles import check_files
@@ -449,6 +449,10 @@ def _check_environment(dtype: str) -> None:
                 dispatch.choose(op, "cpu")
     except (ValueError, RuntimeError) as error:
         raise EchoConfigError(f"{error}; unset {dispatch.VARIABLE}.") from None
+    try:
+        attention_table.check_file()
+    except ValueError as error:
+        raise EchoConfigError(f"{error}.") from None
     if isa := os.environ.get("ECHO_VLLM_CPU_ISA"):
         known = ops.supported_cpu_isas()
         if isa not in known:

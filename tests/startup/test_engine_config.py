@@ -540,6 +540,7 @@ def test_a_layer_that_does_not_see_trees_is_one_sentence(layer: Any, what: str) 
         ("ECHO_VLLM_OPS", "fast", "ECHO_VLLM_OPS must be unset or one of extension, triton"),
         ("ECHO_VLLM_OPS", "triton", "ECHO_VLLM_OPS=triton: tree_attention cannot run so on cpu"),
         ("ECHO_VLLM_CPU_ISA", "avx1024", "ECHO_VLLM_CPU_ISA must be one of portable"),
+        ("ECHO_VLLM_ATTENTION_TABLE", "no.json", "no.json is no table of attention times"),
     ],
 )
 def test_what_no_operator_can_run_with_is_refused_at_the_start(
