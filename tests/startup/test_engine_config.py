@@ -67,6 +67,23 @@ def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeC
     assert config.model_config.disable_cascade_attn is True
 
 
+def test_ray_is_refused_before_vllm_looks_for_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    with pytest.raises(EchoConfigError) as error:
+        make_config(distributed_executor_backend="ray", tensor_parallel_size=2)
+    assert str(error.value) == (
+        f"{METHOD} --distributed-executor-backend ray on a CPU, which vLLM's Ray executor does not "
+        "know; remove it, the ranks of one machine are processes then."
+    )
+    monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EchoConfigError, match="the package ray is not installed; install ray"):
+        make_config(distributed_executor_backend="ray", tensor_parallel_size=2)
+
+
 def test_the_section_may_be_left_out(make_config: MakeConfig) -> None:
     assert make_config().speculative_config.echo.policy == "auto"
     assert make_config({"echo": None}).speculative_config.echo.policy == "auto"
