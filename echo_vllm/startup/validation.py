@@ -5,8 +5,9 @@
 The patched vLLM calls three functions of this module, and nothing else of the package, before any
 weight is loaded: `check_engine_args` looks at the options that vLLM would refuse in other words,
 `normalise_speculative_config` turns the user's speculative config into the eagle3 config that
-vLLM's own machinery understands, `configure_engine` chooses worker and scheduler. All refuse what tree speculation cannot work with: every refusal is an EchoConfigError,
-one sentence that names the option or the model, and what to do.
+vLLM's own machinery understands, `configure_engine` chooses worker and scheduler. All refuse what
+tree speculation cannot work with: every refusal is an EchoConfigError, one sentence that names the
+option or the model, and what to do.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ def test_nobody_asks_for_a_distribution_called_vllm() -> None:
     found = find_installation()
     asking = re.compile(r"(?:metadata|version|distribution|requires)\(\s*\"vllm\"")
     folder = found.root / "vllm"
-    files = [file for file in folder.rglob("*.py") if asking.search(file.read_text("utf-8"))]
+    files = [
+        file for file in sorted(folder.rglob("*.py")) if asking.search(file.read_text("utf-8"))
+    ]
     # Both try the other name, too.
     assert files == [folder / "platforms" / "__init__.py", folder / "version.py"]
     metadata = distribution_metadata()
