@@ -219,7 +219,8 @@ class EchoScheduler(Scheduler):
             self._watch.observe(self._step_stats.accepted)
             self._learn(self._step_stats)
             drafts = scheduler_output.scheduled_spec_decode_tokens
-            requests = [self.requests.get(id) for id in model_runner_output.req_ids if id in drafts]
+            ids = [id for id in model_runner_output.req_ids if drafts.get(id)]
+            requests = [self.requests.get(id) for id in ids]
             self._verified = [(r, 0 if r is None else r.num_output_tokens) for r in requests]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if model_runner_output.echo_drafts is not None:
