@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from echo_vllm import atomic
+
 CONTEXT = 512
 WARM_STEPS, STEPS = 8, 40
 KV_CACHE_BYTES = 6 << 30
@@ -232,7 +234,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def keep(report: dict[str, Any], out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        atomic.write_json(out, report)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -165,6 +165,11 @@ class EchoConfig(BaseModel):
             max_depth=self.depth_for(num_nodes, self.top_k, "top_k + (max_depth - 1) * top_k^2")
         )
 
+    def compile_factors(self) -> tuple[str, ...]:
+        """What of the section changes the compiled graph of the target; vLLM hashes it into the
+        key of its compilation cache."""
+        return ("echo", self.linear)
+
     @classmethod
     def refusal(cls, place: Sequence[int | str], value: object, kind: str, message: str) -> str:
         """The sentence for a value that the type of its field does not take.

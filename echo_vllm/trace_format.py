@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import operator
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,7 +213,13 @@ class TraceWriter:
     """
 
     def __init__(self, path: str | Path, header: TraceHeader) -> None:
-        """Create the file, replacing one that is there.
+        """Create the file. One that is there keeps its content under a name with a number.
+
+        So a server that is started again with the same configuration loses nothing. One that ended
+        before its first step has nothing to keep.
+
+        Attributes:
+            kept: where the content of an older file is now, or None.
 
         Raises:
             TraceError: the file cannot be written.
@@ -220,6 +227,7 @@ class TraceWriter:
         self.path = Path(path)
         self.num_steps = 0
         try:
+            self.kept = _keep_older(self.path)
             self._file: IO[str] = _open(self.path, "w")
         except OSError as error:
             raise TraceError(
@@ -291,6 +299,31 @@ def read_trace(path: str | Path, *, whole: bool = True) -> tuple[TraceHeader, It
         file.close()
         raise
     return header, _read_steps(where, file, whole)
+
+
+def _keep_older(path: Path) -> Path | None:
+    """Rename a file with content to the first free of `trace.1.jsonl`, `trace.2.jsonl`, ..."""
+    if not path.is_file() or not _has_content(path):
+        return None
+    packed = ".gz" if path.name.endswith(".gz") else ""
+    plain = Path(path.name.removesuffix(packed))
+    names = (f"{plain.stem}.{number}{plain.suffix}{packed}" for number in itertools.count(1))
+    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    return path.rename(kept)
+
+
+def _has_content(path: Path) -> bool:
+    """Whether a file is anything but empty or the header of a trace."""
+    if not path.stat().st_size:
+        return False
+    try:
+        with _open(path, "r") as file:
+            is_header = json.loads(file.readline())["format"] == FORMAT
+            return not is_header or bool(file.readline())
+    except EOFError:  # The first step of a compressed trace that was cut off.
+        return False
+    except (OSError, ValueError, KeyError, TypeError, zlib.error):
+        return True
 
 
 def _open(path: Path, mode: str) -> IO[str]:

@@ -24,10 +24,8 @@ from rich.text import Text
 from echo_vllm import VLLM_VERSION, __version__
 from echo_vllm.patching import PatchError, PatchState, find_installation, load_series
 
-ENTRY_POINTS = {
-    "vllm.general_plugins": "echo_vllm.startup.plugin:register",
-    "vllm.stat_logger_plugins": "echo_vllm.step.metrics:EchoStatLogger",
-}
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN = "echo_vllm.startup.plugin:register"
 
 
 @dataclass(frozen=True)
@@ -161,19 +159,15 @@ def describe_operators(device: str, report: dict[str, Any]) -> Finding:
     return Finding(what, state, remedy)
 
 
-def check_plugins() -> Finding:
-    missing = [
-        group
-        for group, value in ENTRY_POINTS.items()
-        if not any(point.value == value for point in importlib.metadata.entry_points(group=group))
-    ]
-    if missing:
+def check_plugin() -> Finding:
+    points = importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    if not any(point.value == PLUGIN for point in points):
         return Finding(
-            "vLLM plug-ins",
-            f"{' and '.join(missing)} not registered",
+            "vLLM plug-in",
+            f"{PLUGIN_GROUP} not registered",
             "install the package: `pip install --no-build-isolation --no-deps -e .`",
         )
-    return Finding("vLLM plug-ins", "registered")
+    return Finding("vLLM plug-in", "registered")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
@@ -185,12 +179,12 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_extension,
     check_cpu_operators,
     check_cuda_operators,
-    check_plugins,
+    check_plugin,
 )
 
 
 def doctor() -> None:
-    """Show versions, patches, extension and plug-ins; status 1 if something needs repair."""
+    """Show versions, patches, extension and plug-in; status 1 if something needs repair."""
     findings = [check() for check in CHECKS]
     table = Table("", "what", "state", "what to do")
     for finding in findings:

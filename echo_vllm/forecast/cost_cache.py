@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import platform
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from echo_vllm import atomic
+from echo_vllm.cache import cache_folder
 from echo_vllm.forecast.curve import CostError
 from echo_vllm.forecast.step_cost import StepCost
 
@@ -30,9 +29,12 @@ class CostKey:
     """What a measured cost belongs to; any difference makes it another one.
 
     Attributes:
-        target, drafter: names or paths of the models, with a revision or date where there is one.
+        target, drafter: names or paths of the models.
+        checkpoints: which state of their files it was: commits, or sizes and times.
         dtype: of the target.
-        hardware: processor or GPU, see `describe_cpu`.
+        engine: what vLLM made of the two: quantisation, parallelism, compilation, graphs.
+        kernels: what was chosen of this package's own.
+        hardware: processor or GPU.
         threads: compute threads of the engine.
         vllm_version, echo_vllm_version: of the installed packages.
         max_rows: the largest forward that was measured.
@@ -40,7 +42,10 @@ class CostKey:
 
     target: str
     drafter: str
+    checkpoints: str
     dtype: str
+    engine: str
+    kernels: str
     hardware: str
     threads: int
     vllm_version: str
@@ -57,8 +62,8 @@ class CostCache:
     """A folder of measured costs."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Args: folder: `default_folder()` without one; made when something is saved."""
-        self.folder = default_folder() if folder is None else folder
+        """Args: folder: in the package's cache folder without one; made when something is saved."""
+        self.folder = cache_folder() / "costs" if folder is None else folder
 
     def path(self, key: CostKey) -> Path:
         """The file of `key`, whether it exists or not."""
@@ -92,34 +97,8 @@ class CostCache:
         data = {"schema_version": SCHEMA_VERSION, "key": asdict(key), "cost": cost.to_dict()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.folder, suffix=".new")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(data, file, indent=1)
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            atomic.write_json(path, data)
         except OSError as error:
             logger.warning("The measured step cost is not kept: %s (%s).", path, error)
             return None
         return path
-
-
-def default_folder() -> Path:
-    """`$ECHO_VLLM_CACHE`, or `~/.cache/echo-vllm`, and in it `costs`."""
-    root = os.environ.get("ECHO_VLLM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "echo-vllm") / "costs"
-
-
-def describe_cpu() -> str:
-    """Model and number of logical processors of this machine, for `CostKey.hardware`."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # not Linux: the architecture must do
-    return f"{model} x{os.cpu_count()}"

@@ -11,9 +11,13 @@ measured while something else took the machine would mislead every policy for go
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -23,16 +27,17 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
-from echo_vllm import __version__
+from echo_vllm import __version__, ops
 from echo_vllm.forecast import (
     CostCache,
     CostCurve,
     CostKey,
     StepCost,
     budget_rows,
-    describe_cpu,
     fit_hinge,
 )
+from echo_vllm.machine import describe_cpu
+from echo_vllm.ops import dispatch
 from echo_vllm.ops.argmax import argmax_of_rows
 
 logger = init_logger(f"vllm.{__name__}")
@@ -57,6 +62,8 @@ DISAGREES = 1.6
 """Ratio between the sizes' changes beyond which a curve is taken for wrong. A machine that got
 slower as a whole changes all sizes alike, which no decision depends on."""
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -70,19 +77,7 @@ def measured_cost(runner: Any) -> StepCost:
         config.scheduler_config.max_num_seqs * (1 + spec.num_speculative_tokens),
         ROWS[-1],
     )
-    key = CostKey(
-        target=config.model_config.model,
-        drafter=spec.model,
-        dtype=(
-            f"{config.model_config.dtype}, {config.compilation_config.mode}, "
-            f"linear {spec.echo.linear}"
-        ),
-        hardware=f"{_describe(runner.device)}, {config.parallel_config.tensor_parallel_size} ranks",
-        threads=torch.get_num_threads(),
-        vllm_version=vllm_version,
-        echo_vllm_version=__version__,
-        max_rows=max_rows,
-    )
+    key = cost_key(runner, max_rows)
     cache = CostCache()
     cost = _of_first_rank(lambda: cache.load(key))
     with _forwards(runner) as forwards:
@@ -117,6 +112,26 @@ def measured_cost(runner: Any) -> StepCost:
         budget_rows(cost.verify),
     )
     return cost
+
+
+def cost_key(runner: Any, max_rows: int) -> CostKey:
+    """What the costs of this engine's forwards, of up to `max_rows` rows, depend on."""
+    config: VllmConfig = runner.vllm_config
+    spec = config.speculative_config
+    assert spec is not None
+    return CostKey(
+        target=config.model_config.model,
+        drafter=spec.model,
+        checkpoints=f"{_checkpoint(config.model_config)}, {_checkpoint(spec.draft_model_config)}",
+        dtype=f"{config.model_config.dtype}",
+        engine=_engine(config),
+        kernels=_kernels(runner.device, spec.echo.linear),
+        hardware=f"{_describe(runner.device)}, {config.parallel_config.tensor_parallel_size} ranks",
+        threads=torch.get_num_threads(),
+        vllm_version=vllm_version,
+        echo_vllm_version=__version__,
+        max_rows=max_rows,
+    )
 
 
 @dataclass(frozen=True)
@@ -206,19 +221,17 @@ def _measure(forwards: _Forwards, max_rows: int) -> StepCost:
 
 
 def _holds(cost: StepCost, forwards: _Forwards, max_rows: int) -> bool:
-    """Whether forwards of target and drafter still have the proportions of `cost`."""
+    """Whether forwards of target and drafter still have the proportions of `cost`: the sizes of
+    each to one another, and the two to one another."""
     sizes = sorted({min(rows, max_rows) for rows in CHECKED_ROWS})
-    return all(
-        _agrees(forward, curve, sizes)
-        for forward, curve in (
-            (forwards.target, cost.verify),
-            (forwards.draft, cost.draft_level),
-        )
-    )
+    target = _ratios(forwards.target, cost.verify, sizes)
+    draft = _ratios(forwards.draft, cost.draft_level, sizes)
+    pairs = [target, draft, [median(target), median(draft)]]
+    return bool(_of_first_rank(lambda: all(max(p) <= DISAGREES * min(p) for p in pairs)))
 
 
-def _agrees(forward: Callable[[int], None], curve: CostCurve, sizes: Sequence[int]) -> bool:
-    """Whether the least times of `sizes` are as far apart as on the curve, up to `DISAGREES`."""
+def _ratios(forward: Callable[[int], None], curve: CostCurve, sizes: Sequence[int]) -> list[float]:
+    """The least time now over the curve's, of the first two of `sizes` and as many as fit in."""
     end = perf_counter() + CHECK_S
 
     def is_late() -> bool:
@@ -234,7 +247,42 @@ def _agrees(forward: Callable[[int], None], curve: CostCurve, sizes: Sequence[in
                 break
             least = min(least, _timed(forward, rows))
         ratios.append(least / curve(rows))
-    return bool(_of_first_rank(lambda: max(ratios) <= DISAGREES * min(ratios)))
+    return ratios
+
+
+def _checkpoint(model: Any) -> str:
+    """What tells one state of a model's files from another: a repository's commit, or sizes and
+    times of the files that a forward depends on."""
+    path = Path(model.model)
+    if not path.exists():
+        return f"{getattr(model.hf_config, '_commit_hash', None) or model.revision}"
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    states = [
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        for file in files
+        if file.suffix in WEIGHTS or file.name == "config.json"
+    ]
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()[:16]
+
+
+def _engine(config: VllmConfig) -> str:
+    """vLLM's own hashes of all that changes the forwards, and how they are run."""
+    compilation, spec = config.compilation_config, config.speculative_config
+    assert spec is not None
+    return (
+        f"{config.compute_hash()} {spec.draft_model_config.compute_hash()}, "
+        f"compilation {compilation.mode}, graphs {compilation.cudagraph_mode} up to "
+        f"{compilation.max_cudagraph_capture_size}"
+    )
+
+
+def _kernels(device: torch.device, linear: str) -> str:
+    """What was chosen of this package's kernels, and torch, which brings the others."""
+    chosen = dispatch.forced_implementation() or "by table"
+    if device.type == "cpu":
+        isa = os.environ.get("ECHO_VLLM_CPU_ISA") or ops.supported_cpu_isas()[-1]
+        chosen = f"{chosen}, {isa}"
+    return f"linear {linear}, operators {chosen}, torch {torch.__version__}"
 
 
 def _describe(device: torch.device) -> str:

@@ -2,16 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """What happens to vLLM's configuration at start-up when the method is `echo`.
 
-The patched vLLM calls two functions of this module, and nothing else of the package, before any
-weight is loaded: `normalise_speculative_config` turns the user's speculative config into the
-eagle3 config that vLLM's own machinery understands, `configure_engine` chooses worker and
-scheduler. Both refuse what tree speculation cannot work with: every refusal is an EchoConfigError,
-one sentence that names the option or the model, and what to do.
+The patched vLLM calls three functions of this module, and nothing else of the package, before any
+weight is loaded: `check_engine_args` looks at the options that vLLM would refuse in other words,
+`normalise_speculative_config` turns the user's speculative config into the eagle3 config that
+vLLM's own machinery understands, `configure_engine` chooses worker and scheduler. All refuse what
+tree speculation cannot work with: every refusal is an EchoConfigError, one sentence that names the
+option or the model, and what to do.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +30,7 @@ from echo_vllm.config import (
     show,
     show_name,
 )
-from echo_vllm.ops import dispatch
+from echo_vllm.ops import attention_table, dispatch
 from echo_vllm.policies import parse_section
 from echo_vllm.startup.head import FIELD, Head, Target, check_weights, read_head
 from echo_vllm.startup.profiles import check_files
@@ -91,6 +93,30 @@ FIXED: dict[str, tuple[object, str]] = {
     "draft_sample_method": ("greedy", "the candidates are the draft head's best tokens"),
     "dspark_draft_topk": (None, "it belongs to method dspark"),
 }
+
+
+def check_engine_args(engine_args: Any) -> None:
+    """Refuse what vLLM finds out when it makes the parts of its configuration, or later.
+
+    Args:
+        engine_args: vLLM's EngineArgs, as the user gave them.
+
+    Raises:
+        EchoConfigError: in one sentence.
+    """
+    from vllm.platforms import current_platform
+
+    if engine_args.distributed_executor_backend != "ray":
+        return
+    option = "--distributed-executor-backend ray"
+    if not current_platform.ray_device_key:
+        refuse(
+            f"{option} on a {current_platform.device_type.upper()}, which vLLM's Ray executor does "
+            "not know",
+            "remove it, the ranks of one machine are processes then",
+        )
+    if importlib.util.find_spec("ray") is None:
+        refuse(f"{option} where the package ray is not installed", "install ray, or remove it")
 
 
 def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -449,6 +475,10 @@ def _check_environment(dtype: str) -> None:
                 dispatch.choose(op, "cpu")
     except (ValueError, RuntimeError) as error:
         raise EchoConfigError(f"{error}; unset {dispatch.VARIABLE}.") from None
+    try:
+        attention_table.check_file()
+    except ValueError as error:
+        raise EchoConfigError(f"{error}.") from None
     if isa := os.environ.get("ECHO_VLLM_CPU_ISA"):
         known = ops.supported_cpu_isas()
         if isa not in known:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Prometheus metrics `vllm:echo_*` and one log line, through vLLM's stat-logger plug-in.
+"""Prometheus metrics `vllm:echo_*` and one log line; the patched vLLM makes the logger.
 
 vLLM's own `vllm:spec_decode_*` counters stay true for trees: a draft is a tree, its draft tokens
 are the verified nodes, and position p counts the trees whose accepted path reached depth p + 1.
-What they cannot say (shape, use of the budget) is here.
+What they cannot say (shape, use of the budget) is here. Both count as accepted only what the user
+got: the scheduler leaves out what lies behind a limit or a stop token, `leave_out` what lies behind
+a stop string, which only the front end sees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import prometheus_client
@@ -26,31 +29,15 @@ _POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 class EchoStatLogger(AggregateStatLoggerBase):
-    """Counts what the worker reports per step; silent unless the method is `echo`."""
+    """Counts what the worker reports per step."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         spec = vllm_config.speculative_config
-        self.enabled = spec is not None and spec.echo is not None
-        if not self.enabled:
-            return
-        self.max_nodes = spec.num_speculative_tokens
-        self.max_depth = spec.echo.max_depth
-        self.model_name = vllm_config.model_config.served_model_name
-        self.engine_indexes = engine_indexes
-        self.metrics: dict[int, dict[str, Any]] = {}
+        assert spec is not None
         self._reset()
-
-    def _register(self) -> None:
-        """Make the metrics, once all of vLLM's loggers exist.
-
-        vLLM's own Prometheus logger is made after the plug-ins' and clears the registry of every
-        name with `vllm` in it.
-        """
-        if self.metrics:
-            return
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
         gauge = prometheus_client.Gauge
-        depths = list(range(1, self.max_depth + 1))
+        depths = list(range(1, spec.echo.max_depth + 1))
         metrics: dict[str, Any] = {
             "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
             "nodes": counter(
@@ -61,8 +48,8 @@ class EchoStatLogger(AggregateStatLoggerBase):
             ),
             "budget": counter(
                 "vllm:echo_budget_nodes",
-                "Nodes that the verified trees could have had at most; "
-                "verified nodes over this is the use of the budget.",
+                "Nodes that the verified trees could have had at most, together: k_max or what the "
+                "step has room for; verified nodes over this is the use of the budget.",
                 _LABELS,
             ),
             "verify_s": counter(
@@ -95,15 +82,14 @@ class EchoStatLogger(AggregateStatLoggerBase):
                 buckets=[0, *depths],
             ),
         }
+        name = vllm_config.model_config.served_model_name
         self.metrics = {
-            index: {
-                key: metric.labels(self.model_name, str(index)) for key, metric in metrics.items()
-            }
-            for index in self.engine_indexes
+            index: {key: metric.labels(name, str(index)) for key, metric in metrics.items()}
+            for index in engine_indexes
         }
 
     def _reset(self) -> None:
-        self.trees = self.nodes = self.accepted = 0
+        self.trees = self.nodes = self.accepted = self.budget = 0
 
     def record(
         self,
@@ -113,10 +99,9 @@ class EchoStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Add one step's report."""
-        if not self.enabled or scheduler_stats is None or scheduler_stats.echo_stats is None:
+        if scheduler_stats is None or scheduler_stats.echo_stats is None:
             return
         step = StepStats(**scheduler_stats.echo_stats)
-        self._register()
         metrics = self.metrics[engine_idx]
         metrics["verify_s"].inc(step.verify_s)
         metrics["draft_s"].inc(step.draft_s)
@@ -127,7 +112,7 @@ class EchoStatLogger(AggregateStatLoggerBase):
         metrics["trees"].inc(len(step.nodes))
         metrics["nodes"].inc(sum(step.nodes))
         metrics["accepted"].inc(sum(step.accepted))
-        metrics["budget"].inc(len(step.nodes) * self.max_nodes)
+        metrics["budget"].inc(step.budget)
         for key, values in (
             ("depth", step.depths),
             ("width", step.widths),
@@ -138,10 +123,11 @@ class EchoStatLogger(AggregateStatLoggerBase):
         self.trees += len(step.nodes)
         self.nodes += sum(step.nodes)
         self.accepted += sum(step.accepted)
+        self.budget += step.budget
 
     def log(self) -> None:
         """One line for the time since the last call, if anything was verified."""
-        if not self.enabled or not self.trees:
+        if not self.trees:
             return
         logger.info(
             "ECHO: %d trees verified, %.1f nodes a tree, %.2f tokens a step and request, "
@@ -150,11 +136,32 @@ class EchoStatLogger(AggregateStatLoggerBase):
             self.nodes / self.trees,
             1 + self.accepted / self.trees,
             self.nodes / self.accepted if self.accepted else float("inf"),
-            100 * self.nodes / (self.trees * self.max_nodes),
+            100 * self.nodes / self.budget,
         )
         self._reset()
 
     def log_engine_initialized(self) -> None:
-        """Called when all loggers exist: show the metrics from the start, at zero."""
-        if self.enabled:
-            self._register()
+        """Nothing to say before the first step."""
+
+
+def leave_out(scheduler_stats: Any, dropped: Sequence[tuple[int, int]]) -> None:
+    """Take back, in place, what a step's statistics count as accepted and no user got.
+
+    Args:
+        scheduler_stats: vLLM's, with `spec_decoding_stats` and `echo_stats` of the step.
+        dropped: of outputs that were cut at a stop string, or came after it, the tokens that were
+            generated and those that were delivered.
+    """
+    counted = scheduler_stats.spec_decoding_stats
+    if counted is None:
+        return
+    paths = scheduler_stats.echo_stats["accepted"]
+    for generated, delivered in dropped:
+        # One of a tree's tokens is the bonus token. Which tree it was does not matter.
+        before, after = generated - 1, max(0, delivered - 1)
+        if before == after:
+            continue
+        paths[paths.index(before)] = after
+        counted.num_accepted_tokens -= before - after
+        for position in range(after, before):
+            counted.num_accepted_tokens_per_pos[position] -= 1

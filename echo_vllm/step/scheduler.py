@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import Load
 from echo_vllm.policies import Observation, make_policy
 from echo_vllm.startup.profiles import find_profile
+from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.grammar import AllowedTree, allow
 from echo_vllm.step.stats import StepStats
@@ -57,12 +59,26 @@ class EchoScheduler(Scheduler):
         # no tree; the table itself leaves N as it is.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
         self._step_stats: StepStats | None = None
+        self._budget = 0
+        self._watch = AcceptanceWatch(self.vllm_config.speculative_config.model)
+        self._verified: list[tuple[Any, int]] = []
+        """Of the step's trees, in their order: the request, and its tokens before the step."""
         spec = self.vllm_config.speculative_config
         self._waiting = 0
         self._allowed: dict[str, AllowedTree] = {}
         """Of running requests with a grammar and a draft."""
         profile = find_profile(spec.echo, spec.model)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+
+    @property
+    def num_lookahead_tokens(self) -> int:
+        """Slots reserved beyond the rows of a step: none, because drafts get no slot before they
+        are scheduled, and those of the rows (1 + nodes) are reserved with the rows."""
+        return 0
+
+    @num_lookahead_tokens.setter
+    def num_lookahead_tokens(self, value: int) -> None:
+        """vLLM's constructor sets one for each token that its own drafters write ahead."""
 
     # ---- Before the step ----
 
@@ -94,6 +110,7 @@ class EchoScheduler(Scheduler):
         limit = self._policy.batch_limit(Load(decoding, prompts))
         if limit is not None:
             budget = min(budget, limit)
+        self._budget = max(0, budget)
         sizes = [len(request.spec_token_ids) for request in self.running]
         if sum(sizes) <= budget:
             return
@@ -199,7 +216,12 @@ class EchoScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats
         if self._step_stats is not None:
+            self._watch.observe(self._step_stats.accepted)
             self._learn(self._step_stats)
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            ids = [id for id in model_runner_output.req_ids if drafts.get(id)]
+            requests = [self.requests.get(id) for id in ids]
+            self._verified = [(r, 0 if r is None else r.num_output_tokens) for r in requests]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if model_runner_output.echo_drafts is not None:
             self._take_drafts(model_runner_output.echo_drafts)
@@ -225,8 +247,26 @@ class EchoScheduler(Scheduler):
         stats.cost = stats.report = None  # The front end needs neither.
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics and ours, both of the tokens that requests really got.
+
+        vLLM counts a path before it looks for what ends the request inside of it.
+        """
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and self._step_stats is not None:
-            stats.echo_stats = self._step_stats.to_dict()
-        self._step_stats = None
+        step, self._step_stats = self._step_stats, None
+        verified, self._verified = self._verified, []
+        if stats is None or step is None:
+            return stats
+        emitted = [0 if r is None else r.num_output_tokens - before for r, before in verified]
+        step.accepted = [count - 1 for count in emitted]
+        # A request that was aborted meanwhile got nothing.
+        for name in ("nodes", "depths", "widths", "accepted"):
+            values = zip(getattr(step, name), emitted, strict=True)
+            setattr(step, name, [value for value, count in values if count > 0])
+        stats.spec_decoding_stats = None
+        if step.nodes:
+            stats.spec_decoding_stats = SpecDecodingStats.new(self.num_spec_tokens)
+            for nodes, accepted in zip(step.nodes, step.accepted, strict=True):
+                stats.spec_decoding_stats.observe_draft(nodes, accepted)
+        step.budget = min(self._budget, len(step.nodes) * self.num_spec_tokens)
+        stats.echo_stats = step.to_dict()
         return stats

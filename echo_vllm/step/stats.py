@@ -24,7 +24,9 @@ class StepStats:
         nodes: verified nodes of each tree.
         depths: depth of each tree.
         widths: the most nodes that one level of each tree has.
-        accepted: accepted draft tokens of each tree.
+        accepted: accepted draft tokens of each tree. The scheduler leaves those out that lie behind
+            a stop or a limit, and the trees of requests that ended meanwhile.
+        budget: nodes that these trees could have had at most, together; the scheduler knows it.
         rows: rows of the target's forward.
         verify_s, draft_s, idle_s: see `StepClock`.
         committed, level_rows: see `DraftReport`; of the drafting at the end of this step, if its
@@ -39,6 +41,7 @@ class StepStats:
     depths: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    budget: int = 0
     rows: int = 0
     verify_s: float = 0.0
     draft_s: float = 0.0

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
 from echo_vllm import __version__
@@ -21,6 +22,8 @@ from echo_vllm.step.v1.drafter import DraftReport
 from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class TraceRecorder:
 
     def __init__(self, path: str, header: TraceHeader) -> None:
         self._writer = TraceWriter(path, header)
+        if self._writer.kept is not None:
+            logger.info("The trace that was there is kept as %s.", self._writer.kept)
         atexit.register(self.close)
         self._drafts: dict[str, _Draft] = {}
         """Of the last drafting, in its order."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echo_vllm import atomic
 from echo_vllm.training.work import TrainingError, read_json, unwritable, write_json
 
 FILE_NAME = "training.json"
@@ -29,7 +30,7 @@ def add_facts(head: Path, **facts: Any) -> None:
     card = head / "README.md"
     try:
         if not card.exists() or OURS in card.read_text(encoding="utf-8"):
-            card.write_text(_card(head, content), encoding="utf-8")
+            atomic.write_text(card, _card(head, content))
     except OSError as error:
         raise TrainingError(unwritable(card, error)) from None
 

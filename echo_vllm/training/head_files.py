@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from echo_vllm import atomic
 from echo_vllm.training.work import TrainingError, unwritable
 
 LEFT_OUT = ("embed_tokens.", "verifier_")
@@ -28,7 +29,8 @@ LEFT_OUT = ("embed_tokens.", "verifier_")
 def export_head(
     model: Any, folder: Path, *, dtype: torch.dtype, bos_and_eos: dict[str, Any]
 ) -> None:
-    """Write config.json and model.safetensors; each is there whole or not at all.
+    """Write config.json and model.safetensors, which always belong together: a process that is
+    killed in between leaves a folder without a config.json, which nobody takes for a head.
 
     Args:
         model: speculators' Eagle3DraftModel.
@@ -74,13 +76,10 @@ def export_head(
         tensors[name.replace("layers.0.", "midlayer.")] = kept.detach().cpu().clone()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "model.safetensors.writing"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        text = folder / "config.json.writing"
-        text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        weights.chmod(text.stat().st_mode)  # safetensors lets only the owner read.
-        weights.replace(folder / "model.safetensors")
-        text.replace(folder / "config.json")
+        both = folder / "model.safetensors", folder / "config.json"
+        with atomic.replacing(*both) as [weights, text]:
+            save_file(tensors, weights, metadata={"format": "pt"})
+            text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise TrainingError(unwritable(folder, error)) from None
     except Exception as error:  # safetensors wraps the system's errors in one of its own.

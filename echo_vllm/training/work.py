@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from echo_vllm import atomic
 
 
 class TrainingError(ValueError):
@@ -88,16 +89,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: it could not be written.
     """
-    writing = path.with_name(path.name + ".writing")
     try:
-        with writing.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        writing.replace(path)
+        atomic.write_json(path, content)
     except OSError as error:
-        writing.unlink(missing_ok=True)
         raise TrainingError(unwritable(path, error)) from None
 
 

@@ -290,7 +290,9 @@ def test_a_trace_holds_what_was_drafted_and_accepted(
                 assert request.is_fully_verified or len(request.selected) < 21
     assert trees == found["spec_decode_num_drafts"]
     assert nodes == found["spec_decode_num_draft_tokens"]
-    assert accepted == found["spec_decode_num_accepted_tokens"]
+    # The trace has whole paths, the counters what requests got of them before their limit.
+    got = found["spec_decode_num_accepted_tokens"]
+    assert got <= accepted <= got + 20 * header.echo["max_depth"]
     # Offline, the same policy decides the same.
     report = replay_exact(steps, recorded_policy(header))
     assert report.different == 0, report

@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import CUDAGraphMode
+import torch
+from vllm.config import CompilationMode, CUDAGraphMode
 
-from echo_vllm.forecast import CostCurve
+from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.startup import measure
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, engine, runner
@@ -45,6 +48,10 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], float]
     return make
 
 
+def agrees(ratios: list[float]) -> bool:
+    return max(ratios) <= measure.DISAGREES * min(ratios)
+
+
 def test_a_curve_holds_at_any_pace_and_through_single_disturbances(
     on: Callable[..., Machine],
 ) -> None:
@@ -52,21 +59,35 @@ def test_a_curve_holds_at_any_pace_and_through_single_disturbances(
         return 1.5 * CURVE(rows) * (3 if times == 0 else 1)  # slower throughout, and a slow first
 
     machine = on(seconds)
-    assert measure._agrees(machine.forward, CURVE, SIZES)
+    assert agrees(measure._ratios(machine.forward, CURVE, SIZES))
     assert machine.timed == [rows for rows in SIZES for _ in range(measure.CHECKS)]
 
 
 @pytest.mark.parametrize("wrong", SIZES)
 def test_a_curve_with_one_wrong_size_does_not_hold(on: Callable[..., Machine], wrong: int) -> None:
     machine = on(lambda rows, times: CURVE(rows) * (2 if rows == wrong else 1))
-    assert not measure._agrees(machine.forward, CURVE, SIZES)
+    assert not agrees(measure._ratios(machine.forward, CURVE, SIZES))
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "holds"), [(3, 3, True), (0.5, 1, False), (1, 2, False)]
+)
+def test_target_and_drafter_are_held_against_each_other(
+    on: Callable[..., Machine], target: float, draft: float, holds: bool
+) -> None:
+    """A machine may be slower as a whole, but a target in another format is another target."""
+    # Each size CHECKS times for the target, and then for the drafter.
+    machine = on(lambda rows, times: CURVE(rows) * (target if times < measure.CHECKS else draft))
+    forwards = measure._Forwards(machine.forward, machine.forward, machine.forward)
+    cost = StepCost(CURVE, CURVE, CURVE)
+    assert measure._holds(cost, forwards, 512) == holds
 
 
 def test_the_check_is_short_on_a_slow_machine_but_looks_at_two_sizes(
     on: Callable[..., Machine],
 ) -> None:
     machine = on(lambda rows, times: 200 * CURVE(rows))
-    assert measure._agrees(machine.forward, CURVE, SIZES)
+    assert agrees(measure._ratios(machine.forward, CURVE, SIZES))
     assert machine.timed == [1, 4]
 
 
@@ -78,7 +99,27 @@ def test_a_wrong_cost_in_the_cache_is_measured_again(
     monkeypatch.setattr(measure, "DISAGREES", 1e6)
     options = {"skip_tokenizer_init": True, "max_model_len": 256}
     with engine(tiny.target, echo(tiny.head, 8, policy="auto"), **options) as llm:
-        (file,) = (tmp_path / "costs").iterdir()
+        assert len(list((tmp_path / "costs").iterdir())) == 1
+        key = measure.cost_key(runner(llm), 64)
+        assert measure.cost_key(runner(llm), 64) == key
+        for what, change in (
+            ("model_config.revision", "another"),
+            ("model_config.quantization", "fp8"),
+            ("model_config.dtype", torch.bfloat16),
+            ("speculative_config.draft_model_config.quantization", "fp8"),
+            ("compilation_config.cudagraph_mode", CUDAGraphMode.PIECEWISE),
+            ("compilation_config.mode", CompilationMode.VLLM_COMPILE),
+            ("parallel_config.tensor_parallel_size", 2),
+        ):
+            place, _, name = what.rpartition(".")
+            config = attrgetter(place)(runner(llm).vllm_config)
+            with monkeypatch.context() as changed:
+                changed.setattr(config, name, change)
+                assert measure.cost_key(runner(llm), 64) != key, what
+        os.utime(tiny.target / "model.safetensors")
+        assert measure.cost_key(runner(llm), 64) != key
+        assert measure.measured_cost(runner(llm))
+        file = max((tmp_path / "costs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         kept = file.read_text()
         assert measure.measured_cost(runner(llm)).to_dict() == json.loads(kept)["cost"]
         assert file.read_text() == kept

@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from echo_vllm.forecast import CostCache, CostCurve, CostKey, StepCost, describe_cpu
-from echo_vllm.forecast.cost_cache import default_folder
+from echo_vllm.cache import cache_folder
+from echo_vllm.forecast import CostCache, CostCurve, CostKey, StepCost
 
-KEY = CostKey("target", "head", "float32", "cpu x2", 2, "0.32.0", "0.1.0", 512)
+KEY = CostKey(
+    "target", "head", "commits", "float32", "fp8", "stock", "cpu x2", 2, "0.32.0", "0.1.0", 512
+)
 COST = StepCost(
     verify=CostCurve((1, 64), (0.1, 0.30000000000000004)),
     draft_level=CostCurve((1,), (0.01,)),
@@ -37,7 +38,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     [
         {"target": "other"},
         {"drafter": "other"},
+        {"checkpoints": "other"},
         {"dtype": "bfloat16"},
+        {"engine": "bf16"},
+        {"kernels": "other"},
         {"hardware": "other"},
         {"threads": 3},
         {"vllm_version": "1"},
@@ -60,10 +64,10 @@ def test_every_part_of_the_key_counts(tmp_path: Path, change: dict[str, str]) ->
         b"null",
         b"\xff\xfe",
         json.dumps({"schema_version": 99}).encode(),
-        json.dumps({"schema_version": 1, "key": {}, "cost": COST.to_dict()}).encode(),
-        json.dumps({"schema_version": 1, "key": vars(KEY), "cost": {"verify": 3}}).encode(),
+        json.dumps({"schema_version": 2, "key": {}, "cost": COST.to_dict()}).encode(),
+        json.dumps({"schema_version": 2, "key": vars(KEY), "cost": {"verify": 3}}).encode(),
         json.dumps(
-            {"schema_version": 1, "key": vars(KEY), "cost": {**COST.to_dict(), "other": -1}}
+            {"schema_version": 2, "key": vars(KEY), "cost": {**COST.to_dict(), "other": -1}}
         ).encode(),
     ],
 )
@@ -94,14 +98,12 @@ def test_the_folder_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ECHO_VLLM_CACHE", str(tmp_path))
-    assert default_folder() == tmp_path / "costs"
+    assert CostCache().folder == tmp_path / "costs"
     monkeypatch.delenv("ECHO_VLLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert CostCache().folder == tmp_path / "xdg" / "echo-vllm" / "costs"
+    assert cache_folder() == tmp_path / "xdg" / "echo-vllm"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_folder() == tmp_path / "home" / ".cache" / "echo-vllm" / "costs"
-
-
-def test_this_machine_has_a_description() -> None:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    assert describe_cpu().endswith(f" x{os.cpu_count()}")
-    assert not named or describe_cpu().startswith(named[0])
+    for nowhere in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", nowhere)
+        assert CostCache().folder == tmp_path / "home" / ".cache" / "echo-vllm" / "costs"

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 import types
 
 import pytest
+
+from echo_vllm.patching import find_installation
 
 
 def test_scheduler_statistics_travel_from_the_core_to_the_front_end() -> None:
@@ -43,3 +46,23 @@ def test_min_p_and_logit_bias_are_allowed_with_trees_only() -> None:
         params._validate_spec_decode(None)
         with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
             params._validate_spec_decode(chains)
+
+
+def test_nobody_asks_for_a_distribution_called_vllm() -> None:
+    """On a CPU there is none: `vllm bench serve --dataset-name custom` ended in a traceback."""
+    from vllm.utils.import_utils import PlaceholderModule, get_vllm_optional_dependencies
+    from vllm.version import distribution_metadata
+
+    found = find_installation()
+    asking = re.compile(r"(?:metadata|version|distribution|requires)\(\s*\"vllm\"")
+    folder = found.root / "vllm"
+    files = [
+        file for file in sorted(folder.rglob("*.py")) if asking.search(file.read_text("utf-8"))
+    ]
+    # Both try the other name, too.
+    assert files == [folder / "platforms" / "__init__.py", folder / "version.py"]
+    metadata = distribution_metadata()
+    assert (metadata["Name"], metadata["Version"]) == (found.distribution, found.version)
+    assert "pandas" in get_vllm_optional_dependencies()["bench"]
+    with pytest.raises(ImportError, match="No module named 'nowhere'"):
+        PlaceholderModule("nowhere").anything  # noqa: B018

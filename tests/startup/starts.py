@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ENGINE_STARTS = "vllm.stat_logger_plugins"
+ENGINE_STARTS = "Initializing a V1 LLM engine"
 """In the log of a start that nothing refused."""
 
 

@@ -67,6 +67,23 @@ def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeC
     assert config.model_config.disable_cascade_attn is True
 
 
+def test_ray_is_refused_before_vllm_looks_for_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    with pytest.raises(EchoConfigError) as error:
+        make_config(distributed_executor_backend="ray", tensor_parallel_size=2)
+    assert str(error.value) == (
+        f"{METHOD} --distributed-executor-backend ray on a CPU, which vLLM's Ray executor does not "
+        "know; remove it, the ranks of one machine are processes then."
+    )
+    monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EchoConfigError, match="the package ray is not installed; install ray"):
+        make_config(distributed_executor_backend="ray", tensor_parallel_size=2)
+
+
 def test_the_section_may_be_left_out(make_config: MakeConfig) -> None:
     assert make_config().speculative_config.echo.policy == "auto"
     assert make_config({"echo": None}).speculative_config.echo.policy == "auto"
@@ -88,9 +105,19 @@ def test_the_config_survives_copies_and_processes(make_config: MakeConfig) -> No
         assert other.compute_hash() == config.compute_hash()
 
 
-def test_the_section_is_part_of_the_hash(make_config: MakeConfig) -> None:
-    one, other = (make_config({"echo": {"max_depth": depth}}) for depth in (3, 4))
-    assert one.compute_hash() != other.compute_hash()
+def test_only_what_changes_the_graph_compiles_the_target_anew(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    section = {"policy": "echo", "k_max": 8, "max_depth": 3}
+    key = make_config({"echo": section}).compute_hash()
+    for same in (
+        {"k_max": 9},
+        {"max_depth": 4},
+        {"policy": "auto"},
+        {"trace": str(tmp_path / "trace.jsonl")},
+    ):
+        assert make_config({"echo": section | same}).compute_hash() == key, same
+    assert make_config({"echo": section | {"linear": "stock"}}).compute_hash() != key
 
 
 def test_other_methods_are_left_alone(make_config: MakeConfig, target: Path, head: Path) -> None:
@@ -530,6 +557,7 @@ def test_a_layer_that_does_not_see_trees_is_one_sentence(layer: Any, what: str) 
         ("ECHO_VLLM_OPS", "fast", "ECHO_VLLM_OPS must be unset or one of extension, triton"),
         ("ECHO_VLLM_OPS", "triton", "ECHO_VLLM_OPS=triton: tree_attention cannot run so on cpu"),
         ("ECHO_VLLM_CPU_ISA", "avx1024", "ECHO_VLLM_CPU_ISA must be one of portable"),
+        ("ECHO_VLLM_ATTENTION_TABLE", "no.json", "no.json is no table of attention times"),
     ],
 )
 def test_what_no_operator_can_run_with_is_refused_at_the_start(

@@ -13,14 +13,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
+from echo_vllm import atomic
+from echo_vllm.machine import cpu_flags, cpu_model
 from echo_vllm.offline.bench.configurations import PLAIN, SAME_CHAIN, Configuration, is_fixed
 from echo_vllm.offline.bench.plot import plot_speed
 from echo_vllm.offline.bench.sweep import Cell
@@ -47,15 +49,12 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The machine, in words."""
-    cpu = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", cpu)
-    flags = re.search(r"flags\s*: (.*)", cpu)
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {
-        "cpu": model[1] if model else platform.machine(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "instructions": [f for f in known if flags and f in flags[1].split()],
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "instructions": [flag for flag in known if flag in cpu_flags()],
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
 
 
@@ -181,8 +180,8 @@ def write_results(
         "summary": summary(journal.samples, names, PLAIN.name),
         "samples": [_sample.dump_python(s, exclude={"run": {"outputs"}}) for s in journal.samples],
     }
-    journal.path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    journal.path.with_suffix(".md").write_text(text)
+    atomic.write_json(journal.path.with_suffix(".json"), document)
+    atomic.write_text(journal.path.with_suffix(".md"), text)
     if wanted:
         png = journal.path.with_suffix(".png")
         shown = [name for name in names if name not in failures]

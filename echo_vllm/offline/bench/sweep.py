@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from echo_vllm import atomic
 from echo_vllm.offline.bench.closed_loop import Job
 from echo_vllm.offline.bench.configurations import PLAIN, Configuration
 from echo_vllm.offline.bench.engine_process import EngineOptions
@@ -234,7 +235,7 @@ class Sweep:
                 raise ValueError(f"plain decoding failed: {fleet.failures[PLAIN.name]}")
             answers |= dict(zip(left, map(tokenizer.decode, run.outputs), strict=True))
             if self.frozen:
-                self.frozen.write_text(json.dumps(answers, indent=1) + "\n")
+                atomic.write_json(self.frozen, answers)
         prompts = []
         for first_turn, turns in zip(firsts, conversations, strict=True):
             prompts.append(first_turn)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echo_vllm import atomic
 from echo_vllm.offline.calibrate.fit import Calibration, Reliability
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def write_report(
         for title, text, figure in _figures(calibration, cost_points, hinge)
     ]
     title = f"Calibration of {profile.drafter} for {profile.target}"
-    Path(path).write_text(
+    atomic.write_text(
+        path,
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><dl>"
         + "".join(
@@ -81,7 +83,6 @@ def write_report(
             for name, text in facts.items()
         )
         + f"</dl><h2>Profile</h2>{_table(calibration)}{''.join(sections)}</body></html>\n",
-        encoding="utf-8",
     )
 
 

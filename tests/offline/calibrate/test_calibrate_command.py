@@ -105,7 +105,9 @@ def test_costs_that_were_measured_here_are_found(trace_file: Path, tmp_path: Pat
     profile = tmp_path / "p.json"
     arguments = ("target", "--drafter", "head", "-o", profile, "--trace", trace_file)
     cache = CostCache()
-    key = CostKey("/models/target", "/models/head", "torch.float32, NONE", "cpu", 2, "1", "1", 9)
+    key = CostKey(
+        "/models/target", "/models/head", "", "torch.float32", "", "", "cpu", 2, "1", "1", 9
+    )
     half = StepCost(COST.draft_level, COST.draft_level, COST.catch_up)
     for number, (kept, cost) in enumerate(
         [

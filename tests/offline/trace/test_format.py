@@ -212,3 +212,24 @@ def test_a_step_without_a_field_names_it(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"cannot be written \(No such file or directory\)"):
         TraceWriter(tmp_path / "none" / "trace.jsonl", HEADER)
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "my.trace.jsonl.gz"])
+def test_a_restart_loses_no_trace(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for run in range(3):
+        TraceWriter(path, HEADER).close()  # A start that ends before its first step.
+        with TraceWriter(path, replace(HEADER, created=str(run))) as writer:
+            writer.append(STEP)
+    stem, _, ending = name.partition(".jsonl")
+    names = [f"{stem}.{number}.jsonl{ending}" for number in (1, 2)] + [name]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+    assert [read_trace(tmp_path / file)[0].created for file in names] == ["0", "1", "2"]
+
+
+def test_a_file_of_another_kind_is_kept_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text("mine\n")
+    with TraceWriter(path, HEADER) as writer:
+        assert writer.kept == tmp_path / "notes.1.jsonl"
+    assert writer.kept.read_text() == "mine\n"
