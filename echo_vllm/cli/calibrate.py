@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from echo_vllm.cli.console import errors, fail, located, note, read_step_cost, record_prompts
+from echo_vllm.cli.console import (
+    errors,
+    fail,
+    located,
+    note,
+    read_prompts,
+    read_step_cost,
+    record_prompts,
+)
 from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K, num_candidates
 
 if TYPE_CHECKING:
@@ -80,7 +88,7 @@ def calibrate(
         what = None
         if trace is None:
             assert prompts
-            lines = _read_prompts(prompts)[:num_prompts]
+            lines = read_prompts(prompts)[:num_prompts]
             trace = Path(folder) / "trace.jsonl.gz"
             recording = _recording(
                 model,
@@ -103,15 +111,6 @@ def calibrate(
             )
         calibration, cost = _fit(trace, model, drafter, what, cost, concurrency, delta)
     _write(calibration, output, report, cost)
-
-
-def _read_prompts(paths: list[Path]) -> list[list[str]]:
-    from echo_vllm.offline.bench.prompts import read_shuffled
-
-    try:
-        return read_shuffled(paths)
-    except ValueError as error:
-        fail(f"--prompts {error}")
 
 
 def _known_costs(header: TraceHeader) -> StepCost | None:

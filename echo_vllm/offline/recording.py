@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from echo_vllm.offline.engine import prepare_environment
+from echo_vllm.conversations import Question
+from echo_vllm.offline.engine import LocalEngine
 
 KV_CACHE_BYTES = 1 << 30
 
@@ -45,51 +46,39 @@ def record(
 ) -> int:
     """Answer every prompt once; the trace is complete when this returns.
 
-    To be called once in a process that has not imported vLLM before.
-
     Args:
         prompts: token ids.
         on_finished: called for each request that ends.
 
     Returns:
         Generated tokens.
+
+    Raises:
+        ValueError, OSError, RuntimeError: vLLM's own, if the target or the head do not load.
     """
-    prepare_environment(recording.model)
-    from vllm import EngineArgs, LLMEngine, SamplingParams
+    tokens = 0
+
+    def count(question: Question, answer: list[int], stopped: bool) -> None:
+        nonlocal tokens
+        tokens += len(answer)
+        on_finished()
 
     nodes = int(recording.speculation["num_speculative_tokens"])
-    engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            model=recording.model,
-            dtype=recording.dtype,
-            max_model_len=recording.max_model_len,
-            max_num_seqs=recording.concurrency,
-            # Room for whole trees beside a prompt: a tree that is cut is of less use.
-            max_num_batched_tokens=max(2048, recording.concurrency * (1 + nodes) + 512),
-            kv_cache_memory_bytes=recording.kv_cache_bytes,
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            disable_log_stats=True,
-            speculative_config=recording.speculation,
+    with LocalEngine(
+        recording.model,
+        dtype=recording.dtype,
+        max_model_len=recording.max_model_len,
+        max_num_seqs=recording.concurrency,
+        # Room for whole trees beside a prompt: a tree that is cut is of less use.
+        max_num_batched_tokens=max(2048, recording.concurrency * (1 + nodes) + 512),
+        kv_cache_memory_bytes=recording.kv_cache_bytes,
+        speculative_config=recording.speculation,
+    ) as engine:
+        engine.answer(
+            (
+                Question(str(i), ids, recording.max_tokens, recording.temperature, seed=i)
+                for i, ids in enumerate(prompts)
+            ),
+            count,
         )
-    )
-    try:
-        for number, prompt in enumerate(prompts):
-            engine.add_request(
-                str(number),
-                {"prompt_token_ids": list(prompt)},
-                SamplingParams(
-                    max_tokens=recording.max_tokens,
-                    temperature=recording.temperature,
-                    seed=number if recording.temperature > 0 else None,
-                ),
-            )
-        tokens = 0
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    tokens += len(output.outputs[0].token_ids)
-                    on_finished()
-        return tokens
-    finally:
-        engine.engine_core.shutdown()
+    return tokens

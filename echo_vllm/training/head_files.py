@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from echo_vllm import atomic
 from echo_vllm.training.work import TrainingError, unwritable
 
 LEFT_OUT = ("embed_tokens.", "verifier_")
@@ -74,13 +75,10 @@ def export_head(
         tensors[name.replace("layers.0.", "midlayer.")] = kept.detach().cpu().clone()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "model.safetensors.writing"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        text = folder / "config.json.writing"
-        text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        weights.chmod(text.stat().st_mode)  # safetensors lets only the owner read.
-        weights.replace(folder / "model.safetensors")
-        text.replace(folder / "config.json")
+        files = folder / "model.safetensors", folder / "config.json"
+        with atomic.replacing(*files) as (weights, text):
+            save_file(tensors, weights, metadata={"format": "pt"})
+            text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise TrainingError(unwritable(folder, error)) from None
     except Exception as error:  # safetensors wraps the system's errors in one of its own.

@@ -113,7 +113,7 @@ def test_a_target_with_too_few_layers(target: Path, refused: Command) -> None:
     assert "the default [2, 2, 1]" in sentence
     assert "name others with --aux-layers" in sentence
     assert "--aux-layers [1, 2, 5]" in refused("train", target, "--aux-layers", "1,2,5")
-    assert "--aux-layers must be integers" in refused("train", target, "--aux-layers", "1,x")
+    assert "--aux-layers must be whole numbers" in refused("train", target, "--aux-layers", "1,x")
 
 
 @needs_speculators

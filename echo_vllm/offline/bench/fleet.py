@@ -8,7 +8,6 @@ take turns; an idle one takes no CPU time.
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 from collections import deque
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol, TypeVar
+
+import psutil
 
 from echo_vllm.offline.bench.closed_loop import Job, Run
 from echo_vllm.offline.bench.configurations import Configuration
@@ -55,12 +56,11 @@ def launcher(kind: Kind, options: EngineOptions) -> Launch:
 
 def workers_that_fit(kind: Kind, options: EngineOptions) -> int:
     """How many workers of a kind the free memory holds, at least one."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    available = int(found[1]) * 1024 if found else 0
     weights = sum(path.stat().st_size for path in Path(options.model).glob("*.safetensors"))
     if options.dtype == "float32":
         weights *= 2  # Files are mostly in 16 bits.
     each = WORKER_BYTES[kind] + weights + options.kv_cache_bytes
+    available = int(psutil.virtual_memory().available)
     return max(1, (available - SPARE_BYTES) // each)
 
 
