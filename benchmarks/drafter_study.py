@@ -139,7 +139,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     accepted = held_out_acceptance(settings, rows, place / "head")
     return {
         "variant": name,
-        "settings": settings.as_dict()
+        "settings": dataclasses.asdict(settings)
         | {"target": DEMO_TARGET.name, "init": settings.init and Path(settings.init).name},
         "updates": trained.progress.step,
         "tokens": trained.progress.tokens,

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,29 +166,26 @@ def everything(
     resume: Resume = False,
 ) -> None:
     """Data, train and eval. What else they take is set by running them one by one."""
-    common = [target, "-o", str(output), "--dtype", dtype]
-    engine = [*_given("--max-model-len", max_model_len), *_given("--chat-template", chat_template)]
+
+    def words(*names: str) -> list[str]:
+        """The options of these names as they were given."""
+        found = []
+        for name in names:
+            value = context.params[name]
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    found += [f"--{name.replace('_', '-')}", str(one)]
+        return found
+
+    common = [target, "-o", str(output), *words("dtype")]
+    engine = words("max_model_len", "chat_template")
+    begin = words("hours", "init", "aux_layers", "draft_vocab", "epochs", "ttt_steps")
     stages = [
-        [
-            "data",
-            *common,
-            *engine,
-            *(word for path in prompts or [] for word in ("--prompts", str(path))),
-            *("--self-prompts", str(self_prompts), "--max-tokens", str(max_tokens)),
-        ],
-        [
-            "train",
-            *common,
-            *_given("--hours", hours),
-            *_given("--init", init),
-            *_given("--aux-layers", aux_layers),
-            *_given("--draft-vocab", draft_vocab),
-            *("--epochs", str(epochs), "--ttt-steps", str(ttt_steps)),
-        ],
+        ["data", *common, *engine, *words("prompts", "self_prompts", "max_tokens")],
+        ["train", *common, *begin],
     ]
     if eval_prompts:
-        sets = [word for text in eval_prompts for word in ("--eval-prompts", text)]
-        stages.append(["eval", *common, *engine, *sets])
+        stages.append(["eval", *common, *engine, *words("eval_prompts")])
     else:
         note("note: without --eval-prompts NAME=FILE the head is not evaluated")
     for stage in stages:
@@ -198,10 +196,6 @@ def everything(
         )
         if code:
             raise typer.Exit(code)
-
-
-def _given(option: str, value: Any) -> list[str]:
-    return [] if value is None else [option, str(value)]
 
 
 @train_drafter_app.command()
@@ -257,7 +251,7 @@ def data(
             seed=seed,
         )
         work.make()
-        check_plan(work.data_plan, settings.as_dict(), resume=resume)
+        check_plan(work.data_plan, asdict(settings), resume=resume)
         with counting("answers") as progress, ExitStack() as engines:
             task = progress.add_task("starting the engine", total=None)
 
@@ -405,7 +399,7 @@ def train(
             seed=seed,
             init=None if init is None else str(init.absolute()),
         )
-        check_plan(work.train_plan, settings.as_dict(), resume=resume)
+        check_plan(work.train_plan, asdict(settings), resume=resume)
         limits = Limits(hours, epochs, max_steps, checkpoint_minutes, int(keep_gb * 1e9))
         begin = time.monotonic()
         trained = train(
@@ -430,7 +424,7 @@ def train(
             "train_rows": trained.train_rows,
             "held_out_rows": trained.held_out_rows,
             "data": data,
-            "settings": settings.as_dict(),
+            "settings": asdict(settings),
         }
         if trained.best is not None:
             facts |= {

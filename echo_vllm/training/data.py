@@ -62,9 +62,6 @@ class DataSettings:
     max_model_len: int | None
     seed: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Engine(Protocol):
     """What answers: `echo_vllm.offline.engine.LocalEngine`, or a test's own."""
@@ -129,7 +126,7 @@ def make_data(
     unique = [turns for turns in conversations if unseen.add("\n".join(turns))]
     rows, skipped = _answer(settings, work, chat, engine, unique, on_progress)
     facts = {
-        **settings.as_dict(),
+        **asdict(settings),
         "conversations": len(unique),
         "repeated_prompts": len(conversations) - len(unique),
         "too_long_prompts": skipped,
