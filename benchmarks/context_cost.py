@@ -13,7 +13,6 @@ round, so that a slow minute of the machine meets all of them.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import integers
+from echo_vllm import atomic
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
 from echo_vllm.offline.bench.tables import markdown
@@ -110,7 +110,7 @@ def main() -> int:
             for name, medians in found.items()
         }
         report = {"command": " ".join(sys.argv), "dtype": args.dtype, "seconds": seconds}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        atomic.write_json(args.json, report)
     return 0
 
 

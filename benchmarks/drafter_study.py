@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from benchmarks.command_line import names
+from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import DEMO_TARGET
 from echo_vllm.offline.bench.intervals import bootstrapped
 from echo_vllm.offline.bench.tables import markdown
@@ -253,7 +254,8 @@ def plot(lines: list[Line], path: Path) -> None:
         panel.set_title(f"against '{base}': {of_base:.3f}", fontsize="medium")
         panel.grid(axis="x", alpha=0.3)
     panels[-1].set_xlabel(f"difference in acceptance length, greedy chain of {CHAIN}")
-    figure.savefig(path, dpi=150)
+    with atomic.replacing(path) as [fresh]:
+        figure.savefig(fresh, dpi=150, format=path.suffix.removeprefix("."))
 
 
 def main() -> int:
@@ -284,7 +286,7 @@ def main() -> int:
     lines = compare(done())
     if lines:
         print(table(lines))
-        args.output.with_suffix(".md").write_text(table(lines) + "\n", encoding="utf-8")
+        atomic.write_text(args.output.with_suffix(".md"), table(lines) + "\n")
         plot(lines, args.output.with_suffix(".png"))
     return 0
 

@@ -17,7 +17,6 @@ implementations for `ECHO_VLLM_ATTENTION_TABLE` (`echo_vllm/ops/attention_table.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,7 @@ from benchmarks.attention_baselines import (
     causal_backend,
     trees,
 )
-from echo_vllm import ops
+from echo_vllm import atomic, ops
 from echo_vllm.ops import attention_table
 
 BLOCK_SIZE = 16
@@ -349,9 +348,7 @@ class Report:
                 "claims": claims(self.results, self.rates),
                 "results": [asdict(result) for result in self.results],
             }
-            fresh = self.out.with_suffix(".new")
-            fresh.write_text(json.dumps(record, indent=1) + "\n")
-            fresh.replace(self.out)  # never half a file
+            atomic.write_json(self.out, record)
         found = measurements(self.results, self.models)
         if self.table is not None and found:
             attention_table.write_table(self.table, self.device, found)

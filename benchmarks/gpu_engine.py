@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from echo_vllm import atomic
 from echo_vllm.offline.engine import LocalEngine
 
 CONTEXT = 512
@@ -225,7 +226,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def keep(report: dict[str, Any], out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        atomic.write_json(out, report)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ with vLLM's own time over that of one row.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.command_line import integers
-from echo_vllm import ops
+from echo_vllm import atomic, ops
 from echo_vllm.offline.bench.tables import markdown
 
 LAYERS, HIDDEN, VOCAB = 30, 576, 49_152
@@ -105,7 +104,7 @@ def main() -> int:
             "rows": args.rows,
             "seconds": medians,
         }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        atomic.write_json(args.json, report)
     return 0
 
 

@@ -13,13 +13,13 @@ interval by bootstrap.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.command_line import add_common_options, integers, measure, names
+from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, QUICK, SAME_CHAIN, built_in, choose
 from echo_vllm.offline.bench.fleet import run_program
 from echo_vllm.offline.bench.results import versions
@@ -86,7 +86,7 @@ def main() -> int:
             "table": text.splitlines(),
             "samples": [asdict(sample) for sample in samples],
         }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        atomic.write_json(options.json, report)
     return 1 if failures else 0
 
 

@@ -13,13 +13,13 @@ rows and tables compare.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.command_line import add_common_options, integers, measure, names
+from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import PLAIN, choose
 from echo_vllm.offline.bench.fleet import run_program
 from echo_vllm.offline.bench.results import versions
@@ -107,7 +107,7 @@ def main() -> int:
             "failures": failures,
             "samples": [asdict(sample) for sample in samples],
         }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        atomic.write_json(options.json, report)
     return 1 if failures else 0
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from echo_vllm import atomic
+from tests.conftest import ROOT
 
 
 def test_a_file_gets_its_content_and_keeps_its_permissions(tmp_path: Path) -> None:
@@ -69,6 +71,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from echo_vllm import atomic
+from tests.conftest import ROOT
 left = int(sys.argv[2])
 def count(frame, event, function):
     global left
@@ -95,3 +98,19 @@ def test_a_kill_never_leaves_a_mixture_of_two_sets(tmp_path: Path) -> None:
         seen.append((weights, config.read_text() if config.exists() else None))
         assert run.returncode == (-signal.SIGKILL if moment < 4 else run.returncode)
     assert seen == [("old", "old"), ("old", None), ("new", None), ("new", "new")]
+
+
+WRITES = r"\b(\w+)\.(write_text|write_bytes|savefig)\((\w*)"
+
+
+def test_the_package_writes_no_file_in_place() -> None:
+    # The demo model's files are made in a scratch folder, which is renamed.
+    sources = (ROOT / "echo_vllm").rglob("*.py")
+    calls = [
+        (str(source.relative_to(ROOT)), call[0])
+        for source in sources
+        if source.name != "atomic.py" and source.parent.name != "demo"
+        for call in re.finditer(WRITES, source.read_text())
+        if call[1] not in ("atomic", "fresh", "text") and call[3] not in ("fresh", "buffer")
+    ]
+    assert not calls

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from echo_vllm import atomic
 from echo_vllm.cli.console import (
     errors,
     fail,
@@ -172,11 +173,12 @@ def _recording(
 def _keep(recorded: Path, wanted: Path) -> None:
     """Copy the trace, compressed or not as its new name says."""
     try:
-        if wanted.name.endswith(".gz"):
-            shutil.copyfile(recorded, wanted)
-        else:
-            with gzip.open(recorded) as source, wanted.open("wb") as target:
-                shutil.copyfileobj(source, target)
+        with (
+            (open if wanted.name.endswith(".gz") else gzip.open)(recorded, "rb") as source,
+            atomic.replacing(wanted) as [fresh],
+            fresh.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     except OSError as error:
         fail(f"--save-trace {wanted} cannot be written ({error.strerror or error})")
 

@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from echo_vllm import atomic
 from echo_vllm.forecast.curve import CostError
 from echo_vllm.forecast.step_cost import StepCost
 
@@ -92,14 +92,7 @@ class CostCache:
         data = {"schema_version": SCHEMA_VERSION, "key": asdict(key), "cost": cost.to_dict()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.folder, suffix=".new")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(data, file, indent=1)
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            atomic.write_json(path, data)
         except OSError as error:
             logger.warning("The measured step cost is not kept: %s (%s).", path, error)
             return None

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from echo_vllm import atomic
 from echo_vllm.config import EchoConfigError, show, show_place
 
 if TYPE_CHECKING:
@@ -162,10 +162,7 @@ class DrafterProfile(_Frozen):
         Raises:
             OSError: the file cannot be written.
         """
-        path = Path(path)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(_dump(self.model_dump(mode="json")), encoding="utf-8")
-        os.replace(part, path)
+        atomic.write_text(path, _dump(self.model_dump(mode="json")))
 
 
 def _dump(content: dict[str, object]) -> str:

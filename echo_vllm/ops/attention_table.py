@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from echo_vllm import atomic
+
 VARIABLE = "ECHO_VLLM_ATTENTION_TABLE"
 
 FOLDER = Path(__file__).parent / "attention_tables"
@@ -58,7 +60,7 @@ class Measurement:
 def write_table(path: Path, device: str, measurements: Sequence[Measurement]) -> None:
     """Writes the JSON file that `read_table` reads; `device` is torch's name of the GPU."""
     content = {"device": device, "measurements": [asdict(m) for m in measurements]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    atomic.write_json(path, content)
 
 
 @dataclass(frozen=True)

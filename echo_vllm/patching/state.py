@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from echo_vllm import atomic
 from echo_vllm.patching.diff import PatchError
 from echo_vllm.patching.installation import Installation
 from echo_vllm.patching.series import Series, sha256
 from echo_vllm.version import __version__
 
 STATE_FOLDER = ".echo_vllm_patches"
-_TEMPORARY = ".echo-vllm-new"
 
 
 class Condition(Enum):
@@ -251,13 +251,13 @@ class PatchState:
         done: list[str] = []
         try:
             for path in changed:
-                staged.append(_stage(self._file(path), contents[path]))
+                staged.append(atomic.stage(self._file(path), contents[path]))
             for path, temporary in zip(changed, staged, strict=True):
                 os.replace(temporary, self._file(path))
                 done.append(path)
         except BaseException as error:
             for path in done:
-                os.replace(_stage(self._file(path), before[path]), self._file(path))
+                atomic.write_bytes(self._file(path), before[path])
             if isinstance(error, OSError):
                 raise PatchError(
                     f"{error.filename or self.installation.root} cannot be replaced "
@@ -280,7 +280,7 @@ class PatchState:
         for path in manifest.files:
             copy = self.folder / "pristine" / path
             copy.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(_stage(copy, pristine[path]), copy)
+            atomic.write_bytes(copy, pristine[path])
         text = json.dumps(
             {
                 "echo_vllm": __version__,
@@ -290,14 +290,14 @@ class PatchState:
             },
             indent=2,
         )
-        os.replace(_stage(file, f"{text}\n".encode()), file)
+        atomic.write_text(file, f"{text}\n")
         try:
             yield
         except BaseException:
             if before is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
-                os.replace(_stage(file, before), file)
+                atomic.write_bytes(file, before)
             raise
 
     def _read_manifest(self) -> Manifest | None:
@@ -336,18 +336,6 @@ class PatchState:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # only if it is empty
             os.close(lock)
-
-
-def _stage(target: Path, content: bytes) -> Path:
-    """Write `content` to a file beside `target`, ready to replace it, with its permissions."""
-    temporary = target.with_name(target.name + _TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if target.exists():
-        shutil.copymode(target, temporary)
-    return temporary
 
 
 def _forget_bytecode(source: Path) -> None:

@@ -14,6 +14,7 @@ last state is the one before the target's final norm, which speculators applies 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from echo_vllm import atomic
 from echo_vllm.training.work import TrainingError, unwritable
 
 FREE_BYTES = 2 << 30
@@ -149,12 +151,12 @@ class StatesInFiles:
         if size > self._room or shutil.disk_usage(self._folder).free < FREE_BYTES + size:
             return
         self._room -= size
-        writing = self._path(number).with_suffix(".writing")
-        try:
-            save_file({"hidden_states": states.contiguous(), "token_ids": ids}, writing)
-            writing.replace(self._path(number))
-        except (OSError, SafetensorError):
-            writing.unlink(missing_ok=True)
+        kept = {"hidden_states": states.contiguous(), "token_ids": ids}
+        with (
+            contextlib.suppress(OSError, SafetensorError),
+            atomic.replacing(self._path(number)) as [fresh],
+        ):
+            save_file(kept, fresh)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"hs_{number}.safetensors"

@@ -29,7 +29,8 @@ LEFT_OUT = ("embed_tokens.", "verifier_")
 def export_head(
     model: Any, folder: Path, *, dtype: torch.dtype, bos_and_eos: dict[str, Any]
 ) -> None:
-    """Write config.json and model.safetensors; each is there whole or not at all.
+    """Write config.json and model.safetensors, which always belong together: a process that is
+    killed in between leaves a folder without a config.json, which nobody takes for a head.
 
     Args:
         model: speculators' Eagle3DraftModel.

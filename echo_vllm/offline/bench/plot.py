@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from echo_vllm import atomic
 from echo_vllm.offline.bench.tables import AT_ONCE, Sample, speed_ratio
 
 
@@ -55,4 +56,5 @@ def plot_speed(
     panels[0].set_ylabel(f"tokens per second over {base}")
     panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(textwrap.fill(caption, 90), fontsize="medium")
-    figure.savefig(path, dpi=150)
+    with atomic.replacing(path) as [fresh]:
+        figure.savefig(fresh, dpi=150, format=path.suffix.removeprefix("."))
