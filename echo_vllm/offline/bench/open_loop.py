@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from echo_vllm import atomic
 from echo_vllm.offline.bench.closed_loop import Job, Latency, Run
 from echo_vllm.offline.bench.engine_process import TASK_TIMEOUT_S, EngineError
 
@@ -52,7 +53,7 @@ def write_prompts(job: Job, path: Path) -> None:
         {"prompt": turns[0], "output_tokens": job.length((number, 0))}
         for number, turns in enumerate(job.turns)
     )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run_open_loop(url: str, served_as: str, model: str, job: Job, log: Path) -> Run:
