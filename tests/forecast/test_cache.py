@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from echo_vllm.forecast import CostCache, CostCurve, CostKey, StepCost, describe_cpu
-from echo_vllm.forecast.cost_cache import default_folder
 
 KEY = CostKey("target", "head", "float32", "cpu x2", 2, "0.32.0", "0.1.0", 512)
 COST = StepCost(
@@ -94,10 +93,13 @@ def test_the_folder_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ECHO_VLLM_CACHE", str(tmp_path))
-    assert default_folder() == tmp_path / "costs"
+    assert CostCache().folder == tmp_path / "costs"
     monkeypatch.delenv("ECHO_VLLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert CostCache().folder == tmp_path / "xdg" / "echo-vllm" / "costs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_folder() == tmp_path / "home" / ".cache" / "echo-vllm" / "costs"
+    assert CostCache().folder == tmp_path / "home" / ".cache" / "echo-vllm" / "costs"
 
 
 def test_this_machine_has_a_description() -> None:

@@ -153,9 +153,9 @@ class Run:
     def speed(self) -> float:
         """What is compared: tokens a second of all requests; in an open loop, where the arrivals
         set those, of the median request after its first."""
-        if self.goodput is None or self.latency is None:
-            return self.tokens / self.seconds
-        return 1 / self.latency.tpot_p50
+        if self.goodput is not None and self.latency is not None and self.latency.tpot_p50 > 0:
+            return 1 / self.latency.tpot_p50
+        return self.tokens / self.seconds
 
 
 class Counters:

@@ -157,7 +157,6 @@ HELD_AGAINST = [
     ("auto", "echo"),
     ("echo", "rest"),
     ("echo", "topn-equal"),
-    ("rest", "plain"),
 ]
 """Pairs of which a table has a row: what the elastic policies must not be slower than."""
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +25,11 @@ from echo_vllm.conversations import Chat
 from echo_vllm.offline.bench import open_loop, server
 from echo_vllm.offline.bench.closed_loop import Counters, Job, Stopwatch, percentile
 from echo_vllm.offline.bench.configurations import PLAIN, Configuration
-from echo_vllm.offline.bench.engine_process import EngineError, EngineOptions
+from echo_vllm.offline.bench.engine_process import ClosedLoop, EngineError, EngineOptions
 from echo_vllm.offline.bench.open_loop import bench_command, run_open_loop, write_prompts
 from echo_vllm.offline.bench.server import ServerProcess, server_command, session_cpu_seconds
+from echo_vllm.offline.engine import LocalEngine
+from tests.training.targets import make_llama
 
 FIRST = (0, 0)
 OPTIONS = EngineOptions("some/model", "float32", max_num_seqs=4, threads=1)
@@ -270,3 +273,20 @@ def test_an_open_loop_is_vllms_own_benchmark(
     script("raise SystemExit(4)")
     with pytest.raises(EngineError, match="vllm bench serve ended with 4; see"):
         run_open_loop("http://x:1", "bench", "m", job, tmp_path / "log")
+
+
+@pytest.mark.full
+def test_chats_in_process_go_on_and_their_beginning_is_in_the_prefix_cache(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 2}
+    options |= {"block_size": 32, "disable_log_stats": False}
+    turns = [[" ".join(f"w{(7 * i + j) % 50}" for j in range(40)), "w1", "w2"] for i in range(3)]
+    with LocalEngine(make_llama(tmp_path / "target"), **options) as local:
+        prompts = [local.chat.encode(chat[:1]) for chat in turns]
+        job = Job(prompts, 2, 12, turns=turns, ignore_eos=True, room=256)
+        run = ClosedLoop(job).run(local)
+        assert (run.tokens, run.decode_tokens) == (9 * 12, 9 * 11)
+        hits = local.counters()["prefix_cache_hits"]
+        assert hits >= 6 * 32
+        # Another run finds nothing of this one.
+        ClosedLoop(replace(job, turns=[])).run(local)
+        assert local.counters()["prefix_cache_hits"] == hits
