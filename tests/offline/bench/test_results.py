@@ -113,6 +113,25 @@ def test_results_are_json_markdown_and_a_picture(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(document)
 
 
+def test_results_of_an_open_loop_compare_the_time_per_token(tmp_path: Path) -> None:
+    kept = journal(tmp_path, open_loop=True, arrival_seconds=30.0, tpot_ms=50.0)
+    for number in range(3):
+        for name, tpot in (("plain", 0.04), ("auto", 0.02)):
+            latency = Latency(0.1, 0.2, 0.01, 0.02, tpot, 2 * tpot)
+            run = Run(9.0, 2.0, 100, 96, 96, 0, 0, latency=latency, goodput=0.25)
+            kept.append(Sample(name, 0.5, number, run))
+    text = write_results(kept, [CONFIGURATIONS[0], CONFIGURATIONS[-1]], {})
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+    assert "0.5 a second" in rows["configuration"]
+    assert rows["auto"].count("2.00") == 2  # Of the tokens a second, which the rate sets, 1.00.
+    details = [line for line in text.splitlines() if line.startswith("| 0.5 ")]
+    header = [cell.strip() for cell in rows["requests a second"].split("|")]
+    cells = [cell.strip() for cell in details[1].split("|")]
+    assert cells[header.index("TPOT p99, ms")] == "40"
+    assert cells[header.index("good requests/s")] == "0.25"
+    assert "random arrivals for 30 s, good are at most 50 ms a token" in text
+
+
 def call(*arguments: str) -> tuple[int, str]:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(bench)
@@ -126,6 +145,11 @@ def call(*arguments: str) -> tuple[int, str]:
         (["--configs", "topn-9"], "unknown configuration 'topn-9'"),
         (["--concurrency", "1,x"], "--concurrency must be whole numbers from 1 on"),
         (["--concurrency", "0"], "--concurrency must be whole numbers from 1 on"),
+        (["--rate", "0"], "--rate must be numbers from 0.001 on"),
+        (
+            ["--rate", "1", "--engine", "in-process"],
+            "--rate needs servers, got --engine in-process",
+        ),
         (["--temperature", "nan"], "--temperature must be numbers from 0 on"),
         (["--prompts", "absent.jsonl"], "absent.jsonl cannot be read (No such file or directory)"),
     ],
