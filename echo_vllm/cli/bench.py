@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,6 +124,8 @@ def bench(
     temperatures = numbers("--temperature", temperature, float, 0)
     if rates and given["engine"] != "server":
         fail("--rate needs servers, got --engine in-process; leave out --engine")
+    if rates and find_spec("pandas") is None:
+        fail("--rate needs pandas for `vllm bench serve`; run pip install 'echo-vllm[tools]'")
     for folder in (model, drafter):
         if folder in (str(DEMO_TARGET), str(DEMO_HEAD)) and not Path(folder).is_dir():
             fail(f"the demo is not at {folder}; run `make setup`, or give MODEL and --drafter")

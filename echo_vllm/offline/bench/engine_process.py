@@ -31,7 +31,7 @@ from echo_vllm.offline.engine import LocalEngine
 
 START_TIMEOUT_S = 300.0
 TASK_TIMEOUT_S = 1800.0
-KV_CACHE_BYTES = 384 << 20
+KV_CACHE_BYTES = 1 << 30
 MAX_MODEL_LEN = 2048
 
 
