@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,7 +18,6 @@ from echo_vllm.conversations import Chat, PromptError, read_conversations, shuff
 
 if TYPE_CHECKING:
     from echo_vllm.forecast import StepCost
-    from echo_vllm.offline.recording import Recording
 
 Number = TypeVar("Number", int, float)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -93,33 +92,42 @@ def read_step_cost(option: str, path: Path) -> StepCost:
         fail(f"{option} {path} is not a step cost: {error}")
 
 
-def record_prompts(recording: Recording, conversations: list[list[str]]) -> tuple[int, int]:
-    """Record the engine on the first turns that fit; returns (prompts answered, tokens)."""
+def record_prompts(
+    model: str, speculation: dict[str, Any], conversations: list[list[str]], **options: Any
+) -> tuple[int, int]:
+    """Record the engine on the first turns that fit; returns (prompts answered, tokens).
+
+    Args:
+        model, speculation, options: of `offline.recording.record`.
+        conversations: user's turns.
+    """
     from echo_vllm.offline.recording import record
 
     try:
-        chat = Chat(recording.model)
+        chat = Chat(model)
         encoded = [chat.encode(turns[:1]) for turns in conversations]
     except PromptError as error:
         fail(str(error))
-    room = recording.max_model_len - recording.max_tokens
-    fitting = [ids for ids in encoded if len(ids) <= room]
+    tokens, longest = options["max_tokens"], options["max_model_len"]
+    fitting = [ids for ids in encoded if len(ids) <= longest - tokens]
     if not fitting:
         fail(
-            f"no prompt leaves room for {recording.max_tokens} tokens in --max-model-len "
-            f"{recording.max_model_len}; raise it, or lower --tokens"
+            f"no prompt leaves room for {tokens} tokens in --max-model-len {longest}; raise it, or "
+            "lower --tokens"
         )
     if len(fitting) < len(encoded):
         note(f"note: {len(encoded) - len(fitting)} prompts are too long")
     with counting("prompts") as progress:
         task = progress.add_task("starting the engine", total=len(fitting))
         try:
-            tokens = record(
-                recording,
+            generated = record(
+                model,
+                speculation,
                 fitting,
                 lambda: progress.update(task, advance=1, description="recording"),
+                **options,
             )
         except (ValueError, OSError) as error:
             progress.stop()
             fail(f"the engine cannot record: {last_line(error)}")
-    return len(fitting), tokens
+    return len(fitting), generated

@@ -101,17 +101,16 @@ def record(
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:
     """Record a trace with the real engine."""
-    from echo_vllm.offline.recording import Recording
-
     speculation = _speculation(drafter, output, config)
     conversations = read_prompts(prompts)[:limit]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(str(error))
-    recording = Recording(
-        model=model,
-        speculation=speculation,
+    count, generated = record_prompts(
+        model,
+        speculation,
+        conversations,
         max_tokens=tokens,
         concurrency=concurrency,
         temperature=temperature,
@@ -119,7 +118,6 @@ def record(
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_mib << 20,
     )
-    count, generated = record_prompts(recording, conversations)
     _out.print(Text(f"{count} prompts, {generated} tokens: {output}"))
     show(output)
 
