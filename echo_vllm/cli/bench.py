@@ -201,7 +201,8 @@ def bench(
         text = write_results(journal, chosen, failures) if journal.samples else ""
     typer.echo(text)
     if failures:
-        note(f"error: {', '.join(failures)} failed; the logs are in {logs}")
+        for name, reason in failures.items():
+            note(f"error: {name} failed: {reason}; the logs are in {logs}")
         raise typer.Exit(1)
 
 
