@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from echo_vllm.conversations import PROMPTS, read_conversations, shuffled
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration
 from echo_vllm.offline.bench.engine_process import EngineOptions
-from echo_vllm.offline.bench.prompts import DEFAULT_PROMPTS, read_shuffled
 from echo_vllm.offline.bench.sweep import Plan, Sweep
 from echo_vllm.offline.bench.tables import Sample
 
@@ -25,7 +25,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
-        default=DEFAULT_PROMPTS,
+        default=PROMPTS,
         metavar="FILE",
         help="JSON lines with 'prompt' or 'turns' (the project's own prompts)",
     )
@@ -77,6 +77,8 @@ def measure(
             tuple(arguments.concurrency),
             rounds=arguments.rounds,
             max_tokens=arguments.tokens,
+            chats_per_client=2,
+            ignore_eos=True,
         ),
         EngineOptions(
             model=str(arguments.model.resolve()),
@@ -87,7 +89,7 @@ def measure(
             instrumented=instrumented,
         ),
         "in-process",
-        [turns[:1] for turns in read_shuffled([arguments.prompts])],
+        [turns[:1] for turns in shuffled(read_conversations(arguments.prompts))],
         keep_alive=len(configurations),
         logs=Path(tempfile.mkdtemp(prefix="echo-vllm-bench-")),
     )

@@ -10,8 +10,8 @@
     python -m benchmarks.compare_profiles --before /tmp/before-*.json --after /tmp/after-*.json
 
 Host time is a step's time outside of the target's and the drafter's forwards and of the drafter's
-language-model head. Each cell is the median over the rounds of the mean of a step, in milliseconds,
-with the lowest and the highest round; the ratio is that of the medians.
+language-model head, in milliseconds: the median over the runs of the mean of a step. The ratio is
+of run i after to run i before, with its interval (docs/benchmarks.md, "A cell").
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
+
+from echo_vllm.offline.bench.intervals import median, ratio
 
 MODEL = ("target forward", "draft forward", "draft head")
 """Stages in which a model computes."""
@@ -37,7 +38,8 @@ def host_ms(files: list[Path]) -> dict[Cell, list[float]]:
             if not run["full_steps"]:
                 continue
             host = sum(s for stage, s in run["stages"].items() if stage not in MODEL)
-            cell = sample["configuration"], sample["concurrency"]
+            # Versions before the open loop called it so.
+            cell = sample["configuration"], int(sample.get("load", sample.get("concurrency")))
             cells[cell].append(1000 * host / run["full_steps"])
     return cells
 
@@ -47,9 +49,9 @@ def table(before: dict[Cell, list[float]], after: dict[Cell, list[float]]) -> st
     lines = ["| configuration | requests | before | after | ratio |", "|---|---|---|---|---|"]
     for cell in sorted(before.keys() & after.keys()):
         old, new = before[cell], after[cell]
-        shown = [f"{median(x):.2f} ({min(x):.2f}-{max(x):.2f})" for x in (old, new)]
-        ratio = median(new) / median(old)
-        lines.append(f"| {cell[0]} | {cell[1]} | {shown[0]} | {shown[1]} | {ratio:.2f} |")
+        pairs = ratio([b / a for a, b in zip(old, new, strict=False)])
+        shown = f"{median(old)} | {median(new)} | {pairs}"
+        lines.append(f"| {cell[0]} | {cell[1]} | {shown} |")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from echo_vllm import atomic
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
 from echo_vllm.offline.bench.tables import markdown
-from echo_vllm.offline.engine import local_llm
+from echo_vllm.offline.engine import LocalEngine
 
 Medians = dict[tuple[int, int], float]
 
@@ -37,6 +37,7 @@ def step_times(engine: Any, requests: int, context: int, steps: int, name: str) 
     """Seconds of `steps` decoding steps of `requests` requests of `context` tokens."""
     from vllm import SamplingParams
 
+    engine.reset_prefix_cache()
     draw = random.Random(context)
     ids = [f"{name}-{context}-{i}" for i in range(requests)]
     for request in ids:
@@ -64,16 +65,15 @@ def measure(args: argparse.Namespace, speculation: dict[str, Any] | None) -> Med
     options = {
         "speculative_config": speculation,
         "dtype": args.dtype,
-        "enable_prefix_caching": False,
         "max_num_seqs": max(args.requests),
         "max_model_len": max(args.contexts) + (1 + len(TREE)) * (args.steps + 2),
     }
-    with local_llm(DEMO_TARGET, **options) as llm:
+    with LocalEngine(DEMO_TARGET, **options) as local:
         for round_ in range(args.rounds):
             for requests in args.requests:
                 for context in args.contexts:
                     times.setdefault((requests, context), []).extend(
-                        step_times(llm.llm_engine, requests, context, args.steps, f"r{round_}")
+                        step_times(local.engine, requests, context, args.steps, f"r{round_}")
                     )
     return {load: statistics.median(seconds) for load, seconds in times.items()}
 

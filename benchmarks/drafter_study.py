@@ -32,6 +32,7 @@ import numpy as np
 from benchmarks.command_line import names
 from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import DEMO_TARGET
+from echo_vllm.offline.bench.intervals import bootstrapped
 from echo_vllm.offline.bench.tables import markdown
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from echo_vllm.training.trainer import TrainSettings
 
 CHAIN = 5
-RESAMPLES = 2000
 CONTINUED = "continued"
 ANEW = "new weights"
 BASES = (CONTINUED, ANEW)
@@ -140,7 +140,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     accepted = held_out_acceptance(settings, rows, place / "head")
     return {
         "variant": name,
-        "settings": settings.as_dict()
+        "settings": dataclasses.asdict(settings)
         | {"target": DEMO_TARGET.name, "init": settings.init and Path(settings.init).name},
         "updates": trained.progress.step,
         "tokens": trained.progress.tokens,
@@ -151,11 +151,22 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def lengths(row: dict[str, Any], weights: np.ndarray) -> np.ndarray:
-    """[num_weights] acceptance lengths of answers weighted by [num_weights, num_answers]."""
-    accepted = np.array(row["accepted"]).sum(1)
-    found: np.ndarray = 1 + (weights @ accepted) / (weights @ np.array(row["drafts"]))
-    return found
+def counts(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """[num_answers] accepted tokens, and drafts."""
+    return np.array(row["accepted"]).sum(1), np.array(row["drafts"])
+
+
+def gained(
+    accepted: np.ndarray,
+    drafts: np.ndarray,
+    others: np.ndarray,
+    other_drafts: np.ndarray,
+    axis: int,
+) -> np.ndarray:
+    """How much longer a step is than another's, over answers."""
+    ours = accepted.sum(axis) / drafts.sum(axis)
+    difference: np.ndarray = ours - others.sum(axis) / other_drafts.sum(axis)
+    return difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,19 +190,16 @@ def compare(rows: dict[str, dict[str, Any]]) -> list[Line]:
         if name not in rows or base not in rows:
             continue
         row, other = rows[name], rows[base]
-        count = len(row["drafts"])
-        drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-        whole = np.ones((1, count))
-        low, high = np.quantile(lengths(row, drawn) - lengths(other, drawn), [0.025, 0.975])
-        length = float(lengths(row, whole)[0])
+        difference = bootstrapped([*counts(row), *counts(other)], gained, paired=True)
+        accepted, drafts = counts(row)
         lines.append(
             Line(
                 name,
                 base,
-                length,
-                length - float(lengths(other, whole)[0]),
-                float(low),
-                float(high),
+                1 + float(accepted.sum() / drafts.sum()),
+                difference.middle,
+                difference.low,
+                difference.high,
                 list(np.array(row["accepted"]).sum(0) / sum(row["drafts"])),
                 None
                 if row["computed_tokens"] or other["computed_tokens"]

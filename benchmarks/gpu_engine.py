@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 from echo_vllm import atomic
+from echo_vllm.offline.engine import LocalEngine
 
 CONTEXT = 512
 WARM_STEPS, STEPS = 8, 40
@@ -89,38 +90,31 @@ def speculation(name: str, head: Path, nodes: int) -> dict[str, Any] | None:
 
 def serve(name: str, folder: Path, nodes: int, most: int, eager: bool) -> None:
     """Make the engine, say so, and answer each line of input, a number of requests, by a sample."""
-    # The engine core lives here, where its steps and its runner can be seen.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import EngineArgs, LLMEngine
-
-    engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(folder / "target"),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=CONTEXT + 1024,
-            max_num_seqs=most,
-            max_num_batched_tokens=max(8192, 2 * most),
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
-            gpu_memory_utilization=0.25,
-            enable_prefix_caching=False,
-            enforce_eager=eager,
-            disable_log_stats=True,
-            speculative_config=speculation(name, folder / "head", nodes),
-        )
+    local = LocalEngine(
+        folder / "target",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=CONTEXT + 1024,
+        max_num_seqs=most,
+        max_num_batched_tokens=max(8192, 2 * most),
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        gpu_memory_utilization=0.25,
+        enforce_eager=eager,
+        speculative_config=speculation(name, folder / "head", nodes),
     )
     print(json.dumps({"ready": name}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(time_steps(engine, int(line))), flush=True)
+        print(json.dumps(time_steps(local, int(line))), flush=True)
 
 
-def time_steps(engine: Any, requests: int) -> dict[str, Any]:
+def time_steps(local: LocalEngine, requests: int) -> dict[str, Any]:
     """Steps of `requests` requests that all decode."""
     from vllm import SamplingParams
 
+    engine, runner = local.engine, local.runner
+    engine.reset_prefix_cache()  # Every prompt is read, as if it had not been there before.
     names = [str(i) for i in range(requests)]
     for i, name in enumerate(names):
         prompt = [(7919 * i + 31 * j) % 128000 for j in range(CONTEXT)]
@@ -134,8 +128,6 @@ def time_steps(engine: Any, requests: int) -> dict[str, Any]:
         started.update(output.request_id for output in engine.step())
     for _ in range(WARM_STEPS):
         engine.step()
-    core = engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
     clock = getattr(runner, "clock", None)
     rows: list[int] = []
     parts: list[tuple[float, float]] = []

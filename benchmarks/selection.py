@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +24,7 @@ from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.offline.bench.configurations import DEMO_HEAD
+from echo_vllm.offline.bench.intervals import median
 from echo_vllm.policies import DraftBatch, DraftPolicy, Observation, make_policy, parse_section
 from echo_vllm.trees.pool import CandidatePool
 
@@ -66,8 +66,7 @@ def decide(
 
 
 def milliseconds(times: list[float]) -> str:
-    times = [1000 * seconds for seconds in times]
-    return f"{statistics.median(times):6.2f} ms ({min(times):.2f}-{max(times):.2f})"
+    return f"{median([1000 * seconds for seconds in times])} ms"
 
 
 def main() -> None:
@@ -97,7 +96,8 @@ def main() -> None:
     fields = {"max_depth": options.depth, "top_k": options.top_k}
     print(
         f"{options.requests} requests, up to {options.nodes} nodes each, depth {options.depth}, "
-        f"frontier {options.top_k}, {options.threads} thread(s); median (range) of {RUNS} draftings"
+        f"frontier {options.top_k}, {options.threads} thread(s); median [95 % interval] of {RUNS} "
+        "draftings"
     )
     for name in ("topn", "echo", "auto"):
         section = {"policy": name, **fields}
@@ -109,7 +109,7 @@ def main() -> None:
         times, nodes = [seconds for seconds, _ in runs], runs[0][1]
         line = f"{name}: {milliseconds(times)}, {nodes} nodes"
         if step is not None:
-            share = statistics.median(times) / step.step(
+            share = median(times).middle / step.step(
                 options.requests + nodes,
                 [options.requests * options.top_k] * (options.depth - 1),
                 options.requests,

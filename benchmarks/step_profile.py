@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def seconds_per_step(samples: Sequence[Sample], name: str, concurrency: int) -> dict[str, float]:
     """Mean time of each stage in a full decoding step; empty if there was none."""
-    runs = [s.run for s in samples if (s.configuration, s.concurrency) == (name, concurrency)]
+    runs = [s.run for s in samples if (s.configuration, s.load) == (name, concurrency)]
     steps = sum(run.full_steps for run in runs)
     if not steps:
         return {}
@@ -68,7 +68,7 @@ def profile_table(
     def row(stage: str, seconds: Sequence[float]) -> list[str]:
         return [stage, *(f"{100 * s / whole:.1f}" for s in seconds)]
 
-    at = [s for s in samples if s.concurrency == concurrency]
+    at = [s for s in samples if s.load == concurrency]
     lengths = [acceptance_length(at, name) for name in configurations]
     costs = [sum(steps[name].values()) / whole for name in configurations]
     rows = [

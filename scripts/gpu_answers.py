@@ -28,10 +28,12 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
+from echo_vllm.conversations import Chat, read_conversations
 from echo_vllm.training.data import SAMPLED, TEMPERATURE
 from echo_vllm.training.packing import BACKENDS
-from echo_vllm.training.prompts import MARK, Chat, Unseen, read_prompts
 from echo_vllm.training.rows import Row, RowWriter
+from echo_vllm.training.self_prompts import MARK, Unseen
+from echo_vllm.training.self_prompts import openings as openings_of
 
 USER_TEMPERATURE = 0.8
 USER_TOKENS = 96
@@ -234,7 +236,7 @@ def openings(
         longest: tokens of a prompt that is taken.
         draw: of the first words.
     """
-    headers = chat.openings()
+    headers = openings_of(chat)
     whole = iter(prompts)
     parts = iter(draw.sample(prompts, len(prompts)))
     number = 0
@@ -265,7 +267,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     chat = Chat(args.target)
-    prompts = read_prompts(args.prompts)
+    prompts = read_conversations(args.prompts)
     begins = openings(chat, prompts, args.length // 2, random.Random(args.seed))
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), _begin_keeping, (args.target, args.output)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from echo_vllm.cli.console import errors, fail, located, note
+from echo_vllm.cli.console import errors, fail, located, note, numbers, read_prompts
+from echo_vllm.conversations import CHATS
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import (
     DEMO_HEAD,
@@ -23,12 +24,12 @@ from echo_vllm.offline.bench.configurations import (
 )
 from echo_vllm.offline.bench.engine_process import KV_CACHE_BYTES, EngineOptions
 from echo_vllm.offline.bench.fleet import Kind, exit_on_sigterm, workers_that_fit
-from echo_vllm.offline.bench.prompts import DEFAULT_PROMPTS, read_shuffled
 from echo_vllm.offline.bench.results import Journal, write_results
 from echo_vllm.offline.bench.sweep import Plan, Sweep
 
 CONFIGURATIONS = (
-    "plain,eagle3-k1,eagle3-k2,eagle3-k3,eagle3-k5,eagle3-adaptive,ngram,topn-8,echo,auto"
+    "plain,rest,eagle3-k1,eagle3-k2,eagle3-k3,eagle3-k5,eagle3-adaptive,ngram,topn-8,topn-equal,"
+    "echo,auto"
 )
 CONCURRENCIES = "1,2,4,8,16,32"
 # Under ten minutes on two cores with the demo.
@@ -38,19 +39,8 @@ QUICK: dict[str, Any] = {
     "engine": "in-process",
     "rounds": 3,
     "tokens": 24,
-    "requests_per_client": 1,
+    "turns": 1,
 }
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any], lowest: float) -> tuple[Any, ...]:
-    """`1,2,4` as a tuple without repetitions."""
-    try:
-        values = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        values = ()
-    if not values or not all(lowest <= value < float("inf") for value in values):
-        fail(f"{option} must be numbers from {lowest:g} on, with commas, got {text!r}")
-    return values
 
 
 def bench(
@@ -61,22 +51,41 @@ def bench(
     ),
     prompts: Annotated[
         list[Path],
-        typer.Option(help="JSON lines with 'prompt' or 'turns'; may be given several times."),
-    ] = [DEFAULT_PROMPTS],  # noqa: B006 - typer copies it
+        typer.Option(
+            help="JSON lines with 'prompt' or 'turns'; may be given several times.",
+            show_default="chats of the project",
+        ),
+    ] = [CHATS],  # noqa: B006 - typer copies it
     configs: Annotated[
         str, typer.Option(help="Names, or JSON files with a speculative_config; `--configs list`.")
     ] = CONFIGURATIONS,
-    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = CONCURRENCIES,
+    concurrency: Annotated[
+        str, typer.Option(help="Chats at once, each client's next turn after its last answer.")
+    ] = CONCURRENCIES,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: requests that arrive a second, at random, such as 0.5,1,2.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="For how long they arrive.")] = 60.0,
+    tpot_ms: Annotated[
+        float, typer.Option(min=0.001, help="With --rate: good requests have at most this a token.")
+    ] = 100.0,
     temperature: Annotated[str, typer.Option(help="Sampling temperatures, such as 0,1.")] = "0",
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for a request.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Of a chat at most.", show_default="all")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of an answer at most.")] = 128,
     spread: Annotated[
         float,
-        typer.Option(min=0, max=0.9, help="Requests have up to this share fewer or more tokens."),
+        typer.Option(min=0, max=0.9, help="Requests may have up to this share fewer or more."),
     ] = 0.5,
-    requests_per_client: Annotated[int, typer.Option(min=1, help="Requests of a run.")] = 2,
-    until_eos: Annotated[
-        bool, typer.Option("--until-eos", help="Let requests end by themselves.")
+    chats_per_client: Annotated[int, typer.Option(min=1, help="Chats of a run.")] = 1,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Let no answer end before its last token.")
     ] = False,
     engine: Annotated[Kind, typer.Option(help="Servers over HTTP, or engines without.")] = "server",
     dtype: Annotated[str, typer.Option(help="As in vLLM.")] = fast_dtype(),
@@ -110,25 +119,32 @@ def bench(
         typer.echo("\n".join(built_in(drafter)))
         return
     names = [name for name in str(given["configs"]).split(",") if name]
-    concurrencies = _numbers("--concurrency", given["concurrency"], int, 1)
-    temperatures = _numbers("--temperature", temperature, float, 0)
+    concurrencies = numbers("--concurrency", given["concurrency"], int, 1)
+    rates = None if rate is None else numbers("--rate", rate, float, 1e-3)
+    temperatures = numbers("--temperature", temperature, float, 0)
+    if rates and given["engine"] != "server":
+        fail("--rate needs servers, got --engine in-process; leave out --engine")
+    if rates and find_spec("pandas") is None:
+        fail("--rate needs pandas for `vllm bench serve`; run pip install 'echo-vllm[tools]'")
     for folder in (model, drafter):
         if folder in (str(DEMO_TARGET), str(DEMO_HEAD)) and not Path(folder).is_dir():
             fail(f"the demo is not at {folder}; run `make setup`, or give MODEL and --drafter")
     try:
         chosen = choose(names, located(drafter))
-        conversations = read_shuffled(prompts)
     except (ValueError, OSError) as error:
         fail(str(error))
+    conversations = [chat[: given["turns"]] for chat in read_prompts(prompts)]
     plan = Plan(
         configurations=tuple(chosen),
-        concurrencies=concurrencies,
+        loads=rates or concurrencies,
         temperatures=temperatures,
         rounds=given["rounds"],
         max_tokens=given["tokens"],
-        requests_per_client=given["requests_per_client"],
-        ignore_eos=not until_eos,
+        chats_per_client=chats_per_client,
+        ignore_eos=ignore_eos,
         spread=spread,
+        arrival_seconds=seconds if rates else None,
+        tpot_ms=tpot_ms,
     )
     options = EngineOptions(
         model=located(model),
@@ -144,10 +160,14 @@ def bench(
         "drafter": Path(drafter).name,
         "prompts": [path.name for path in prompts],
         "engine": given["engine"],
+        "turns": given["turns"],
         "tokens": plan.max_tokens,
         "spread": plan.spread,
-        "requests_per_client": plan.requests_per_client,
+        "chats_per_client": plan.chats_per_client,
         "ignore_eos": plan.ignore_eos,
+        "open_loop": rates is not None,
+        "arrival_seconds": plan.arrival_seconds,
+        "tpot_ms": plan.tpot_ms,
         # Nothing else of a worker may differ, but a later session may have more concurrency.
         **{n: getattr(options, n) for n in ("dtype", "threads", "compile", "max_model_len")},
         "speculation": {c.name: _without_folder(c) for c in chosen},
@@ -167,7 +187,6 @@ def bench(
         conversations,
         keep_alive or workers_that_fit(given["engine"], options),
         logs,
-        frozen=output.with_name(output.name + ".turns.json"),
     )
     exit_on_sigterm()
     failures: dict[str, str] = {}
@@ -182,7 +201,8 @@ def bench(
         text = write_results(journal, chosen, failures) if journal.samples else ""
     typer.echo(text)
     if failures:
-        note(f"error: {', '.join(failures)} failed; the logs are in {logs}")
+        for name, reason in failures.items():
+            note(f"error: {name} failed: {reason}; the logs are in {logs}")
         raise typer.Exit(1)
 
 

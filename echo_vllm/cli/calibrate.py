@@ -17,13 +17,20 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_vllm import atomic
-from echo_vllm.cli.console import errors, fail, located, note, read_step_cost, record_prompts
+from echo_vllm.cli.console import (
+    errors,
+    fail,
+    located,
+    note,
+    read_prompts,
+    read_step_cost,
+    record_prompts,
+)
 from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K, num_candidates
 
 if TYPE_CHECKING:
     from echo_vllm.forecast import StepCost
     from echo_vllm.offline.calibrate.fit import Calibration
-    from echo_vllm.offline.recording import Recording
     from echo_vllm.trace_format import TraceHeader
 
 
@@ -81,21 +88,18 @@ def calibrate(
         what = None
         if trace is None:
             assert prompts
-            lines = _read_prompts(prompts)[:num_prompts]
+            lines = read_prompts(prompts)[:num_prompts]
             trace = Path(folder) / "trace.jsonl.gz"
-            recording = _recording(
+            count, _ = record_prompts(
                 model,
-                drafter,
-                trace,
-                max_depth=max_depth,
-                top_k=top_k,
+                _speculation(drafter, trace, max_depth, top_k),
+                lines,
                 max_tokens=tokens,
                 concurrency=concurrency,
                 temperature=temperature,
                 dtype=dtype,
                 max_model_len=max_model_len,
             )
-            count, _ = record_prompts(recording, lines)
             if save_trace is not None:
                 _keep(trace, save_trace)
             what = (
@@ -104,15 +108,6 @@ def calibrate(
             )
         calibration, cost = _fit(trace, model, drafter, what, cost, concurrency, delta)
     _write(calibration, output, report, cost)
-
-
-def _read_prompts(paths: list[Path]) -> list[list[str]]:
-    from echo_vllm.offline.bench.prompts import read_shuffled
-
-    try:
-        return read_shuffled(paths)
-    except ValueError as error:
-        fail(f"--prompts {error}")
 
 
 def _known_costs(header: TraceHeader) -> StepCost | None:
@@ -145,19 +140,15 @@ def _known_costs(header: TraceHeader) -> StepCost | None:
     return newest[2]
 
 
-def _recording(
-    model: str, drafter: str, trace: Path, *, max_depth: int, top_k: int, **options: Any
-) -> Recording:
-    """A run that verifies the whole pool, or the best MAX_NODES of it."""
-    from echo_vllm.offline.recording import Recording
-
+def _speculation(drafter: str, trace: Path, max_depth: int, top_k: int) -> dict[str, Any]:
+    """Trees that verify the whole pool, or the best MAX_NODES of it."""
     pool = num_candidates(max_depth, top_k, top_k)
     if pool > MAX_NODES:
         note(
             f"note: the drafter makes {pool} candidates a tree; the best {MAX_NODES} of them "
             "are verified"
         )
-    speculation = {
+    return {
         "method": "echo",
         "model": located(drafter),
         "num_speculative_tokens": min(MAX_NODES, pool),
@@ -168,7 +159,6 @@ def _recording(
             "trace": str(trace),
         },
     }
-    return Recording(model=model, speculation=speculation, **options)
 
 
 def _keep(recorded: Path, wanted: Path) -> None:

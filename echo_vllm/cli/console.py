@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""What the commands share: messages on stderr, models by folder or name, files of step costs."""
+"""What the commands share: messages on stderr, lists of numbers, prompts, files of step costs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from echo_vllm.conversations import Chat, PromptError, read_conversations, shuffled
+
 if TYPE_CHECKING:
     from echo_vllm.forecast import StepCost
-    from echo_vllm.offline.recording import Recording
 
+Number = TypeVar("Number", int, float)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -41,6 +44,40 @@ def located(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
+def numbers(
+    option: str, text: str, kind: Callable[[str], Number], least: float
+) -> tuple[Number, ...]:
+    """`1,2,4` without repetitions, of an option."""
+    try:
+        values = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        values = ()
+    if not values or not all(least <= value < float("inf") for value in values):
+        what = "whole numbers" if kind is int else "numbers"
+        fail(f"{option} must be {what} from {least:g} on, with commas between, got {text!r}")
+    return values
+
+
+def read_prompts(paths: Sequence[Path]) -> list[list[str]]:
+    """The conversations of all files, shuffled, always in the same way."""
+    try:
+        return shuffled(read_conversations(*paths))
+    except PromptError as error:
+        fail(str(error))
+
+
+def counting(unit: str) -> Progress:
+    """A bar on stderr that counts."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        console=errors,
+    )
+
+
 def read_step_cost(option: str, path: Path) -> StepCost:
     """A step cost, or a file of the engine's cache, which has one under a key of its own."""
     from echo_vllm.forecast import CostError, StepCost
@@ -55,41 +92,42 @@ def read_step_cost(option: str, path: Path) -> StepCost:
         fail(f"{option} {path} is not a step cost: {error}")
 
 
-def record_prompts(recording: Recording, conversations: list[list[str]]) -> tuple[int, int]:
-    """Record the engine on the first turns that fit; returns (prompts answered, tokens)."""
-    from echo_vllm.offline.bench.prompts import Tokenizer
+def record_prompts(
+    model: str, speculation: dict[str, Any], conversations: list[list[str]], **options: Any
+) -> tuple[int, int]:
+    """Record the engine on the first turns that fit; returns (prompts answered, tokens).
+
+    Args:
+        model, speculation, options: of `offline.recording.record`.
+        conversations: user's turns.
+    """
     from echo_vllm.offline.recording import record
 
     try:
-        tokenizer = Tokenizer(recording.model)
-    except (ValueError, OSError) as error:
-        fail(f"MODEL has no tokenizer that can be loaded: {last_line(error)}")
-    room = recording.max_model_len - recording.max_tokens
-    encoded = [tokenizer.encode(turns[:1]) for turns in conversations]
-    fitting = [ids for ids in encoded if len(ids) <= room]
+        chat = Chat(model)
+        encoded = [chat.encode(turns[:1]) for turns in conversations]
+    except PromptError as error:
+        fail(str(error))
+    tokens, longest = options["max_tokens"], options["max_model_len"]
+    fitting = [ids for ids in encoded if len(ids) <= longest - tokens]
     if not fitting:
         fail(
-            f"no prompt leaves room for {recording.max_tokens} tokens in --max-model-len "
-            f"{recording.max_model_len}; raise it, or lower --tokens"
+            f"no prompt leaves room for {tokens} tokens in --max-model-len {longest}; raise it, or "
+            "lower --tokens"
         )
     if len(fitting) < len(encoded):
         note(f"note: {len(encoded) - len(fitting)} prompts are too long")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors) as progress:
+    with counting("prompts") as progress:
         task = progress.add_task("starting the engine", total=len(fitting))
         try:
-            tokens = record(
-                recording,
+            generated = record(
+                model,
+                speculation,
                 fitting,
                 lambda: progress.update(task, advance=1, description="recording"),
+                **options,
             )
         except (ValueError, OSError) as error:
             progress.stop()
             fail(f"the engine cannot record: {last_line(error)}")
-    return len(fitting), tokens
+    return len(fitting), generated

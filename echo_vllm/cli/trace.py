@@ -17,7 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_vllm import atomic
-from echo_vllm.cli.console import fail, located, note, read_step_cost, record_prompts
+from echo_vllm.cli.console import (
+    fail,
+    located,
+    note,
+    numbers,
+    read_prompts,
+    read_step_cost,
+    record_prompts,
+)
 from echo_vllm.config import num_candidates
 from echo_vllm.machine import fast_dtype
 
@@ -93,18 +101,16 @@ def record(
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
 ) -> None:
     """Record a trace with the real engine."""
-    from echo_vllm.offline.bench.prompts import read_shuffled
-    from echo_vllm.offline.recording import Recording
-
     speculation = _speculation(drafter, output, config)
+    conversations = read_prompts(prompts)[:limit]
     try:
-        conversations = read_shuffled(prompts)[:limit]
         output.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         fail(str(error))
-    recording = Recording(
-        model=model,
-        speculation=speculation,
+    count, generated = record_prompts(
+        model,
+        speculation,
+        conversations,
         max_tokens=tokens,
         concurrency=concurrency,
         temperature=temperature,
@@ -112,7 +118,6 @@ def record(
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_mib << 20,
     )
-    count, generated = record_prompts(recording, conversations)
     _out.print(Text(f"{count} prompts, {generated} tokens: {output}"))
     show(output)
 
@@ -222,7 +227,7 @@ def replay(
     if exact:
         _replay_exact(trace, known)
         return
-    loads = _loads(concurrency)
+    loads = numbers("--concurrency", concurrency, int, 1)
     with _errors_shown():
         step_cost, notes = _cost(cost)
         chosen = [Contender.parse(text, known) for text in policy or ()]
@@ -272,13 +277,6 @@ def replay(
             atomic.write_json(output, content)
         except OSError as error:
             fail(f"--output {output} cannot be written ({error.strerror}); choose another file.")
-
-
-def _loads(text: str) -> list[int]:
-    loads = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(loads) < 1:
-        fail(f"--concurrency must be numbers from 1 on, with commas, got {text!r}; such as 1,8.")
-    return list(dict.fromkeys(loads))
 
 
 def _cost(text: str) -> tuple[StepCost, list[str]]:

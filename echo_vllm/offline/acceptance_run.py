@@ -8,9 +8,10 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from echo_vllm.offline.engine import local_llm
+import numpy as np
 
-NAMES = ("num_drafts", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+from echo_vllm.conversations import Question
+from echo_vllm.offline.engine import LocalEngine
 
 
 @dataclass(frozen=True)
@@ -106,48 +107,40 @@ def measure(
         "dtype": dtype,
         "max_model_len": max_model_len,
         "max_num_seqs": concurrency,
-        "enable_prefix_caching": False,
         **(engine_args or {}),
         "disable_log_stats": False,  # They are what is counted.
     }
-    found = {}
-    with local_llm(model, **options) as llm:
-        from vllm import SamplingParams
-
+    counted = {}
+    with LocalEngine(model, **options) as engine:
         for name, prompts in prompt_sets.items():
             for temperature in temperatures:
-                before = _counters(llm)
-                outputs = llm.generate(
-                    [{"prompt_token_ids": ids} for ids in prompts],
-                    [
-                        SamplingParams(
-                            temperature=temperature,
-                            max_tokens=max_tokens,
-                            seed=number if temperature > 0 else None,
-                            detokenize=False,
-                        )
-                        for number in range(len(prompts))
-                    ],
-                    use_tqdm=False,
+                answers: dict[str, list[int]] = {}
+
+                def keep(question: Question, ids: list[int], stopped: bool) -> None:
+                    answers[question.name] = ids  # noqa: B023 - it is called at once
+
+                before = engine.counters()
+                engine.answer(
+                    (
+                        Question(str(i), ids, max_tokens, temperature, seed=i)
+                        for i, ids in enumerate(prompts)
+                    ),
+                    keep,
                 )
-                after = _counters(llm)
-                found[name, temperature] = Counted(
-                    drafts=after[NAMES[0]][0] - before[NAMES[0]][0],
-                    accepted_tokens=after[NAMES[1]][0] - before[NAMES[1]][0],
-                    accepted=[
-                        b - a for a, b in zip(before[NAMES[2]], after[NAMES[2]], strict=True)
-                    ],
-                    answers=[list(output.outputs[0].token_ids) for output in outputs],
+                after = engine.counters()
+                drafts, accepted, at = (
+                    np.subtract(after[counter], before[counter]).tolist()
+                    for counter in (
+                        "spec_decode_num_drafts",
+                        "spec_decode_num_accepted_tokens",
+                        "spec_decode_num_accepted_tokens_per_pos",
+                    )
+                )
+                counted[name, temperature] = Counted(
+                    int(drafts),
+                    int(accepted),
+                    [int(count) for count in at],
+                    [answers[str(i)] for i in range(len(prompts))],
                 )
                 on_set()
-    return found
-
-
-def _counters(llm: Any) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for metric in llm.get_metrics():
-        name = metric.name.removeprefix("vllm:spec_decode_")
-        if name in NAMES:
-            values = getattr(metric, "values", None)
-            found[name] = [int(metric.value)] if values is None else [int(v) for v in values]
-    return found
+    return counted

@@ -5,91 +5,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from echo_vllm.offline.engine import prepare_environment
+from echo_vllm.conversations import Question
+from echo_vllm.offline.engine import LocalEngine
 
 KV_CACHE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What to run.
+def record(
+    model: str,
+    speculation: dict[str, Any],
+    prompts: Sequence[list[int]],
+    on_finished: Callable[[], None] = lambda: None,
+    *,
+    max_tokens: int,
+    concurrency: int,
+    temperature: float,
+    dtype: str,
+    max_model_len: int,
+    kv_cache_bytes: int = KV_CACHE_BYTES,
+) -> int:
+    """Answer every prompt once; the trace is complete when this returns.
 
-    Attributes:
+    Args:
         model: the target: a folder or a name.
         speculation: vLLM's speculative_config, with `trace` in its echo section.
+        prompts: token ids.
+        on_finished: called for each request that ends.
         max_tokens: generated for each prompt at most; a request also ends by itself.
         concurrency: requests at once.
         temperature: of sampling; seeds are the prompts' numbers.
         dtype: of the target, as in vLLM.
         max_model_len: tokens of a request, prompt and answer.
         kv_cache_bytes: KV cache of the engine. vLLM's own default is most of the machine's memory.
-    """
-
-    model: str
-    speculation: dict[str, Any]
-    max_tokens: int
-    concurrency: int
-    temperature: float
-    dtype: str
-    max_model_len: int
-    kv_cache_bytes: int = KV_CACHE_BYTES
-
-
-def record(
-    recording: Recording,
-    prompts: Sequence[list[int]],
-    on_finished: Callable[[], None] = lambda: None,
-) -> int:
-    """Answer every prompt once; the trace is complete when this returns.
-
-    To be called once in a process that has not imported vLLM before.
-
-    Args:
-        prompts: token ids.
-        on_finished: called for each request that ends.
 
     Returns:
         Generated tokens.
-    """
-    prepare_environment(recording.model)
-    from vllm import EngineArgs, LLMEngine, SamplingParams
 
-    nodes = int(recording.speculation["num_speculative_tokens"])
-    engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            model=recording.model,
-            dtype=recording.dtype,
-            max_model_len=recording.max_model_len,
-            max_num_seqs=recording.concurrency,
-            # Room for whole trees beside a prompt: a tree that is cut is of less use.
-            max_num_batched_tokens=max(2048, recording.concurrency * (1 + nodes) + 512),
-            kv_cache_memory_bytes=recording.kv_cache_bytes,
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            disable_log_stats=True,
-            speculative_config=recording.speculation,
+    Raises:
+        ValueError, OSError, RuntimeError: vLLM's own, if the target or the head do not load.
+    """
+    tokens = 0
+
+    def count(question: Question, answer: list[int], stopped: bool) -> None:
+        nonlocal tokens
+        tokens += len(answer)
+        on_finished()
+
+    nodes = int(speculation["num_speculative_tokens"])
+    with LocalEngine(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=concurrency,
+        # Room for whole trees beside a prompt: a tree that is cut is of less use.
+        max_num_batched_tokens=max(2048, concurrency * (1 + nodes) + 512),
+        kv_cache_memory_bytes=kv_cache_bytes,
+        speculative_config=speculation,
+    ) as engine:
+        engine.answer(
+            (
+                Question(str(i), ids, max_tokens, temperature, seed=i)
+                for i, ids in enumerate(prompts)
+            ),
+            count,
         )
-    )
-    try:
-        for number, prompt in enumerate(prompts):
-            engine.add_request(
-                str(number),
-                {"prompt_token_ids": list(prompt)},
-                SamplingParams(
-                    max_tokens=recording.max_tokens,
-                    temperature=recording.temperature,
-                    seed=number if recording.temperature > 0 else None,
-                ),
-            )
-        tokens = 0
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    tokens += len(output.outputs[0].token_ids)
-                    on_finished()
-        return tokens
-    finally:
-        engine.engine_core.shutdown()
+    return tokens

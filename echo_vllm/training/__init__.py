@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Trains an EAGLE-3 head for a target: what `echo-vllm train-drafter` is made of.
 
-`prompts` and `rows` hold the data stage's files, `features` reads the target's hidden states,
-`trainer` is glue around the library speculators, `head` converts between its checkpoints and the
-layout that vLLM loads, `acceptance` predicts offline what an engine will count, and `card` writes
-what a head's folder says about it. Nothing here imports vLLM; the stages that need an engine are in
-`echo_vllm.step`.
+`data` has the target answer prompts, its own (`self_prompts`) among them, and `rows` keeps the
+answers; `features` reads the target's hidden states, `trainer` is glue around the library
+speculators, `head_files` converts between its checkpoints and the layout that vLLM loads,
+`acceptance` predicts what an engine will count, and `card` writes what a head's folder says about
+it. Nothing here imports vLLM; the engine of the stages that need one is `offline.engine`.
 """

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from echo_vllm import atomic
 from echo_vllm.training.work import TrainingError, read_json, unwritable, write_json
 
@@ -30,15 +32,9 @@ def add_facts(head: Path, **facts: Any) -> None:
     card = head / "README.md"
     try:
         if not card.exists() or OURS in card.read_text(encoding="utf-8"):
-            atomic.write_text(card, _card(head, content))
+            atomic.write_text(card, _card(content))
     except OSError as error:
         raise TrainingError(unwritable(card, error)) from None
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
 
 
 def evaluation_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -57,47 +53,31 @@ def evaluation_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _card(head: Path, facts: Mapping[str, Any]) -> str:
-    target = facts.get("target", "unknown")
-    parts = [
-        "---",
-        "tags: [eagle3, speculative-decoding]",
-        "---",
-        f"# EAGLE-3 draft head for {Path(str(target)).name}",
-        "",
-        f"{OURS} It has the layout that vLLM 0.32.0 loads by itself (`LlamaForCausalLMEagle3`): "
-        "its method `eagle3`, or `echo`.",
-        "",
-    ]
-    simple = {
-        name: value
-        for name, value in facts.items()
-        if isinstance(value, (str, int, float)) or (isinstance(value, list) and _flat(value))
-    }
-    parts += [table(["", ""], [[name, _shown(value)] for name, value in simple.items()]), ""]
-    for name in ("data", "settings"):
-        if isinstance(facts.get(name), Mapping):
-            rows = [[key, _shown(value)] for key, value in facts[name].items()]
-            parts += [f"## {name.capitalize()}", "", table(["", ""], rows), ""]
-    evaluation = facts.get("evaluation")
-    if isinstance(evaluation, Mapping):
-        header = [
-            *("drafts", "prompts", "temperature", "acceptance length", "accepted at 1, 2, ..."),
-            "tokens that can be drafted",
-        ]
-        parts += [
-            "## Acceptance",
-            "",
-            f"In the real engine ({evaluation['engine']}), {evaluation['dtype']}, up to "
-            f"{evaluation['max_tokens']} tokens an answer. The acceptance length counts the bonus "
-            "token, so 1 means that no draft token was ever accepted.",
-            "",
-            table(header, evaluation_rows(evaluation["runs"])),
-            "",
-            f"    {evaluation['command']}",
-            "",
-        ]
-    return "\n".join(parts)
+def _card(facts: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["shown"] = _shown
+    environment.filters["evaluation_rows"] = evaluation_rows
+    return environment.get_template("card.md.j2").render(
+        ours=OURS,
+        target=Path(str(facts.get("target", "unknown"))).name,
+        simple={
+            name: value
+            for name, value in facts.items()
+            if isinstance(value, (str, int, float)) or (isinstance(value, list) and _flat(value))
+        },
+        sections={
+            name: facts[name]
+            for name in ("data", "settings")
+            if isinstance(facts.get(name), Mapping)
+        },
+        evaluation=facts.get("evaluation"),
+    )
 
 
 def _flat(value: list[Any]) -> bool:

@@ -10,18 +10,20 @@ answers comes from outside; nothing here knows vLLM.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from echo_vllm.training.prompts import Chat, Unseen, read_prompts
+from echo_vllm.conversations import Chat, Question, next_turn, read_conversations
 from echo_vllm.training.rows import Row, RowWriter
+from echo_vllm.training.self_prompts import Unseen, openings
 from echo_vllm.training.work import (
     TrainingError,
     Work,
     read_json,
     unwritable,
+    whole_lines,
     write_json,
 )
 
@@ -60,31 +62,17 @@ class DataSettings:
     max_model_len: int | None
     seed: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One request to whatever answers; as `echo_vllm.offline.answering.Question`."""
-
-    name: str
-    prompt_ids: list[int]
-    temperature: float
-    top_p: float
-    max_tokens: int
-    seed: int
-
 
 class Engine(Protocol):
-    """What answers: `echo_vllm.offline.answering.Answering`, or a test's own."""
+    """What answers: `echo_vllm.offline.engine.LocalEngine`, or a test's own."""
 
-    max_model_len: int
+    @property
+    def max_model_len(self) -> int: ...
 
     def answer(
         self,
-        questions: Any,
-        on_answer: Callable[[Any, list[int], bool], Any],
+        questions: Iterable[Question],
+        on_answer: Callable[[Question, list[int], bool], Question | None],
     ) -> None: ...
 
 
@@ -127,9 +115,9 @@ def make_data(
         on_progress: called with what is made, how many are done, and of how many.
 
     Raises:
-        TrainingError: the prompts do not do, or a file cannot be written.
+        TrainingError, PromptError: the prompts do not do, or a file cannot be written.
     """
-    conversations = [turns for path in settings.prompts for turns in read_prompts(Path(path))]
+    conversations = read_conversations(*map(Path, settings.prompts))
     engine = start_engine()
     if settings.self_prompts:
         written = _write_prompts(settings, work, chat, engine, on_progress)
@@ -138,7 +126,7 @@ def make_data(
     unique = [turns for turns in conversations if unseen.add("\n".join(turns))]
     rows, skipped = _answer(settings, work, chat, engine, unique, on_progress)
     facts = {
-        **settings.as_dict(),
+        **asdict(settings),
         "conversations": len(unique),
         "repeated_prompts": len(conversations) - len(unique),
         "too_long_prompts": skipped,
@@ -161,21 +149,21 @@ def _write_prompts(
     """Prompts by the target itself, no two alike."""
     wanted = settings.self_prompts
     unseen = Unseen()
-    lines = _whole_lines(work.prompts)
+    lines = whole_lines(work.prompts, json.loads)
     found = [line["prompt"] for line in lines]
     for prompt in found:
         unseen.add(prompt)
     first = 1 + max((line["attempt"] for line in lines), default=-1)
     last = ATTEMPTS * wanted
-    openings = chat.openings()
+    beginnings = openings(chat)
 
-    def questions() -> Iterator[Asked]:
+    def questions() -> Iterator[Question]:
         for attempt in range(first, last):
             if len(found) >= wanted:
                 return
-            yield Asked(
+            yield Question(
                 name=f"prompt-{attempt}",
-                prompt_ids=openings[attempt % len(openings)],
+                prompt_ids=beginnings[attempt % len(beginnings)],
                 temperature=PROMPT_TEMPERATURE,
                 top_p=PROMPT_TOP_P,
                 max_tokens=settings.prompt_tokens,
@@ -185,10 +173,10 @@ def _write_prompts(
     try:
         with work.prompts.open("a", encoding="utf-8") as file:
 
-            def keep(asked: Asked, ids: list[int], ended: bool) -> None:
+            def keep(asked: Question, ids: list[int], stopped: bool) -> None:
                 # One that was cut off is no prompt.
                 prompt = chat.decode(ids)
-                if ended and len(found) < wanted and unseen.add(prompt):
+                if stopped and len(found) < wanted and unseen.add(prompt):
                     found.append(prompt)
                     attempt = int(asked.name.rpartition("-")[2])
                     file.write(json.dumps({"attempt": attempt, "prompt": prompt}) + "\n")
@@ -207,21 +195,6 @@ def _write_prompts(
     return found
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a file that a killed process may have left, cut behind the last whole one."""
-    try:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        return [json.loads(line) for line in whole.decode().splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} cannot be read ({error}); remove it and run again") from None
-
-
 def _answer(
     settings: DataSettings,
     work: Work,
@@ -237,26 +210,22 @@ def _answer(
     total = sum(len(turns) for turns in conversations)
     skipped = 0
 
-    def ask(number: int, before: Row | None) -> Asked | None:
+    def ask(number: int, before: Row | None) -> Question | None:
         nonlocal skipped
         turns = conversations[number]
         turn = 0 if before is None else before.turn + 1
         if turn == len(turns):
             return None
-        messages = list(turns[: turn + 1])
-        for earlier, answer in enumerate(answers.get(number, [])):
-            messages.insert(2 * earlier + 1, answer)
-        ids = chat.encode(messages)
+        ids = chat.encode(next_turn(turns, answers.get(number, [])))
         room = engine.max_model_len - len(ids)
         if room < 2:
             skipped += 1
             return None
         sampled = number % SAMPLED == SAMPLED - 1
-        return Asked(
+        return Question(
             name=f"answer-{number}-{turn}",
             prompt_ids=ids,
             temperature=TEMPERATURE if sampled else 0.0,
-            top_p=1.0,
             max_tokens=min(settings.max_tokens, room),
             seed=settings.seed + number,
         )
@@ -266,13 +235,13 @@ def _answer(
         text = chat.decode(row.input_ids[row.prompt_length :])
         answers.setdefault(row.conversation, []).append(text)
 
-    def questions() -> Iterator[Asked]:
+    def questions() -> Iterator[Question]:
         for number in range(len(conversations)):
             asked = ask(number, done.get(number))
             if asked is not None:
                 yield asked
 
-    def keep(asked: Asked, ids: list[int], ended: bool) -> Asked | None:
+    def keep(asked: Question, ids: list[int], stopped: bool) -> Question | None:
         _, number, turn = asked.name.split("-")
         if not ids:
             return None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from echo_vllm.training.work import TrainingError, unwritable
+from echo_vllm.training.work import TrainingError, unwritable, whole_lines
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,9 @@ class RowWriter:
         """
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        self.rows: list[Row] = []
+        lines = whole_lines(self.partial, str)
+        self.rows = [_parse(line, number, self.partial) for number, line in enumerate(lines)]
         try:
-            if self.partial.exists():
-                content = self.partial.read_bytes()
-                whole = content[: content.rfind(b"\n") + 1]
-                self.rows = [
-                    _parse(line, number, self.partial)
-                    for number, line in enumerate(whole.decode().splitlines())
-                ]
-                with self.partial.open("r+b") as file:
-                    file.truncate(len(whole))
             self._file: TextIO = self.partial.open("a", encoding="utf-8")
         except OSError as error:
             raise TrainingError(unwritable(self.partial, error)) from None

@@ -103,9 +103,6 @@ class TrainSettings:
     seed: int
     init: str | None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Limits:

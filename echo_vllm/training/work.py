@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The files of a training: where they lie, and how one is written so that it is whole or absent."""
+"""The files of a training: where they lie, and what is said where one cannot be used."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from echo_vllm import atomic
+
+T = TypeVar("T")
 
 
 class TrainingError(ValueError):
@@ -93,6 +96,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         atomic.write_json(path, content)
     except OSError as error:
         raise TrainingError(unwritable(path, error)) from None
+
+
+def whole_lines(path: Path, parse: Callable[[str], T]) -> list[T]:
+    """Lines of a file that a killed process may have left, which is cut behind the last whole one;
+    none if there is no file.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        return [parse(line) for line in whole.decode().splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); remove it and run again") from None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from echo_vllm.offline.engine import local_llm
+from echo_vllm.offline.engine import LocalEngine
 
 
 @contextmanager
@@ -21,8 +21,8 @@ def engine(model: Path, spec: dict[str, Any] | None = None, **options: Any) -> I
         "disable_log_stats": False,
         **options,
     }
-    with local_llm(model, speculative_config=spec, **options) as llm:
-        yield llm
+    with LocalEngine(model, speculative_config=spec, **options) as local:
+        yield local.llm
 
 
 def echo(head: Path, num_nodes: int, **section: Any) -> dict[str, Any]:

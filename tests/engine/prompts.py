@@ -4,19 +4,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-PROMPTS = Path(__file__).parent.parent / "data" / "prompts.jsonl"
+from echo_vllm.conversations import PROMPTS, Chat, read_conversations
 
 
 def chat(model: Path, prompts: list[str]) -> list[str]:
     """The prompts as first user messages, through the model's chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = Chat(str(model))
     return [
-        tokenizer.apply_chat_template(
+        template.apply(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         for prompt in prompts
@@ -25,4 +22,4 @@ def chat(model: Path, prompts: list[str]) -> list[str]:
 
 def project_prompts() -> list[str]:
     """All of them, in the order of the file."""
-    return [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
+    return [turns[0] for turns in read_conversations(PROMPTS)]

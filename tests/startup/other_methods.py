@@ -28,19 +28,20 @@ def main(target: str, head: str) -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from echo_vllm.offline.engine import local_llm
+    from echo_vllm.offline.engine import LocalEngine
 
     for method, speculation in METHODS.items():
         if speculation is not None and method == "eagle3":
             speculation = {**speculation, "model": head}
-        with local_llm(
+        with LocalEngine(
             target,
             speculative_config=speculation,
             dtype="float32",
             max_num_seqs=2,
             skip_tokenizer_init=True,
             disable_log_stats=False,
-        ) as llm:
+        ) as local:
+            llm = local.llm
             params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False)
             [output] = llm.generate({"prompt_token_ids": [3, 4, 3, 4]}, params, use_tqdm=False)
             # As a server does, which has the plug-ins in addition.

@@ -48,6 +48,27 @@ def refused(tmp_path: Path) -> Command:
     return run
 
 
+def test_each_stage_of_the_whole_is_told_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[list[str]] = []
+
+    def call(words: list[str]) -> int:
+        stages.append(words[words.index("train-drafter") + 1 :])
+        return 0
+
+    monkeypatch.setattr("echo_vllm.cli.train_drafter.subprocess.call", call)
+    given = ["--prompts", "a", "--prompts", "b", "--hours", "2", "--aux-layers", "1,2,3"]
+    given += ["--chat-template", "t", "--eval-prompts", "x=y", "--resume"]
+    result = CliRunner().invoke(app, ["train-drafter", "T", "-o", "H", *given])
+    assert result.exit_code == 0, result.output
+    data, train, evaluation = (" ".join(words) for words in stages)
+    assert data.startswith("data T -o H --dtype auto --chat-template t --prompts a --prompts b")
+    assert data.endswith("--resume")
+    assert "--hours 2.0 --aux-layers 1,2,3" in train
+    assert "--prompts" not in train
+    assert train.endswith("--epochs 10 --ttt-steps 3 --resume")
+    assert evaluation == "eval T -o H --dtype auto --chat-template t --eval-prompts x=y"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -113,7 +134,7 @@ def test_a_target_with_too_few_layers(target: Path, refused: Command) -> None:
     assert "the default [2, 2, 1]" in sentence
     assert "name others with --aux-layers" in sentence
     assert "--aux-layers [1, 2, 5]" in refused("train", target, "--aux-layers", "1,2,5")
-    assert "--aux-layers must be integers" in refused("train", target, "--aux-layers", "1,x")
+    assert "--aux-layers must be whole numbers" in refused("train", target, "--aux-layers", "1,x")
 
 
 @needs_speculators

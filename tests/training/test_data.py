@@ -13,15 +13,10 @@ from typing import Any
 
 import pytest
 
-from echo_vllm.training.data import (
-    TEMPERATURE,
-    Asked,
-    DataSettings,
-    check_plan,
-    make_data,
-)
-from echo_vllm.training.prompts import Chat, Unseen, read_prompts
+from echo_vllm.conversations import Chat, Question, read_conversations
+from echo_vllm.training.data import TEMPERATURE, DataSettings, check_plan, make_data
 from echo_vllm.training.rows import Row, RowWriter, read_rows
+from echo_vllm.training.self_prompts import Unseen
 from echo_vllm.training.work import TrainingError, Work
 from tests.training.targets import add_tokenizer, write_prompts
 
@@ -38,7 +33,7 @@ class Echoes:
     max_model_len = 200
 
     def __init__(self, die_after: int | None = None) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[Question] = []
         self.die_after = die_after
 
     def answer(self, questions: Any, on_answer: Callable[[Any, list[int], bool], Any]) -> None:
@@ -97,7 +92,7 @@ def test_later_turns_follow_the_answers_to_earlier_ones(
     settings: DataSettings, tmp_path: Path, chat: Chat
 ) -> None:
     rows = [row for row in make(settings, tmp_path, chat, Echoes()) if row.conversation == 5]
-    turns = read_prompts(Path(settings.prompts[0]))[5]
+    turns = read_conversations(Path(settings.prompts[0]))[5]
     assert [row.turn for row in rows] == [0, 1, 2]
     answers = [chat.decode(row.input_ids[row.prompt_length :]) for row in rows]
     messages = [turns[0], answers[0], turns[1], answers[1], turns[2]]

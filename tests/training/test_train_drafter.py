@@ -158,10 +158,10 @@ def test_a_trained_head_is_accepted_more_often_than_an_untrained_one(
 
 
 def prompt_ids(made: Made, count: int) -> list[list[int]]:
-    from echo_vllm.training.prompts import Chat, read_prompts
+    from echo_vllm.conversations import Chat, read_conversations
 
     chat = Chat(str(made.target))
-    return [chat.encode(turns[:1]) for turns in read_prompts(made.prompts)[:count]]
+    return [chat.encode(turns[:1]) for turns in read_conversations(made.prompts)[:count]]
 
 
 def greedy(max_tokens: int) -> Any:

@@ -2,12 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Measures configurations against each other: `echo-vllm bench` and `make bench-quick`.
 
-    configurations, prompts     what is compared, on what
+    configurations              what is compared
     closed_loop                 what one run is and yields; the run in an engine of this process
+    open_loop                   the run of requests that arrive at a rate, by `vllm bench serve`
+    steps                       single steps on the clock, in an engine of this process
     engine_process, server      the two kinds of worker, each a process that waits for such runs
     fleet                       which workers are alive
     sweep                       which run comes next: rounds, resuming, time left
-    results, report, plot       from runs to JSON, Markdown and a picture
+    intervals, tables, plot     from runs to ratios with intervals, to Markdown and a picture
+    results                     keeps the runs, writes JSON, Markdown and the picture
 
 Only what runs inside a worker's process imports vLLM.
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Runs prompts with a fixed number of requests in flight, and says what that took.
+"""Holds chats with a fixed number of them in flight, and says what that took.
 
 `run_closed_loop` drives an engine of this process; `offline.bench.server` does the same
 over HTTP. Both clock what a client sees with `Stopwatch` and count by the metrics that vLLM
@@ -10,45 +10,84 @@ publishes.
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from echo_vllm.conversations import Chat, next_turn
+
+if TYPE_CHECKING:
+    from echo_vllm.offline.engine import LocalEngine
 
 _request_ids = itertools.count()
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Its multiples modulo 1 spread more evenly than those of any other number."""
 
+Request = tuple[int, int]
+"""Number of the chat in its job, and of its turn, from 0."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts as token ids, `concurrency` of them in flight, `length` tokens generated for each.
+    """Chats to hold, and how.
 
-    With `ignore_eos` every request generates all of them, so that configurations do equal work.
-    `keep_outputs` asks for the generated tokens too.
+    Attributes:
+        prompts: token ids of the first turn of each chat.
+        load: chats in flight; with `seconds` the requests that arrive a second, at random.
+        max_tokens: of an answer, on average over requests.
+        turns: the user's turns of each chat; none where the chats have one turn.
+        room: tokens of a request, prompt and answer; a chat ends before a turn that has none.
+        temperature: 0 is greedy.
+        ignore_eos: whether every answer has all of its tokens, so that all configurations do equal
+            work; otherwise answers end by themselves.
+        spread: how far, as a share, a request's `max_tokens` may be from the average.
+        open_loop: whether requests arrive at a rate, whatever is in flight.
+        seed: of the arrivals.
+        tpot_ms: a request counts as good with at most so many milliseconds a token.
     """
 
     prompts: list[list[int]]
-    concurrency: int
+    load: float
     max_tokens: int
+    turns: list[list[str]] = field(default_factory=list)
+    room: int = 1 << 30
     temperature: float = 0.0
-    ignore_eos: bool = True
-    keep_outputs: bool = False
+    ignore_eos: bool = False
     spread: float = 0.0
+    open_loop: bool = False
+    seed: int = 0
+    tpot_ms: float = 100.0
 
-    def length(self, request: int) -> int:
-        """The most tokens that a request, by its number, generates.
+    def length(self, request: Request) -> int:
+        """The most tokens that a request generates.
 
-        Between `1 - spread` and `1 + spread` times `max_tokens`, evenly over any run of numbers,
+        Between `1 - spread` and `1 + spread` times `max_tokens`, evenly over any run of chats,
         and the same for every configuration. Requests of one length would end together as long
         as no draft is accepted, and their successors' prompts would share forwards.
         """
-        share = 1 - self.spread + 2 * self.spread * (request * GOLDEN_RATIO % 1.0)
+        share = 1 - self.spread + 2 * self.spread * (sum(request) * GOLDEN_RATIO % 1.0)
         return max(1, round(self.max_tokens * share))
+
+    def following(
+        self, request: Request, answers: Sequence[str], chat: Chat
+    ) -> tuple[Request, list[int]] | None:
+        """The request that continues a chat and its prompt, or None if the chat is at its end.
+
+        Args:
+            request: that has just been answered.
+            answers: of the chat so far.
+            chat: of the model.
+        """
+        number, turn = request[0], request[1] + 1
+        if not self.turns or turn >= len(self.turns[number]):
+            return None
+        prompt = chat.encode(next_turn(self.turns[number], answers))
+        following = (number, turn)
+        return (following, prompt) if len(prompt) + self.length(following) <= self.room else None
 
 
 @dataclass(frozen=True)
@@ -59,7 +98,7 @@ class Latency:
         ttft_p50, ttft_p99: from sending a request to its first token.
         itl_p50, itl_p99: between two arrivals of one request; speculation lets several tokens
             arrive at once, which count as one arrival, as in vLLM's own benchmark.
-        tpot_p50: a request's mean time a token after the first; the median over requests.
+        tpot_p50, tpot_p99: a request's mean time a token after the first, over requests.
     """
 
     ttft_p50: float
@@ -67,6 +106,7 @@ class Latency:
     itl_p50: float
     itl_p99: float
     tpot_p50: float
+    tpot_p99: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +129,7 @@ class Run:
         starved: drafts that got no node because others paid better, once a request and step.
         draft_seconds, verify_seconds: as the configuration counts them itself, if it does.
         latency: as clients saw it.
-        outputs: token ids by prompt, if the job keeps them.
+        goodput: good requests a second, in an open loop.
     """
 
     seconds: float
@@ -107,7 +147,15 @@ class Run:
     draft_seconds: float | None = None
     verify_seconds: float | None = None
     latency: Latency | None = None
-    outputs: list[list[int]] = field(default_factory=list)
+    goodput: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """What is compared: tokens a second of all requests; in an open loop, where the arrivals
+        set those, of the median request after its first."""
+        if self.goodput is not None and self.latency is not None and self.latency.tpot_p50 > 0:
+            return 1 / self.latency.tpot_p50
+        return self.tokens / self.seconds
 
 
 class Counters:
@@ -145,21 +193,26 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._sent: dict[int, float] = {}
-        self._arrivals: dict[int, list[float]] = {}
-        self.outputs: dict[int, list[int]] = {}
+        self._sent: dict[Request, float] = {}
+        self._arrivals: dict[Request, list[float]] = {}
+        self.outputs: dict[Request, list[int]] = {}
 
-    def send(self, request: int) -> None:
+    def send(self, request: Request) -> None:
         """A request is sent now."""
         self._sent[request] = self._clock()
         self._arrivals[request] = []
         self.outputs[request] = []
 
-    def receive(self, request: int, token_ids: Sequence[int]) -> None:
+    def receive(self, request: Request, token_ids: Sequence[int]) -> None:
         """Tokens of a request arrive now."""
         if token_ids:
             self._arrivals[request].append(self._clock())
             self.outputs[request].extend(token_ids)
+
+    def answers(self, request: Request, chat: Chat) -> list[str]:
+        """The answers to a chat, up to the one to this request."""
+        number, last = request
+        return [chat.decode(self.outputs[number, turn]) for turn in range(last + 1)]
 
     @property
     def tokens(self) -> int:
@@ -183,13 +236,8 @@ class Stopwatch:
             for request, times in known.items()
             if len(times) > 1
         ]
-        return Latency(
-            percentile(first, 50),
-            percentile(first, 99),
-            percentile(gaps, 50),
-            percentile(gaps, 99),
-            statistics.median(each or [0.0]),
-        )
+        figures = (percentile(times, p) for times in (first, gaps, each) for p in (50, 99))
+        return Latency(*figures)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -198,44 +246,62 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def run_closed_loop(
-    engine: Any, job: Job, on_step: Callable[[bool], None] = lambda is_full: None
+    local: LocalEngine, job: Job, on_step: Callable[[bool], None] = lambda is_full: None
 ) -> Run:
-    """Run `job` on a `vllm.LLMEngine` that is idle.
+    """Run `job` on an engine that is idle, with an empty prefix cache.
 
-    A request that ends is replaced at once, as by clients that each wait for their answer.
-    `on_step` is called after every step, with whether all requests in flight were decoding in it.
+    A chat goes on as soon as its last turn is answered, and one that ends is replaced at once, as
+    by clients that each wait for their answer. `on_step` is called after every step, with whether
+    all requests in flight were decoding in it.
     """
     from prometheus_client import REGISTRY
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    waiting = list(enumerate(job.prompts))[::-1]
+    engine = local.engine
+    engine.reset_prefix_cache()
+    waiting: Iterator[tuple[Request, list[int]]] = (
+        ((number, 0), ids) for number, ids in enumerate(job.prompts)
+    )
     before = Counters(REGISTRY.collect())
     watch = Stopwatch()
-    numbers: dict[str, int] = {}
-    in_flight = request_steps = 0
+    running: dict[str, Request] = {}
+    request_steps = 0
+
+    def begin(following: tuple[Request, list[int]] | None) -> bool:
+        if following is None:
+            return False
+        request, ids = following
+        name = f"bench-{next(_request_ids)}"
+        params = SamplingParams(
+            temperature=job.temperature,
+            max_tokens=job.length(request),
+            ignore_eos=job.ignore_eos,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        running[name] = request
+        watch.send(request)
+        engine.add_request(name, {"prompt_token_ids": ids}, params)
+        return True
+
     started, cpu_started = time.perf_counter(), time.process_time()
-    while waiting or in_flight:
-        while waiting and in_flight < job.concurrency:
-            number, ids = waiting.pop()
-            request_id = f"bench-{next(_request_ids)}"
-            numbers[request_id] = number
-            params = SamplingParams(
-                temperature=job.temperature,
-                max_tokens=job.length(number),
-                ignore_eos=job.ignore_eos,
-                output_kind=RequestOutputKind.DELTA,
-            )
-            watch.send(number)
-            engine.add_request(request_id, {"prompt_token_ids": ids}, params)
-            in_flight += 1
+    while True:
+        while len(running) < job.load and begin(next(waiting, None)):
+            pass
+        if not running:
+            break
         outputs = engine.step()
-        decoding = sum(bool(watch.outputs[numbers[output.request_id]]) for output in outputs)
-        on_step(decoding == job.concurrency)
+        decoding = sum(bool(watch.outputs[running[output.request_id]]) for output in outputs)
+        on_step(decoding == job.load)
         request_steps += decoding
         for output in outputs:
-            watch.receive(numbers[output.request_id], output.outputs[0].token_ids)
-            in_flight -= output.finished
+            request = running[output.request_id]
+            watch.receive(request, output.outputs[0].token_ids)
+            if output.finished:
+                del running[output.request_id]
+                if job.turns:
+                    chat = local.chat
+                    begin(job.following(request, watch.answers(request, chat), chat))
     return Run(
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu_started,
@@ -243,6 +309,5 @@ def run_closed_loop(
         decode_tokens=watch.decode_tokens,
         request_steps=request_steps,
         latency=watch.latency(),
-        outputs=[watch.outputs[i] for i in range(len(job.prompts))] if job.keep_outputs else [],
         **Counters(REGISTRY.collect()).since(before),
     )

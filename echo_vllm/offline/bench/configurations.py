@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import echo_vllm
+
+ROOT = Path(echo_vllm.__file__).resolve().parents[1]
 DEMO_TARGET = ROOT / "models" / "smollm2-135m-instruct"
 DEMO_HEAD = ROOT / "models" / "smollm2-135m-eagle3"
 
@@ -75,6 +77,9 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
     one_tau = dict.fromkeys(gates or thresholds, ONE_TAU)
     speculation = {
         **{f"eagle3-k{k}": eagle3(k) for k in (1, 2, 3, 4, 5)},
+        # Drafts that are drawn and not the drafter's best: vLLM's own best at temperature > 0. Its
+        # block verification needs the V2 runner.
+        **{f"eagle3-k{k}-drawn": eagle3(k, draft_sample_method="probabilistic") for k in (1, 2, 3)},
         "eagle3-adaptive": eagle3(3, num_speculative_tokens_per_batch_size=K_BY_BATCH_SIZE),
         "ngram": {
             "method": "ngram",
@@ -82,6 +87,10 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
             "prompt_lookup_min": 2,
             "prompt_lookup_max": 4,
         },
+        # This project's runtime and linear layers, which may never draft.
+        "rest": echo(NODES, policy="echo", k_max=0, gates={}),
+        # The same, but it weighs in every step whether to, and probes.
+        "auto-rest": elastic("auto", k_max=0),
         **{f"chain-k{k}": echo(k, policy="chain") for k in (2, 3, 4)},
         "static-15": echo(len(STATIC_TREE), policy="static", tree=STATIC_TREE),
         "topn-4": echo(4, policy="topn", max_depth=2, top_k=4),
@@ -141,6 +150,15 @@ QUICK = [
 
 SAME_CHAIN = [("chain-k2", "eagle3-k2"), ("chain-k3", "eagle3-k3"), ("chain-k4", "eagle3-k4")]
 """Pairs (ours, vLLM's) that draft the same tokens: their ratio measures the runtime alone."""
+
+HELD_AGAINST = [
+    ("auto", "rest"),
+    ("auto", "topn-equal"),
+    ("auto", "echo"),
+    ("echo", "rest"),
+    ("echo", "topn-equal"),
+]
+"""Pairs of which a table has a row: what the elastic policies must not be slower than."""
 
 ELASTIC = ("echo", "auto", "evict", "topn-equal", "eagle3-adaptive")
 """Beginnings of the names whose drafts depend on the load; the others are fixed."""

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""One engine in a process of its own, which waits for jobs.
+"""One engine in a process of its own, which waits for tasks.
 
 All engines of a benchmark are loaded before the first measurement and take turns, so that a
 machine that gets slower or faster meanwhile does so for each of them. A waiting engine sleeps in a
 read from its socket and takes no CPU time. A process ends when its socket closes, so none outlives
 the benchmark whatever ends that.
 
-The engine core lives in the process of the engine (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): no
-configuration spends time between processes, and the cores serve the model alone.
+The engine core lives in the process of the engine (`offline.engine`): no configuration spends time
+between processes, and the cores serve the model alone.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from echo_vllm.offline.bench.closed_loop import Job, Run, run_closed_loop
 from echo_vllm.offline.bench.configurations import Configuration
 from echo_vllm.offline.bench.timers import StageTimers
+from echo_vllm.offline.engine import LocalEngine
 
 START_TIMEOUT_S = 300.0
-JOB_TIMEOUT_S = 1800.0
-KV_CACHE_BYTES = 384 << 20
+TASK_TIMEOUT_S = 1800.0
+KV_CACHE_BYTES = 1 << 30
 MAX_MODEL_LEN = 2048
 
 
@@ -48,8 +49,27 @@ class EngineOptions:
     kv_cache_bytes: int = KV_CACHE_BYTES
 
 
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Task(Protocol[T_co]):
+    """What an engine is sent: anything that can be pickled by a module's name and runs on it."""
+
+    def run(self, local: LocalEngine) -> T_co: ...
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """The task of a `Job`."""
+
+    job: Job
+
+    def run(self, local: LocalEngine) -> Run:
+        return run_closed_loop(local, self.job)
+
+
 class EngineError(RuntimeError):
-    """An engine did not start or did not finish a job; the text says why, in one line."""
+    """An engine did not start or did not finish a task; the text says why, in one line."""
 
 
 class EngineProcess:
@@ -83,14 +103,18 @@ class EngineProcess:
         self._receive(START_TIMEOUT_S)
 
     def run(self, job: Job) -> Run:
-        """Run a job to its end.
+        """Run a job to its end; see `do`."""
+        return self.do(ClosedLoop(job))
+
+    def do(self, task: Task[T_co]) -> T_co:
+        """Have the engine do something.
 
         Raises:
-            EngineError: the job failed; the engine is not to be used again.
+            EngineError: it failed; the engine is not to be used again.
         """
-        self._connection.send(job)
-        run: Run = self._receive(JOB_TIMEOUT_S)
-        return run
+        self._connection.send(task)
+        result: T_co = self._receive(TASK_TIMEOUT_S)
+        return result
 
     def hang_up(self) -> None:
         """Ask the process to end; does not wait for it."""
@@ -135,7 +159,6 @@ def engine_environment(options: EngineOptions) -> dict[str, str]:
     """
     environment = {
         **common_environment(options),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "OMP_NUM_THREADS": str(options.threads),
     }
@@ -151,24 +174,6 @@ def engine_environment(options: EngineOptions) -> dict[str, str]:
     return environment
 
 
-def _make_engine(configuration: Configuration, options: EngineOptions) -> Any:
-    from vllm import EngineArgs, LLMEngine
-
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=options.model,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            kv_cache_memory_bytes=options.kv_cache_bytes,
-            enable_prefix_caching=False,
-            enforce_eager=not options.compile,
-            disable_log_stats=False,  # As in a server; the counters come from there.
-            speculative_config=configuration.speculation,
-        )
-    )
-
-
 def _one_line(error: BaseException) -> str:
     """The last line that says something: vLLM's validation errors put their reason there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -176,18 +181,27 @@ def _one_line(error: BaseException) -> str:
 
 
 def serve(connection: Connection) -> None:
-    """The child: load an engine, then run jobs until the parent hangs up."""
+    """The child: load an engine, then do tasks until the parent hangs up."""
     import traceback
 
     configuration, options = connection.recv()
     try:
-        engine = _make_engine(configuration, options)
-        timers = StageTimers.install(engine) if options.instrumented else None
+        local = LocalEngine(
+            options.model,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            kv_cache_memory_bytes=options.kv_cache_bytes,
+            enforce_eager=not options.compile,
+            disable_log_stats=False,  # As in a server; the counters come from there.
+            speculative_config=configuration.speculation,
+        )
+        timers = StageTimers.install(local) if options.instrumented else None
         answer: Any = None
         while True:
             connection.send(answer)
-            job = connection.recv()
-            answer = timers.run(engine, job) if timers else run_closed_loop(engine, job)
+            task = connection.recv()
+            answer = timers.run(local, task.job) if timers else task.run(local)
     except (EOFError, ConnectionError):
         return
     except Exception as error:

@@ -56,11 +56,11 @@ def launcher(kind: Kind, options: EngineOptions) -> Launch:
 
 def workers_that_fit(kind: Kind, options: EngineOptions) -> int:
     """How many workers of a kind the free memory holds, at least one."""
-    available = int(psutil.virtual_memory().available)
     weights = sum(path.stat().st_size for path in Path(options.model).glob("*.safetensors"))
     if options.dtype == "float32":
         weights *= 2  # Files are mostly in 16 bits.
     each = WORKER_BYTES[kind] + weights + options.kv_cache_bytes
+    available = int(psutil.virtual_memory().available)
     return max(1, (available - SPARE_BYTES) // each)
 
 

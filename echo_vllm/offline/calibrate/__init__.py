@@ -2,5 +2,5 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Makes a drafter's profile out of a trace: gates, thresholds, survival curves, a report.
 
-For `echo-vllm calibrate` alone; needs scikit-learn and matplotlib.
+For `echo-vllm calibrate` alone; needs matplotlib.
 """

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """From samples to a profile: survival curves with their calibration error, AUCs, gates.
 
-Offline only; needs scikit-learn. `fit` is the whole of it, the other functions are its steps.
+`fit` is the whole of it, the other functions are its steps.
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ def survival_knots(logprobs: Floats, accepted: Bools) -> tuple[Floats, Floats]:
     Returns:
         (log-probabilities, strictly ascending; probabilities, not falling), [k] each.
     """
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression
 
     places, inverse, counts = np.unique(logprobs, return_inverse=True, return_counts=True)
     hits = np.bincount(inverse, weights=accepted)
-    levels = isotonic_regression(hits / counts, sample_weight=counts, y_min=0.0, y_max=1.0)
+    levels = isotonic_regression(hits / counts, weights=counts).x
     starts = np.flatnonzero(np.append(True, np.diff(levels) > 0))
     nodes = np.add.reduceat(counts.astype(np.float64), starts)
     hits = np.add.reduceat(hits, starts)

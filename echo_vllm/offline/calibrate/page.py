@@ -8,13 +8,13 @@ Offline only; needs matplotlib, which draws without a display.
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from echo_vllm import atomic
 from echo_vllm.offline.calibrate.fit import Calibration, Reliability
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from echo_vllm.forecast import Hinge
 
 MAX_RANKS = 16
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-img { max-width: 100% }
-dt { font-weight: bold }
-"""
 
 
 def write_report(
@@ -68,21 +60,26 @@ def write_report(
     }
     if samples.partial:
         facts["note"] = f"{samples.partial} trees had more candidates than were verified"
-    sections = [
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>"
-        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{_png(figure)}">'
-        for title, text, figure in _figures(calibration, cost_points, hinge)
-    ]
-    title = f"Calibration of {profile.drafter} for {profile.target}"
+    header, rows = rows_of(calibration)
+    page = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    ).get_template("report.html.j2")
     atomic.write_text(
         path,
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><dl>"
-        + "".join(
-            f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>"
-            for name, text in facts.items()
-        )
-        + f"</dl><h2>Profile</h2>{_table(calibration)}{''.join(sections)}</body></html>\n",
+        page.render(
+            title=f"Calibration of {profile.drafter} for {profile.target}",
+            facts=facts,
+            header=header,
+            rows=rows,
+            sections=[
+                (title, text, _png(figure))
+                for title, text, figure in _figures(calibration, cost_points, hinge)
+            ],
+        ),
     )
 
 
@@ -103,15 +100,6 @@ def rows_of(calibration: Calibration) -> tuple[tuple[str, ...], list[tuple[str, 
         for d in calibration.profile.depths
     ]
     return header, rows
-
-
-def _table(calibration: Calibration) -> str:
-    header, rows = rows_of(calibration)
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _figures(

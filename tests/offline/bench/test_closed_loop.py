@@ -5,36 +5,45 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from echo_vllm.offline.bench import server
+from echo_vllm.conversations import Chat
+from echo_vllm.offline.bench import open_loop, server
 from echo_vllm.offline.bench.closed_loop import Counters, Job, Stopwatch, percentile
 from echo_vllm.offline.bench.configurations import PLAIN, Configuration
-from echo_vllm.offline.bench.engine_process import EngineError, EngineOptions
+from echo_vllm.offline.bench.engine_process import ClosedLoop, EngineError, EngineOptions
+from echo_vllm.offline.bench.open_loop import bench_command, run_open_loop, write_prompts
 from echo_vllm.offline.bench.server import ServerProcess, server_command, session_cpu_seconds
+from echo_vllm.offline.engine import LocalEngine
+from tests.training.targets import make_llama
 
+FIRST = (0, 0)
 OPTIONS = EngineOptions("some/model", "float32", max_num_seqs=4, threads=1)
 
 
 def test_lengths_spread_evenly_around_the_given_one() -> None:
     job = Job([], 1, 48, spread=0.5)
-    lengths = [job.length(number) for number in range(64)]
+    lengths = [job.length((number, 0)) for number in range(64)]
     assert min(lengths) >= 24
     assert max(lengths) <= 72
     for start in range(0, 64, 16):
         assert sum(lengths[start : start + 16]) == pytest.approx(16 * 48, rel=0.1)
-    assert {Job([], 1, 48).length(number) for number in range(64)} == {48}
+    assert job.length((0, 1)) != job.length((0, 0))
+    assert {Job([], 1, 48).length((number, 0)) for number in range(64)} == {48}
 
 
 def test_percentiles_lie_between_ranks() -> None:
@@ -46,21 +55,21 @@ def test_percentiles_lie_between_ranks() -> None:
 def test_tokens_that_arrive_together_are_one_gap() -> None:
     times = iter([0.0, 1.0, 1.5, 2.5, 3.0])
     watch = Stopwatch(clock=lambda: next(times))
-    watch.send(0)
-    watch.receive(0, [7])
-    watch.receive(0, [8, 9, 10])
-    watch.receive(0, [])  # Says nothing, so it is no arrival.
-    watch.receive(0, [11])
+    watch.send(FIRST)
+    watch.receive(FIRST, [7])
+    watch.receive(FIRST, [8, 9, 10])
+    watch.receive(FIRST, [])  # Says nothing, so it is no arrival.
+    watch.receive(FIRST, [11])
     latency = watch.latency()
     assert latency is not None
     assert (latency.ttft_p50, latency.itl_p50) == (1.0, 0.75)
-    assert latency.tpot_p50 == pytest.approx(1.5 / 4)
+    assert latency.tpot_p50 == latency.tpot_p99 == pytest.approx(1.5 / 4)
     assert (watch.tokens, watch.decode_tokens) == (5, 4)
 
 
 def test_a_run_without_tokens_has_no_latency() -> None:
     watch = Stopwatch()
-    watch.send(0)
+    watch.send(FIRST)
     assert watch.latency() is None
     assert (watch.tokens, watch.decode_tokens) == (0, 0)
 
@@ -79,19 +88,33 @@ def test_counters_are_differences_summed_over_labels() -> None:
     assert found["verify_seconds"] is None
 
 
-def chat(handler: Any, job: Job) -> Stopwatch:
+class Words:
+    """A tokenizer: a token a word, its length, and one more where the assistant begins."""
+
+    def encode(self, messages: Sequence[str]) -> list[int]:
+        return [len(word) for text in messages for word in text.split()] + [0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join("x" * token for token in ids)
+
+
+WORDS = cast(Chat, Words())
+
+
+def hold(handler: Any, job: Job) -> Stopwatch:
     async def run() -> Stopwatch:
         watch = Stopwatch()
         transport = httpx.MockTransport(handler)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            await server._client(http, job, iter(enumerate(job.prompts)), watch)
+            chat = WORDS if job.turns else None
+            await server._client(http, job, iter(enumerate(job.prompts)), watch, chat)
         return watch
 
     return asyncio.run(run())
 
 
-def test_a_client_reads_token_ids_from_the_stream() -> None:
-    bodies = []
+def answering(bodies: list[dict[str, Any]]) -> Any:
+    """A server that always answers with tokens 1, 2, 3, and what it is asked."""
 
     def handler(request: httpx.Request) -> httpx.Response:
         bodies.append(json.loads(request.content))
@@ -100,10 +123,38 @@ def test_a_client_reads_token_ids_from_the_stream() -> None:
         text = "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
         return httpx.Response(200, text=text)
 
-    watch = chat(handler, Job([[5, 6], [7]], 1, 3, temperature=1.0))
-    assert watch.outputs == {0: [1, 2, 3], 1: [1, 2, 3]}
+    return handler
+
+
+def test_a_client_reads_token_ids_from_the_stream() -> None:
+    bodies: list[dict[str, Any]] = []
+    watch = hold(answering(bodies), Job([[5, 6], [7]], 1, 3, temperature=1.0, ignore_eos=True))
+    assert watch.outputs == {(0, 0): [1, 2, 3], (1, 0): [1, 2, 3]}
     assert [body["prompt"] for body in bodies] == [[5, 6], [7]]
     assert (bodies[0]["temperature"], bodies[0]["ignore_eos"]) == (1.0, True)
+
+
+def test_the_next_turn_of_a_chat_follows_the_answer_to_the_one_before() -> None:
+    bodies: list[dict[str, Any]] = []
+    job = Job([[3, 0], [4, 0]], 1, 3, turns=[["one", "three", "no"], ["four"]])
+    watch = hold(answering(bodies), job)
+    # "one", the answer of one, two and three letters, "three", and so on.
+    answer = [1, 2, 3]
+    assert [body["prompt"] for body in bodies] == [
+        [3, 0],
+        [3, *answer, 5, 0],
+        [3, *answer, 5, *answer, 2, 0],
+        [4, 0],
+    ]
+    assert list(watch.outputs) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert (watch.tokens, watch.decode_tokens) == (12, 8)
+
+
+def test_a_chat_ends_before_a_turn_that_has_no_room() -> None:
+    bodies: list[dict[str, Any]] = []
+    job = Job([[3, 0]], 1, 3, turns=[["one", "three", "no"]], room=9)
+    hold(answering(bodies), job)
+    assert [len(body["prompt"]) for body in bodies] == [2, 6]
 
 
 @pytest.mark.parametrize(
@@ -115,12 +166,12 @@ def test_a_client_reads_token_ids_from_the_stream() -> None:
 )
 def test_an_error_of_the_server_ends_the_job(response: httpx.Response, message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        chat(lambda request: response, Job([[1]], 1, 3))
+        hold(lambda request: response, Job([[1]], 1, 3))
 
 
-def test_the_server_has_no_prefix_cache_and_the_configuration_as_json() -> None:
+def test_the_server_has_vllms_prefix_cache_and_the_configuration_as_json() -> None:
     command = server_command(Configuration("x", {"method": "ngram"}), OPTIONS, 81)
-    assert "--no-enable-prefix-caching" in command
+    assert not any("prefix-caching" in word for word in command)
     assert json.loads(command[command.index("--speculative-config") + 1]) == {"method": "ngram"}
     assert "--speculative-config" not in server_command(PLAIN, OPTIONS, 81)
 
@@ -178,3 +229,64 @@ def test_cpu_time_of_a_session_is_that_of_its_processes() -> None:
         process.communicate(b"\n")
     assert spent >= 0.25
     assert session_cpu_seconds(process.pid) == 0.0
+
+
+RESULT = {
+    "duration": 20.0,
+    "completed": 8,
+    "failed": 0,
+    "total_output_tokens": 400,
+    "request_goodput": 0.3,
+    **{f"p{p}_{name}_ms": float(p) for name in ("ttft", "itl", "tpot") for p in (50, 99)},
+}
+
+
+def test_an_open_loop_is_vllms_own_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = Job([[1]], 0.5, 8, turns=[["What?", "And?"]], open_loop=True, seed=3, tpot_ms=40)
+    data, result = tmp_path / "data.jsonl", tmp_path / "result.json"
+    command = bench_command("http://x:1", "bench", "some/model", job, data, result)
+    options = dict(itertools.pairwise(command))
+    assert options["--request-rate"] == "0.5"
+    assert options["--goodput"] == "tpot:40"
+    assert options["--seed"] == "3"
+    assert "--ignore-eos" not in command
+    write_prompts(job, data)
+    assert json.loads(data.read_text()) == {"prompt": "What?", "output_tokens": 8}
+
+    def script(code: str) -> None:
+        monkeypatch.setattr(
+            open_loop, "bench_command", lambda *given: [sys.executable, "-c", code, str(given[-1])]
+        )
+
+    write = f"import sys; open(sys.argv[1], 'w').write({json.dumps(RESULT)!r})"
+    script(write)
+    run = run_open_loop("http://x:1", "bench", "m", job, tmp_path / "log")
+    assert (run.tokens, run.decode_tokens, run.goodput) == (400, 392, 0.3)
+    assert run.latency is not None
+    assert (run.latency.tpot_p50, run.latency.tpot_p99) == (0.05, 0.099)
+    assert run.speed == pytest.approx(20)  # Of the median request; the rate is given.
+    script(write.replace('"failed": 0', '"failed": 2'))
+    with pytest.raises(EngineError, match="2 of 1 requests failed"):
+        run_open_loop("http://x:1", "bench", "m", job, tmp_path / "log")
+    script("raise SystemExit(4)")
+    with pytest.raises(EngineError, match="vllm bench serve ended with 4; see"):
+        run_open_loop("http://x:1", "bench", "m", job, tmp_path / "log")
+
+
+@pytest.mark.full
+def test_chats_in_process_go_on_and_their_beginning_is_in_the_prefix_cache(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 2}
+    options |= {"block_size": 32, "disable_log_stats": False}
+    turns = [[" ".join(f"w{(7 * i + j) % 50}" for j in range(40)), "w1", "w2"] for i in range(3)]
+    with LocalEngine(make_llama(tmp_path / "target"), **options) as local:
+        prompts = [local.chat.encode(chat[:1]) for chat in turns]
+        job = Job(prompts, 2, 12, turns=turns, ignore_eos=True, room=256)
+        run = ClosedLoop(job).run(local)
+        assert (run.tokens, run.decode_tokens) == (9 * 12, 9 * 11)
+        hits = local.counters()["prefix_cache_hits"]
+        assert hits >= 6 * 32
+        # Another run finds nothing of this one.
+        ClosedLoop(replace(job, turns=[])).run(local)
+        assert local.counters()["prefix_cache_hits"] == hits

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from echo_vllm.conversations import CHATS, PROMPTS, read_conversations, shuffled
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DepthProfile, DrafterProfile
 from echo_vllm.offline.bench.configurations import (
     MAX_DEPTH,
@@ -20,7 +21,6 @@ from echo_vllm.offline.bench.configurations import (
     choose,
     is_fixed,
 )
-from echo_vllm.offline.bench.prompts import read_shuffled, window
 from echo_vllm.offline.bench.timers import FRONT_END, StageTimers
 from echo_vllm.policies.registry import parse_section, policy_names
 
@@ -105,7 +105,7 @@ def gates_of(name: str, head: Path) -> dict[str, float]:
 
 def test_what_adapts_to_the_load_is_not_a_fixed_configuration() -> None:
     fixed = [name for name in built_in(HEAD) if is_fixed(name)]
-    assert {"plain", "eagle3-k5", "ngram", "static-15", "topn-8"} <= set(fixed)
+    assert {"plain", "rest", "eagle3-k5", "ngram", "static-15", "topn-8"} <= set(fixed)
     assert not {"eagle3-adaptive", "topn-equal", "auto-no-online", "echo-no-width"} & set(fixed)
 
 
@@ -126,27 +126,29 @@ def test_prompts_are_read_from_both_forms_in_a_fixed_order(tmp_path: Path) -> No
     path = tmp_path / "prompts.jsonl"
     entries = [{"prompt": f"p{i}"} for i in range(5)] + [{"turns": ["first", "second"]}]
     path.write_text("\n".join(map(json.dumps, entries)) + "\n\n")
-    conversations = read_shuffled([path])
+    conversations = shuffled(read_conversations(path))
     assert sorted(conversations) == [["first", "second"], ["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
-    assert conversations == read_shuffled([path])
-    assert sorted(read_shuffled([path, path])) == sorted(conversations * 2)
+    assert conversations == shuffled(read_conversations(path)) != read_conversations(path)
+    assert sorted(read_conversations(path, path)) == sorted(conversations * 2)
 
 
 def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match=r"line 2, holds no prompt; each line must be like"):
-        read_shuffled([path])
+        read_conversations(path)
     path.write_text('{"prompt": "a"}\n{')
     with pytest.raises(ValueError, match=r"line 2, is not JSON"):
-        read_shuffled([path])
+        read_conversations(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        read_shuffled([path])
+        read_conversations(path)
 
 
-def test_a_window_begins_again_at_the_end() -> None:
-    assert window([[0], [1], [2]], 2, 4) == [[2], [0], [1], [2]]
+def test_the_projects_own_prompts_are_in_the_package() -> None:
+    assert len(read_conversations(PROMPTS)) > 100
+    assert all(2 <= len(turns) <= 4 for turns in read_conversations(CHATS))
+    assert len(read_conversations(CHATS)) >= 48
 
 
 def test_a_stage_excludes_the_stages_inside_it() -> None:

@@ -27,13 +27,15 @@ SETTINGS: dict[str, Any] = {
     "engine": "server",
     "tokens": 8,
     "spread": 0.25,
+    "ignore_eos": False,
+    "open_loop": False,
     "speculation": {"plain": None, "auto": {"method": "echo"}},
 }
 CONFIGURATIONS = [PLAIN, *(Configuration(name, {}) for name in ("eagle3-k1", "eagle3-k2", "auto"))]
 
 
 def sample(name: str, concurrency: int = 1, round: int = 0, seconds: float = 1.0) -> Sample:
-    latency = Latency(0.1, 0.2, 0.01, 0.02, 0.01)
+    latency = Latency(0.1, 0.2, 0.01, 0.02, 0.01, 0.02)
     return Sample(name, concurrency, round, Run(seconds, 2.0, 100, 96, 96, 0, 0, latency=latency))
 
 
@@ -97,7 +99,7 @@ def test_results_are_json_markdown_and_a_picture(tmp_path: Path) -> None:
     assert rows["auto"].count("2.00") == 3
     assert rows["auto / eagle3-k1"].count("1.60") == 3
     assert rows["auto / best fixed"].count("1.60 (eagle3-k1)") == 2
-    assert "median (range) of 2 rounds" in text
+    assert "ratio [95 % interval] of 2 paired rounds" in text
     assert (tmp_path / "bench.md").read_text() == text
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "bench.json").read_text())
@@ -105,8 +107,29 @@ def test_results_are_json_markdown_and_a_picture(tmp_path: Path) -> None:
     assert document["failures"] == {"eagle3-k2": "no luck"}
     assert document["sessions"][0]["command"] == ["echo-vllm", "bench"]
     ours = next(row for row in document["summary"] if row["configuration"] == "auto")
-    assert ours["speed over plain"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert ours["speed over plain"] == pytest.approx(
+        {"middle": 2.0, "low": 2.0, "high": 2.0, "count": 2}
+    )
     assert str(tmp_path) not in json.dumps(document)
+
+
+def test_results_of_an_open_loop_compare_the_time_per_token(tmp_path: Path) -> None:
+    kept = journal(tmp_path, open_loop=True, arrival_seconds=30.0, tpot_ms=50.0)
+    for number in range(3):
+        for name, tpot in (("plain", 0.04), ("auto", 0.02)):
+            latency = Latency(0.1, 0.2, 0.01, 0.02, tpot, 2 * tpot)
+            run = Run(9.0, 2.0, 100, 96, 96, 0, 0, latency=latency, goodput=0.25)
+            kept.append(Sample(name, 0.5, number, run))
+    text = write_results(kept, [CONFIGURATIONS[0], CONFIGURATIONS[-1]], {})
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+    assert "0.5 a second" in rows["configuration"]
+    assert rows["auto"].count("2.00") == 2  # Of the tokens a second, which the rate sets, 1.00.
+    details = [line for line in text.splitlines() if line.startswith("| 0.5 ")]
+    header = [cell.strip() for cell in rows["requests a second"].split("|")]
+    cells = [cell.strip() for cell in details[1].split("|")]
+    assert cells[header.index("TPOT p99, ms")] == "40"
+    assert cells[header.index("good requests/s")] == "0.25"
+    assert "random arrivals for 30 s, good are at most 50 ms a token" in text
 
 
 def call(*arguments: str) -> tuple[int, str]:
@@ -120,8 +143,13 @@ def call(*arguments: str) -> tuple[int, str]:
     ("arguments", "message"),
     [
         (["--configs", "topn-9"], "unknown configuration 'topn-9'"),
-        (["--concurrency", "1,x"], "--concurrency must be numbers from 1 on"),
-        (["--concurrency", "0"], "--concurrency must be numbers from 1 on"),
+        (["--concurrency", "1,x"], "--concurrency must be whole numbers from 1 on"),
+        (["--concurrency", "0"], "--concurrency must be whole numbers from 1 on"),
+        (["--rate", "0"], "--rate must be numbers from 0.001 on"),
+        (
+            ["--rate", "1", "--engine", "in-process"],
+            "--rate needs servers, got --engine in-process",
+        ),
         (["--temperature", "nan"], "--temperature must be numbers from 0 on"),
         (["--prompts", "absent.jsonl"], "absent.jsonl cannot be read (No such file or directory)"),
     ],
@@ -153,13 +181,19 @@ def test_a_real_benchmark_of_two_servers(
     command = [sys.executable, "-c", "import typer; from echo_vllm.cli.bench import bench; "]
     command[-1] += "typer.run(bench)"
     command += [str(demo_target), "--drafter", str(demo_head), "--prompts", str(prompts)]
-    command += ["--configs", "plain,eagle3-k2", "--concurrency", "2", "--rounds", "1"]
+    command += [
+        "--configs",
+        "plain,eagle3-k2",
+        "--concurrency",
+        "2",
+        "--rounds",
+        "1",
+        "--ignore-eos",
+    ]
     command += ["--threads", "1"]  # Another file's tests have the other core.
     command += [
         "--tokens",
         "8",
-        "--spread",
-        "0.5",
         "--keep-alive",
         "1",
         "--output",
@@ -172,16 +206,20 @@ def test_a_real_benchmark_of_two_servers(
     document = json.loads((tmp_path / "out" / "bench.json").read_text())
     runs = {s["configuration"]: s["run"] for s in document["samples"]}
     assert set(runs) == {"plain", "eagle3-k2"}
-    asked = Job([], concurrency=2, max_tokens=8, spread=0.5)
-    tokens = sum(asked.length(number) for number in range(4))
+    job = Job([], load=2, max_tokens=8, spread=0.5)
+    # Chats 0 and 2 have two turns, in one order or the other; all answers reach their length.
+    turns = [(2, 1, 2, 1), (1, 2, 1, 2)]
+    tokens = [
+        sum(job.length((chat, turn)) for chat, count in enumerate(counts) for turn in range(count))
+        for counts in turns
+    ]
     for run in runs.values():
-        assert run["tokens"] == tokens
-        assert run["decode_tokens"] == tokens - 4
+        assert run["tokens"] in tokens
+        assert run["decode_tokens"] == run["tokens"] - 6
         assert 0 < run["latency"]["ttft_p50"] <= run["latency"]["ttft_p99"]
         assert run["preemptions"] == 0
     assert runs["plain"]["verified"] == 0
     assert runs["eagle3-k2"]["verified"] >= runs["eagle3-k2"]["accepted"] > 0
-    assert list(json.loads((tmp_path / "out" / "bench.turns.json").read_text())) == [talk[0]]
     assert "| eagle3-k2" in done.stdout
     for name in runs:
         assert (tmp_path / "out" / "bench.logs" / f"{name}.log").stat().st_size

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +49,7 @@ class Pretended:
         if self.name in self.broken:
             raise EngineError("out of luck")
         self.jobs.append((self.name, job))
-        outputs = [[len(prompt)] for prompt in job.prompts] if job.keep_outputs else []
-        return Run(1.0, 1.0, 10, 9, 9, 0, 0, outputs=outputs)
+        return Run(1.0, 1.0, 10, 9, 9, 0, 0)
 
     def hang_up(self) -> None:
         self.events.append(f"hang up {self.name}")
@@ -74,9 +72,6 @@ class Words:
     def encode(self, messages: Sequence[str]) -> list[int]:
         return [len(word) for text in messages for word in text.split()] + [0]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(f"answer{i}" for i in ids)
-
 
 def run(
     monkeypatch: pytest.MonkeyPatch,
@@ -84,17 +79,17 @@ def run(
     plan: Plan,
     done: set[Cell] = frozenset(),  # type: ignore[assignment]
     keep_alive: int = 3,
-    conversations: Sequence[Sequence[str]] = (("one two",), ("three",)),
+    conversations: Sequence[list[str]] = (["one two"], ["three"]),
 ) -> tuple[list[Sample], dict[str, str]]:
-    monkeypatch.setattr(sweep_module, "Tokenizer", Words)
+    monkeypatch.setattr(sweep_module, "Chat", Words)
     monkeypatch.setattr(sweep_module, "launcher", lambda kind, options: Pretended)
     samples: list[Sample] = []
-    sweep = Sweep(plan, OPTIONS, "server", conversations, keep_alive, folder, folder / "turns.json")
+    sweep = Sweep(plan, OPTIONS, "server", conversations, keep_alive, folder)
     return samples, sweep.run(samples.append, done)
 
 
 def cells(samples: Sequence[Sample]) -> list[Cell]:
-    return [(s.configuration, s.concurrency, s.temperature, s.round) for s in samples]
+    return [(s.configuration, s.load, s.temperature, s.round) for s in samples]
 
 
 PLAN = Plan(CONFIGURATIONS, (1, 4), (0.0, 1.0), rounds=2, max_tokens=8)
@@ -114,7 +109,7 @@ def test_configurations_take_turns_in_a_shifting_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     samples, _ = run(monkeypatch, tmp_path, PLAN)
-    rows = [list(row) for _, row in itertools.groupby(samples, lambda s: (s.round, s.concurrency))]
+    rows = [list(row) for _, row in itertools.groupby(samples, lambda s: (s.round, s.load))]
     for row in rows:
         assert {s.configuration for s in row} == set(NAMES)
     first = [row[0].configuration for row in rows]
@@ -169,22 +164,29 @@ def test_plain_runs_again_beside_what_is_missing() -> None:
     assert sorted(order) == [("b", 4, 0.0, 1), ("plain", 4, 0.0, 1)]
 
 
-def test_the_first_turn_is_answered_once_by_plain_decoding(
+def test_a_chat_is_held_to_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    talk = [["first turn", "second"], ["alone"]]
+    plan = Plan(CONFIGURATIONS, (2,), rounds=1, max_tokens=8, chats_per_client=2)
+    run(monkeypatch, tmp_path, plan, conversations=talk)
+    jobs = [job for _, job in Pretended.jobs if job.max_tokens == 8]
+    assert len(jobs) == 3
+    for job in jobs:
+        assert job.turns == talk * 2
+        assert job.prompts == [[5, 4, 0], [5, 0]] * 2
+        assert (job.room, job.ignore_eos, job.open_loop) == (OPTIONS.max_model_len, False, False)
+
+
+def test_at_a_rate_requests_arrive_for_a_while_in_the_same_way_for_all(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    talk = [("first turn", "second"), ("alone",)]
-    run(monkeypatch, tmp_path, Plan(CONFIGURATIONS, (1,), rounds=1, max_tokens=8), (), 3, talk)  # type: ignore[arg-type]
-    freezing = [(name, job) for name, job in Pretended.jobs if job.keep_outputs]
-    assert [(name, job.ignore_eos, job.temperature) for name, job in freezing] == [
-        ("plain", False, 0.0)
-    ]
-    assert json.loads((tmp_path / "turns.json").read_text()) == {"first turn": "answer3"}
-    second = [5, 4, 7, 6, 0]  # "first turn", "answer3", "second"
-    measured = [job for _, job in Pretended.jobs if job.max_tokens == 8 and not job.keep_outputs]
-    assert all(second in job.prompts and [5, 0] in job.prompts for job in measured)
-    Pretended.reset()
-    run(monkeypatch, tmp_path, Plan(CONFIGURATIONS, (1,), rounds=1, max_tokens=8), (), 3, talk)  # type: ignore[arg-type]
-    assert not any(job.keep_outputs for _, job in Pretended.jobs)
+    plan = Plan(CONFIGURATIONS, (0.5, 2.0), rounds=2, max_tokens=8, arrival_seconds=10)
+    samples, _ = run(monkeypatch, tmp_path, plan)
+    assert {s.load for s in samples} == {0.5, 2.0}
+    jobs = [job for _, job in Pretended.jobs if job.open_loop]
+    assert {(job.load, len(job.prompts)) for job in jobs} == {(0.5, 5), (2.0, 20)}
+    assert {(job.seed, job.load) for job in jobs} == set(itertools.product((0, 1), (0.5, 2.0)))
+    # Warmed up in a closed loop, with as many at once as there may be.
+    assert {job.load for _, job in Pretended.jobs if not job.open_loop} == {OPTIONS.max_num_seqs}
 
 
 def test_prompts_that_do_not_fit_are_refused(

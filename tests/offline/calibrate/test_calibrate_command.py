@@ -16,6 +16,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from echo_vllm.cli.calibrate import calibrate
+from echo_vllm.conversations import PROMPTS
 from echo_vllm.forecast import CostCache, CostCurve, CostKey, StepCost
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.trace_format import TraceHeader, TraceStep, TraceWriter, read_trace
@@ -163,7 +164,6 @@ def test_a_trace_without_whole_trees_is_refused(tmp_path: Path) -> None:
 def test_the_demo_is_calibrated_by_a_real_run(
     demo_target: Path, demo_head: Path, tmp_path: Path
 ) -> None:
-    prompts = ROOT / "tests" / "data" / "prompts.jsonl"
     profile, report, trace = (tmp_path / name for name in ("p.json", "r.html", "t.jsonl"))
     # A process of its own, as for a user: the engine stays in the process that has started it.
     code = (
@@ -171,7 +171,7 @@ def test_the_demo_is_calibrated_by_a_real_run(
         "app = typer.Typer(); app.command()(calibrate); app()"
     )
     arguments = [
-        *(demo_target, "--drafter", demo_head, "--prompts", prompts, "-o", profile),
+        *(demo_target, "--drafter", demo_head, "--prompts", PROMPTS, "-o", profile),
         *("--report", report, "--save-trace", trace, "--num-prompts", "12", "--tokens", "24"),
         *("--max-depth", "3", "--top-k", "3", "--concurrency", "4", "--dtype", "float32"),
     ]

@@ -127,8 +127,8 @@ def test_an_exact_replay_that_differs_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--concurrency", "1,x"], "--concurrency must be numbers from 1 on"),
-        (["--concurrency", "0"], "--concurrency must be numbers from 1 on"),
+        (["--concurrency", "1,x"], "--concurrency must be whole numbers from 1 on"),
+        (["--concurrency", "0"], "--concurrency must be whole numbers from 1 on"),
         (["--cost", "published:moon"], "must name one of published:eagle3-h100, published:echo-"),
         (["--cost", "none.json"], "--cost none.json cannot be read"),
         (["--policy", "best"], "a policy must be plain, NAME:N"),

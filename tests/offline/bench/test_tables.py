@@ -6,19 +6,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from echo_vllm.offline.bench.closed_loop import Latency, Run
+from echo_vllm.offline.bench.intervals import Interval, median, ratio
 from echo_vllm.offline.bench.tables import (
     FIGURES,
     Sample,
-    Spread,
     acceptance_length,
     against_best,
     details,
     figures,
-    geometric_mean,
     markdown,
+    speed_ratio,
     speed_ratios,
     summary,
     table,
@@ -28,7 +29,7 @@ from echo_vllm.offline.bench.tables import (
 
 def sample(
     configuration: str,
-    concurrency: int = 1,
+    load: float = 1,
     round: int = 0,
     *,
     seconds: float = 1.0,
@@ -39,23 +40,40 @@ def sample(
     accepted: int = 0,
 ) -> Sample:
     run = Run(seconds, seconds, tokens, decode_tokens, request_steps, verified, accepted)
-    return Sample(configuration, concurrency, round, run)
+    return Sample(configuration, load, round, run)
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_spread_is_the_median_and_the_extremes() -> None:
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
-    assert Spread.of([4.0, 1.0]) == Spread(median=2.5, low=1.0, high=4.0)
-    assert str(Spread.of([1.234, 1.0, 2.0])) == "1.23 (1.00-2.00)"
-    assert str(Spread.of([1.0, 1.0])) == "1.00"
+def test_a_ratio_is_the_geometric_mean_of_pairs_with_its_interval() -> None:
+    pairs = [0.8, 1.25, 1.0, 2.0, 0.5]
+    found = ratio(pairs)
+    assert found.middle == pytest.approx(1.0)
+    assert 0.5 < found.low < 0.8
+    assert 1.25 < found.high < 2.0
+    assert ratio([1 / p for p in pairs]).low == pytest.approx(1 / found.high, rel=0.02)
+    assert str(Interval(0.971, 0.949, 0.99, 5)) == "0.97 [0.95, 0.99]"
 
 
-def test_spread_of_nothing_is_an_error() -> None:
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    found = [ratio(np.exp(generator.normal(0.1, 0.05, size=40)).tolist()) for _ in range(100)]
+    hits = sum(each.low <= np.exp(0.1) <= each.high for each in found)
+    assert 88 <= hits <= 100
+    widths = [each.high - each.low for each in found]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.05 * np.exp(0.1) / 40**0.5, rel=0.1)
+
+
+def test_one_pair_has_no_interval_and_equal_ones_a_point() -> None:
+    assert str(ratio([1.234])) == "1.23"
+    assert str(ratio([1.5, 1.5, 1.5])) == "1.50"
+    assert str(median([3.0, 1.0, 2.0])).startswith("2.00 [1.00, 3.00")
     with pytest.raises(ValueError, match="no values"):
-        Spread.of([])
+        ratio()
+    with pytest.raises(ValueError, match="no values"):
+        ratio([])
 
 
 def test_ratios_compare_runs_of_the_same_round() -> None:
@@ -75,7 +93,7 @@ def test_a_round_without_both_runs_has_no_ratio() -> None:
         sample("plain", round=0),
         sample("ours", round=0, seconds=2.0),
         sample("plain", round=1),
-        sample("ours", concurrency=4, round=1),
+        sample("ours", load=4, round=1),
     ]
     assert speed_ratios(samples, "ours", "plain", 1) == [0.5]
 
@@ -89,7 +107,10 @@ def test_runs_of_two_sessions_have_no_ratio() -> None:
 
 def test_the_best_other_configuration_is_the_one_with_the_lowest_ratio() -> None:
     samples = [sample("auto"), sample("a", seconds=2.0), sample("b", seconds=0.8)]
-    assert against_best(samples, "auto", ["a", "b", "absent"], 1) == (0.8, "b")
+    best = against_best(samples, "auto", ["a", "b", "absent"], 1)
+    assert best is not None
+    assert best[0].middle == pytest.approx(0.8)
+    assert best[1] == "b"
     assert against_best(samples, "auto", ["absent"], 1) is None
     text = table(samples, ["auto"], [1, 4], fixed=["a", "b"], elastic=["auto"])
     assert cells(text.splitlines()[-1])[:3] == ["auto / best fixed", "0.80 (b)", "-"]
@@ -97,27 +118,35 @@ def test_the_best_other_configuration_is_the_one_with_the_lowest_ratio() -> None
 
 def test_a_geometric_mean_needs_the_whole_sweep() -> None:
     samples = [sample(name, c, seconds=s) for name, c, s in SWEEP]
-    assert geometric_mean(samples, "ours", "plain", [1, 4]) == pytest.approx(1.0)
-    assert geometric_mean(samples, "ours", "plain", [1, 4, 8]) is None
+    whole = speed_ratio(samples, "ours", "plain", 1, 4)
+    assert whole is not None
+    assert whole.middle == pytest.approx(1.0)
+    assert speed_ratio(samples, "ours", "plain", 1, 4, 8) is None
+
+
+def test_every_load_weighs_the_same_in_a_geometric_mean() -> None:
+    """However many rounds it has."""
+    found = ratio([2.0] * 9, [0.5] * 2)
+    assert (found.middle, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
 
 
 SWEEP = [("plain", 1, 1.0), ("ours", 1, 0.5), ("plain", 4, 1.0), ("ours", 4, 2.0)]
 
 
 def test_shares_are_blank_where_a_configuration_does_not_count_them() -> None:
-    latency = Latency(ttft_p50=0.1, ttft_p99=0.2, itl_p50=0.01, itl_p99=0.03, tpot_p50=0.005)
+    latency = Latency(0.1, 0.2, itl_p50=0.01, itl_p99=0.03, tpot_p50=0.005, tpot_p99=0.01)
     ours = sample("ours", seconds=2.0, verified=30, accepted=10)
     ours = replace(ours, run=replace(ours.run, draft_seconds=0.5, latency=latency))
     samples = [sample("plain"), ours]
     found = figures(samples, "ours", 1)
-    assert found["draft %"] == Spread(25.0, 25.0, 25.0)
-    assert found["TTFT p99, ms"].median == pytest.approx(200)
+    assert found["draft %"] == Interval(25.0, 25.0, 25.0, 1)
+    assert found["TTFT p99, ms"].middle == pytest.approx(200)
     assert (
         not {"draft %", "verify %", "TTFT p50, ms", "verified per accepted"}
         & figures(samples, "plain", 1).keys()
     )
     header, _, plain, row = map(cells, details(samples, ["plain", "ours"], [1, 4]).splitlines())
-    assert header == ["concurrency", "configuration", *FIGURES]
+    assert header == ["requests at once", "configuration", *FIGURES]
     assert plain[header.index("draft %")] == ""
     assert row[header.index("draft %")] == "25"
     assert row[header.index("verified per accepted")] == "3"
@@ -128,13 +157,13 @@ def test_a_summary_is_by_temperature() -> None:
     rows = summary([sample("plain"), *hot], ["plain", "ours"], "plain")
     keys = [(row["temperature"], row["configuration"]) for row in rows]
     assert keys == [(0.0, "plain"), (1.0, "plain"), (1.0, "ours")]
-    assert rows[2]["speed over plain"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert rows[2]["speed over plain"]["middle"] == pytest.approx(2.0)
 
 
 def test_acceptance_length_weighs_runs_by_their_steps() -> None:
     samples = [
         sample("ours", decode_tokens=30, request_steps=10),
-        sample("ours", concurrency=4, decode_tokens=10, request_steps=10),
+        sample("ours", load=4, decode_tokens=10, request_steps=10),
         sample("plain"),
     ]
     assert acceptance_length(samples, "ours") == 2.0
@@ -165,8 +194,8 @@ def test_table_has_a_row_a_configuration_and_a_row_a_pair() -> None:
     header, _, *rows = map(cells, text.splitlines())
     assert header == [
         "configuration",
-        "concurrency 1",
-        "concurrency 4",
+        "1 at once",
+        "4 at once",
         "geometric mean",
         "acceptance length",
         "verified per accepted",

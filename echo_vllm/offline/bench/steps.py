@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Single steps of an engine, on the clock: tasks for an `EngineProcess`.
+
+`Read`, then any number of `Decode`, then `Stop`. Between two of them the engine waits with its
+requests in place, so that two engines can take turns within one batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from echo_vllm.offline.engine import LocalEngine
+
+MOST_TOKENS = 1 << 20
+
+
+def _name(place: int) -> str:
+    return f"step-{place}"
+
+
+@dataclass(frozen=True)
+class Read:
+    """Begin a request with each prompt (token ids), none of which is in the prefix cache."""
+
+    prompts: list[list[int]]
+
+    def run(self, local: LocalEngine) -> float:
+        """Seconds until all have been read; of one step if they fit into one."""
+        from vllm import SamplingParams
+
+        local.engine.reset_prefix_cache()
+        for place, ids in enumerate(self.prompts):
+            params = SamplingParams(
+                temperature=0, max_tokens=MOST_TOKENS, ignore_eos=True, detokenize=False
+            )
+            local.engine.add_request(_name(place), {"prompt_token_ids": ids}, params)
+        waiting = {_name(place) for place in range(len(self.prompts))}
+        start = time.perf_counter()
+        while waiting:
+            waiting -= {o.request_id for o in local.engine.step() if o.outputs[0].token_ids}
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Some steps in which all requests decode."""
+
+    steps: int
+
+    def run(self, local: LocalEngine) -> list[float]:
+        """Seconds of each."""
+        seconds = []
+        for _ in range(self.steps):
+            start = time.perf_counter()
+            local.engine.step()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End all requests."""
+
+    requests: int
+
+    def run(self, local: LocalEngine) -> None:
+        local.engine.abort_request([_name(place) for place in range(self.requests)])
+        while local.engine.has_unfinished_requests():
+            local.engine.step()
