@@ -55,7 +55,7 @@ class EchoScheduler(Scheduler):
         self._step_stats: StepStats | None = None
         spec = self.vllm_config.speculative_config
         self._waiting = 0
-        profile = find_profile(spec.echo, spec.model)
+        profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
 
     # ---- Before the step ----
