@@ -127,7 +127,9 @@ class EchoStatLogger(AggregateStatLoggerBase):
         metrics["draft_s"].inc(step.draft_s)
         metrics["starved"].inc(step.starved)
         metrics["waiting"].set(step.waiting)
-        metrics["beyond_head"].set(step.beyond_head)
+        # The step still counts requests that end with it.
+        running = scheduler_stats.num_running_reqs
+        metrics["beyond_head"].set(min(step.beyond_head, running))
         if not step.nodes:
             return
         metrics["trees"].inc(len(step.nodes))
