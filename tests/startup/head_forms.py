@@ -155,8 +155,7 @@ class Form:
         target: which of the tests' targets it is for.
         file: that holds the weights.
         refused: what the sentence that refuses it says; empty if it runs, as stock does.
-        why_stock_starts: for a head that stock vLLM starts with although it cannot work, and that is
-            refused here.
+        why_stock_starts: what stock vLLM starts with although it cannot work, and is refused here.
     """
 
     config: Config = field(default_factory=config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,18 @@ def test_echo_runs_what_stock_runs_and_refuses_the_rest_in_one_sentence(
     # A tree of 8 nodes holds more than a chain of 3: a head that was loaded as stock loads it is
     # right more often with it.
     assert counted["spec_decode_num_accepted_tokens"] > chains > 0
+
+
+def test_a_head_given_as_the_model_drafts_trees_for_the_target_that_it_names(
+    targets: dict[str, Path], plain: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    form = FORMS["Eagle3Speculator"]
+    format_ = form.config["speculators_config"]
+    names = {**format_, "verifier": {"name_or_path": str(targets["plain"])}}
+    config = {**form.config, "speculators_config": names}
+    head = write(tmp_path / "head", replace(form, config=config))
+    spec = {"method": "echo", "num_speculative_tokens": 8, "echo": {"policy": "topn"}}
+    tokens, counted = run(head, spec)
+    assert tokens == plain["plain"]
+    assert counted["echo_trees"] == counted["spec_decode_num_drafts"] > 0
+    assert counted["spec_decode_num_draft_tokens"] > 6 * counted["echo_trees"]
