@@ -51,8 +51,7 @@ _ROPE: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
-    "proportional": (),
-}
+} | dict.fromkeys(("proportional", "mllama4", "bailing_mrope", "openpangu", "deepseek_yarn"), ())
 
 
 @dataclass(frozen=True)
@@ -526,13 +525,14 @@ def _check_scalars(fields: _Fields) -> None:
         value = fields.values.get(name, default)
         if not isinstance(value, int | float) or value <= 0:
             fields.wrong(name, "must be a positive number")
-    if fields.values.get("max_position_embeddings", 1 - _is_qwen3(fields)) != 1:
+    if _is_qwen3(fields) or "max_position_embeddings" in fields.values:
         fields.positive("max_position_embeddings")
     rope = fields.object("rope_parameters")
     kind = rope.get("rope_type", "default")
     if kind not in _ROPE:
         fields.wrong("rope_parameters", f"has none of the rope_type {', '.join(_ROPE)}")
-    for name in ("rope_theta", *_ROPE[kind]):
+    needed = _ROPE[kind] if "alpha" not in rope else ()
+    for name in ("rope_theta", *needed):
         if rope.get(name, 0 if name == "rope_theta" else None) is None:
             inside = _Fields(fields.model, rope, fields.section)
             inside.wrong(name, f"rotary positions of type {kind} need", "set it to the target's")

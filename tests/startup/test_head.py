@@ -294,10 +294,7 @@ def test_a_config_that_does_not_fit_is_refused(
     assert str(error.value) == f'speculative_config.model "{head}" {what}'
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"vocab_size": "many"}, {"intermediate_size": "wide"}, {"num_attention_heads": 7}],
-)
+@pytest.mark.parametrize("changes", [{"vocab_size": "many"}, {"num_attention_heads": 7}])
 def test_a_config_that_vllm_cannot_read_is_refused(head: Path, changes: dict[str, Any]) -> None:
     edit(head, **changes)
     with pytest.raises(EchoConfigError) as error:
@@ -428,7 +425,9 @@ def test_a_tensor_of_another_shape_is_refused(
 
 def test_a_folder_without_weights_is_refused(head: Path) -> None:
     (head / "model.safetensors").unlink()
-    with pytest.raises(EchoConfigError, match=r"has no weights: there is no \*\.safetensors file"):
+    with pytest.raises(
+        EchoConfigError, match=r"has no weights: there is no \*\.safetensors or \*\.bin"
+    ):
         check(head)
 
 
