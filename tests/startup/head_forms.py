@@ -352,7 +352,7 @@ FORMS: dict[str, Form] = {
         why_stock_starts="and reads memory that is not its own",
     ),
     # The speculators library.
-    "Eagle3Speculator": Form(speculators(**{IDS: [2, 4, 6]}), NUMBERED),
+    "Eagle3Speculator": Form(speculators() | {IDS: [2, 4, 6]}, NUMBERED),
     "Eagle3DraftModel": Form(
         speculators(
             {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},

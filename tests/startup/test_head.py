@@ -38,7 +38,8 @@ def read(folder: Path | str, target: Target = TARGET) -> Head:
     def complete() -> dict[str, Any]:
         from vllm.transformers_utils.config import get_config
 
-        return vars(get_config(folder, trust_remote_code=False))
+        fields: dict[str, Any] = vars(get_config(folder, trust_remote_code=False))
+        return fields
 
     return read_head(
         str(folder),

@@ -38,7 +38,7 @@ NUM_TOKENS = 24
 @pytest.fixture(autouse=True, scope="module")
 def collected_once() -> Iterator[None]:
     """An engine's start and end collect garbage eleven times, which is most of their time."""
-    collect, gc.collect = gc.collect, lambda *args: 0  # type: ignore[assignment]
+    collect, gc.collect = gc.collect, lambda *args: 0
     yield
     gc.collect = collect
     gc.collect()
