@@ -3,16 +3,15 @@
 """Whether an EAGLE-3 head fits the target, told from its config.json and its tensors' shapes.
 
 Called at start-up, before any weight is loaded: a head that vLLM would load wrongly or only fail
-on minutes later is refused in one sentence. A head that stock vLLM runs must pass. Nothing here
-imports vLLM.
+on minutes later is refused in one sentence. A head that stock vLLM runs must pass; what is odd
+about it is a remark. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,28 +19,49 @@ from typing import Any, NoReturn
 from echo_vllm.config import EchoConfigError, show
 
 FIELD = "speculative_config.model"
-_MAX_HEADER = 100 * 2**20
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_QKV, _GATE_UP = ("self_attn.qkv_proj.weight",), ("mlp.gate_up_proj.weight",)
-_FUSED = {
-    "self_attn.q_proj.weight": _QKV,
-    "self_attn.k_proj.weight": _QKV,
-    "self_attn.v_proj.weight": _QKV,
-    "mlp.gate_proj.weight": _GATE_UP,
-    "mlp.up_proj.weight": _GATE_UP,
-}
+_OWN_LAYER = "transformer_layer_config"
+_ANOTHER = "choose a head that was trained for this target"
+_REPAIR = "repair the file or choose another head"
+_DOWNLOAD = "choose another head, or download it again"
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 """The names under which a file may hold a layer's tensor together with others."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+# What vLLM reads past in the weights of a head that is not quantised.
+_NOT_READ = re.compile(
+    r"t2d|mask_hidden|rotary_(pos_)?emb\.inv_freq|rotary_emb\.(cos|sin)_cached|\binput_norm\."
+)
+# Of weights, in the order in which vLLM looks for them.
+_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+# Beside the weights, with the same endings.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+
+# Kinds of rotary positions that vLLM makes a table for, and the fields that it cannot do without.
+_ROPE: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+} | dict.fromkeys(("proportional", "mllama4", "bailing_mrope", "openpangu", "deepseek_yarn"), ())
 
 
 @dataclass(frozen=True)
 class Target:
-    """The facts of the target that a head must fit."""
+    """The facts of the target that a head must fit, and over how many ranks both are split."""
 
     hidden_size: int
     vocab_size: int
     num_layers: int
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,22 +70,70 @@ class Head:
 
     Attributes:
         model: as the user named it.
-        hidden_size: of the head's own layers.
         vocab_size: tokens it can read.
         draft_vocab_size: tokens it can draft.
-        num_features: how many of the target's layers it reads; 0 if only the last.
-        target_hidden_size: hidden size of the target it was trained for.
-        layer: the tensors that its first layer must have and their shapes; empty where they are not
-            known (quantised, or no Llama or Qwen3 layer).
+        required: the tensors that its weights must have, with their shapes.
+        optional: those that vLLM shares with the target, or takes as it makes them, where the
+            weights lack them.
+        is_quantised: its tensors have names and shapes of their own, which only vLLM knows.
+        remarks: what the user should know of a head that works.
     """
 
     model: str
-    hidden_size: int
     vocab_size: int
     draft_vocab_size: int
-    num_features: int
-    target_hidden_size: int
-    layer: Shapes = field(default_factory=dict)
+    required: Shapes
+    optional: Shapes
+    is_quantised: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a head's config.json, as vLLM completes it, by names that a user finds there.
+
+    Attributes:
+        model: as the user named it.
+        values: the fields.
+        section: which object of the file they stand in, if not in the outermost.
+    """
+
+    model: str
+    values: Mapping[str, Any]
+    section: str = ""
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def where(self) -> str:
+        return f"{self.section} of its config.json" if self.section else "its config.json"
+
+    def wrong(self, name: str, what: str, remedy: str = _REPAIR) -> NoReturn:
+        """`what` follows the name and the value of a field."""
+        value = show(self.get(name))
+        _reject(self.model, f"has {name} {value} in {self.where()}, which {what}", remedy)
+
+    def positive(self, name: str) -> int:
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.wrong(name, "must be a positive integer")
+        return value
+
+    def object(self, name: str) -> Mapping[str, Any]:
+        """A section of config.json; empty where there is none."""
+        value = self.get(name)
+        if not isinstance(value, Mapping | None):
+            self.wrong(name, "must be an object")
+        return value or {}
+
+
+@dataclass
+class _Found:
+    """Tensors that a head has, as they are found out."""
+
+    required: dict[str, Shape] = field(default_factory=dict)
+    optional: dict[str, Shape] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def read_head(
@@ -75,6 +143,7 @@ def read_head(
     target: Target,
     architectures: Collection[str],
     model_types: Collection[str],
+    complete: Callable[[], Mapping[str, Any]],
 ) -> Head:
     """Read config.json and check it against the target.
 
@@ -84,144 +153,164 @@ def read_head(
         target: what it must fit.
         architectures: the EAGLE-3 architectures that vLLM implements.
         model_types: those whose config.json vLLM can read.
+        complete: gives the fields of config.json as vLLM reads them, with its defaults.
 
     Raises:
         EchoConfigError: with one sentence on what does not fit.
     """
-    config = _flatten(model, _read_config(model, revision))
-    _check_architecture(model, config, architectures)
-    kind = config.get("model_type")
-    if kind not in model_types and "speculators_model_type" not in config:
-        _reject(
-            model,
-            f"has model_type {show(kind)} in its config.json, which is none that vLLM knows",
-            "repair the file (it is that of the head's layers, such as llama) or choose another "
-            "head",
-        )
-    hidden_size = _positive(model, config, "hidden_size")
-    heads = config.get("num_attention_heads")
-    if heads is not None and not config.get("head_dim"):
-        heads = _positive(model, config, "num_attention_heads")
-        if hidden_size % heads:
-            _reject(
-                model,
-                f"has num_attention_heads {heads} in its config.json, which does not divide its "
-                f"hidden_size {hidden_size}",
-                "repair the file or choose another head",
+    written = _Fields(model, _read_config(model, revision))
+    is_speculator = "speculators_model_type" in written.values
+    if is_speculator:
+        _check_speculator(written)
+    else:
+        _check_architecture(written, architectures)
+        if written.get("model_type") not in model_types:
+            written.wrong(
+                "model_type",
+                "is none that vLLM knows",
+                "repair the file (it is that of the head's layers, such as llama) or choose "
+                "another head",
             )
-    vocab_size = _positive(model, config, "vocab_size")
-    target_hidden_size = config.get("target_hidden_size") or hidden_size
-    draft_vocab_size = config.get("draft_vocab_size") or vocab_size
-    if target_hidden_size != target.hidden_size:
-        name = "target_hidden_size" if config.get("target_hidden_size") else "hidden_size"
-        _reject(
-            model,
-            f"was made for a target with hidden size {target_hidden_size} ({name} in its "
-            f"config.json), but the target's is {target.hidden_size}",
-            "choose a head that was trained for this target",
+        if "target_hidden_size" in written.values and written.get("target_hidden_size") is None:
+            written.wrong("target_hidden_size", "vLLM cannot read", "remove the field")
+    try:
+        values = complete()
+    except Exception as error:
+        # transformers, pydantic and vLLM raise many kinds here, all of them about the file.
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(".")
+        _reject(model, f"has a config.json that vLLM cannot read ({reason})", _REPAIR)
+    fields = _Fields(model, values, _OWN_LAYER if is_speculator else "")
+    found = _Found()
+    hidden = fields.positive("hidden_size")
+    vocab = fields.positive("vocab_size")
+    target_hidden = _checked_target_hidden(fields, hidden, target)
+    draft = fields.get("draft_vocab_size")
+    draft = vocab if draft is None else draft
+    if not isinstance(draft, int) or not 1 <= draft <= vocab:
+        written.wrong("draft_vocab_size", f"must be between 1 and its vocab_size {vocab}")
+    if vocab != target.vocab_size:
+        found.remarks.append(
+            f"was made for a vocabulary of {vocab} tokens and the target's has "
+            f"{target.vocab_size}: it drafts well only where they differ by added tokens"
         )
-    if vocab_size != target.vocab_size:
-        _reject(
-            model,
-            f"was made for a vocabulary of {vocab_size} tokens (vocab_size in its config.json), "
-            f"but the target's has {target.vocab_size}",
-            "choose a head that was trained for this target",
-        )
-    if not isinstance(draft_vocab_size, int) or not 1 <= draft_vocab_size <= vocab_size:
-        _reject(
-            model,
-            f"has draft_vocab_size {show(draft_vocab_size)} in its config.json, which must be "
-            f"between 1 and its vocab_size {vocab_size}",
-            "repair the file or choose another head",
-        )
+    _layers(fields, found, hidden, target)
+    _features(fields, found, hidden, target_hidden, target.num_layers)
+    _check_scalars(fields)
+    found.optional["norm.weight"] = (hidden,)
+    # What the target can lend, if its embeddings are as wide: its own rows, so all of them.
+    lends = hidden == target.hidden_size
+    lent = found.optional if lends else found.required
+    lent["embed_tokens.weight"] = (vocab, hidden)
+    (lent if draft == vocab else found.required)["lm_head.weight"] = (draft, hidden)
+    if draft != target.vocab_size:
+        found.optional["d2t"] = (draft,)
     return Head(
         model=model,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        draft_vocab_size=draft_vocab_size,
-        num_features=_checked_features(model, config, target.num_layers),
-        target_hidden_size=target_hidden_size,
-        layer=_layer_shapes(model, config, hidden_size),
+        vocab_size=vocab,
+        draft_vocab_size=draft,
+        required=found.required,
+        optional=found.optional,
+        is_quantised=bool(fields.get("quantization_config")),
+        remarks=tuple(found.remarks),
     )
 
 
-def check_weights(head: Head, folder: Path) -> None:
-    """Check the tensors in the folder of a head by their names and shapes; reads headers only.
+def check_weights(head: Head, folder: Path) -> list[str]:
+    """Check the tensors in the folder of a head by their names and shapes.
 
-    Heads in a format without such a header are left to vLLM.
+    Returns:
+        Remarks on tensors that are not there and that vLLM makes up.
 
     Raises:
-        EchoConfigError: with one sentence on what is missing or has another shape.
+        EchoConfigError: with one sentence on what is missing, unknown or of another shape.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            return
+    written: dict[str, Shape] = {}
+    for file in _weight_files(head.model, folder):
+        written |= _read_shapes(head, file)
+    shapes = {name.replace("midlayer.", "layers.0."): shape for name, shape in written.items()}
+    numbered = not any("midlayer." in name for name in written)
+
+    def shown(name: str) -> str:
+        return name if numbered else name.replace("layers.0.", "midlayer.")
+
+    if head.is_quantised:
+        # Packed weights and scales have other names, but begin alike.
+        shapes |= {f"{name.rpartition('.')[0]}.weight": shape for name, shape in shapes.items()}
+    for name in head.required:
+        if name not in shapes and _fused(name) not in shapes:
+            _reject_missing(head, shown(name))
+    if head.is_quantised:
+        return []
+    known = {**head.optional, **head.required}
+    fused = {_fused(name) for name in known}
+    for name, shape in shapes.items():
+        if name not in known:
+            is_read = name not in fused and not _NOT_READ.search(name)
+            if is_read and ("fc.weight" in known or not name.startswith("fc.")):
+                _reject_unknown(head, shown(name))
+        elif shape != known[name]:
+            _reject(
+                head.model,
+                f"has a tensor {shown(name)} of shape {list(shape)}, but its config.json means "
+                f"{list(known[name])}",
+                _DOWNLOAD,
+            )
+    missing = [shown(name) for name in head.optional if name not in shapes]
+    norms = ", ".join(name for name in missing if "norm" in name)
+    remarks = [f"has no {norms} in its weights: vLLM takes ones"] if norms else []
+    if "d2t" in missing and head.draft_vocab_size < head.vocab_size:
+        remarks.append(
+            f"has no d2t in its weights: vLLM takes its tokens for the first "
+            f"{head.draft_vocab_size} of the target"
+        )
+    return remarks
+
+
+def _fused(name: str) -> str:
+    """What `name` is called where it lies in one tensor with others; else `name`."""
+    return re.sub(r"\b[a-z]+_proj\b", lambda match: _FUSED.get(match[0], match[0]), name)
+
+
+def _reject_missing(head: Head, name: str) -> NoReturn:
+    why = ""
+    if name.startswith(("embed_tokens.", "lm_head.")):
+        why = ", and the target's do not fit it"
+    _reject(
+        head.model,
+        f"is not complete: its weights lack {name}{why}",
+        "download it again, with all its files, or choose another head",
+    )
+
+
+def _reject_unknown(head: Head, name: str) -> NoReturn:
+    """A tensor that vLLM has no place for."""
+    remedy = "remove the tensor, or choose another head"
+    for part, switch in (
+        ("fc_norm.", "fc_norm"),
+        ("_proj.bias", "mlp_bias" if ".mlp." in name else "attention_bias"),
+    ):
+        if part in name:
+            remedy = f"set {switch} to true in its config.json, or choose another head"
+    if name == "d2t":
         _reject(
             head.model,
-            "has no weights: there is no *.safetensors file in its folder",
-            "complete the folder, for instance by downloading the head again",
+            f"has a tensor d2t although it drafts the target's whole vocabulary (draft_vocab_size "
+            f"{head.draft_vocab_size} in its config.json), which vLLM cannot load",
+            "remove d2t and t2d from its weights if d2t is all zeros, or choose another head",
         )
-    shapes = {name: shape for file in files for name, shape in _read_shapes(head.model, file)}
-    hidden, draft_vocab = head.hidden_size, head.draft_vocab_size
-    needed = [("fc.", "fc.weight")] if head.num_features else []
-    needed += [("midlayer.", "midlayer.*"), ("norm.", "norm.weight")]
-    if draft_vocab != head.vocab_size:
-        needed += [("d2t", "d2t"), ("lm_head.", "lm_head.weight")]
-    for prefix, shown in needed:
-        # Heads with several decoder layers number them.
-        prefixes = (prefix, "layers.") if prefix == "midlayer." else (prefix,)
-        if not any(name.startswith(prefixes) for name in shapes):
-            _reject(
-                head.model,
-                f"is not an EAGLE-3 head that fits its config.json: its weights lack {shown}",
-                "choose another head, or download it again",
-            )
-    _check_layer(head, shapes)
-    features = head.num_features * head.target_hidden_size
-    expected = {
-        "fc.weight": (hidden, features),
-        "norm.weight": (hidden,),
-        "lm_head.weight": (draft_vocab, hidden),
-        "embed_tokens.weight": (head.vocab_size, hidden),
-        "d2t": (draft_vocab,),
-        "t2d": (head.vocab_size,),
-    }
-    for name, shape in expected.items():
-        _check_shape(head.model, name, shapes.get(name, shape), shape)
-
-
-def _check_layer(head: Head, shapes: Shapes) -> None:
-    """The first layer: vLLM would leave what is missing there as it was allocated."""
-    layers = sorted(
-        {match[0] for name in shapes if (match := re.match(r"midlayer\.|layers\.\d+\.", name))},
-        key=lambda prefix: (prefix != "midlayer.", len(prefix), prefix),
+    _reject(
+        head.model,
+        f"has a tensor {name} in its weights, which vLLM does not know in a head with its "
+        "config.json",
+        remedy,
     )
-    prefix = next(iter(layers), "midlayer.")
-    for name, shape in head.layer.items():
-        full = f"{prefix}{name}"
-        if full in shapes:
-            _check_shape(head.model, full, shapes[full], shape)
-        elif not any(f"{prefix}{fused}" in shapes for fused in _FUSED.get(name, ())):
-            _reject(
-                head.model,
-                f"is not complete: its weights lack {full}",
-                "download it again, with all its files",
-            )
-
-
-def _check_shape(model: str, name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if actual != expected:
-        _reject(
-            model,
-            f"has a tensor {name} of shape {list(actual)}, but its config.json means "
-            f"{list(expected)}",
-            "choose another head, or download it again",
-        )
 
 
 def _reject(model: str, what: str, remedy: str) -> NoReturn:
     raise EchoConfigError(f"{FIELD} {show(model)} {what}; {remedy}.")
+
+
+# --- config.json ------------------------------------------------------------------------------
 
 
 def _read_config(model: str, revision: str | None) -> dict[str, Any]:
@@ -272,160 +361,271 @@ def _download(model: str, revision: str | None, name: str) -> Path:
     )
 
 
-def _flatten(model: str, config: dict[str, Any]) -> dict[str, Any]:
+def _check_speculator(fields: _Fields) -> None:
     """A head in the format of the speculators library keeps its layer's config apart."""
-    kind = config.get("speculators_model_type")
-    if kind is None:
-        return config
-    if kind != "eagle3":
-        _reject(
-            model,
-            f"is a speculator of type {show(kind)}",
-            "choose an EAGLE-3 head",
-        )
-    return {
-        **_object(model, config, "transformer_layer_config"),
-        **{name: value for name, value in config.items() if value is not None},
-        "architectures": ["Eagle3Speculator"],
-    }
+    if fields.get("speculators_model_type") != "eagle3":
+        fields.wrong("speculators_model_type", 'is not "eagle3"', "choose an EAGLE-3 head")
+    layer = _Fields(fields.model, fields.object(_OWN_LAYER), _OWN_LAYER)
+    if not layer.values:
+        fields.wrong(_OWN_LAYER, "must describe its layers")
+    if layer.values.get("model_type", "llama") not in ("llama", "qwen3"):
+        layer.wrong("model_type", "must be llama or qwen3 for vLLM")
 
 
-def _check_architecture(
-    model: str, config: Mapping[str, Any], architectures: Collection[str]
-) -> None:
-    given = config.get("architectures")
+def _check_architecture(fields: _Fields, architectures: Collection[str]) -> None:
+    given = fields.get("architectures")
     if not isinstance(given, list) or not given or not isinstance(given[0], str):
         _reject(
-            model,
+            fields.model,
             f"has architectures {show(given)} in its config.json",
             "choose an EAGLE-3 head",
         )
     name = given[0]
-    if name == "Eagle3Speculator":
-        return
+    if "Deepseek" in name and "Eagle3" in name:
+        _reject(
+            fields.model,
+            f"has architecture {name} in its config.json, whose multi-head latent attention (MLA) "
+            "knows no trees",
+            "choose an EAGLE-3 head with plain attention",
+        )
     # vLLM's rule: the name of the base model with Eagle3 before or after it; bare means before.
     full = name if name.startswith("Eagle3") or name.endswith("Eagle3") else f"Eagle3{name}"
     if full not in architectures:
+        plain = sorted(known for known in architectures if "Deepseek" not in known)
         _reject(
-            model,
+            fields.model,
             f"has architecture {name} in its config.json, which is not an EAGLE-3 head that vLLM "
             "implements",
-            f"choose an EAGLE-3 head (one of {', '.join(sorted(architectures))})",
+            f"choose an EAGLE-3 head (one of {', '.join(plain)})",
         )
 
 
-def _object(model: str, config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A section of config.json; empty where there is none."""
-    value = config.get(name)
-    if not isinstance(value, dict | None):
+def _is_qwen3(fields: _Fields) -> bool:
+    """Whether vLLM runs it with its Qwen3 head; the other is Llama's."""
+    return str(fields.get("architectures")[0]) in ("Qwen3ForCausalLM", "Eagle3Qwen3ForCausalLM")
+
+
+def _checked_target_hidden(fields: _Fields, hidden: int, target: Target) -> int:
+    name = "target_hidden_size" if fields.get("target_hidden_size") else "hidden_size"
+    size = fields.get("target_hidden_size") or hidden
+    if size != target.hidden_size:
         _reject(
-            model,
-            f"has {name} {show(value)} in its config.json, which must be an object",
-            "repair the file or choose another head",
+            fields.model,
+            f"was made for a target with hidden size {size} ({name} in its config.json), but the "
+            f"target's is {target.hidden_size}",
+            _ANOTHER,
         )
-    return value or {}
+    return target.hidden_size
 
 
-def _positive(model: str, config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _reject(
-            model,
-            f"has {name} {show(value)} in its config.json, which must be a positive integer",
-            "repair the file or choose another head",
-        )
-    return value
-
-
-def _checked_features(model: str, config: Mapping[str, Any], num_layers: int) -> int:
-    """How many of the target's layers the head reads, if the target has them."""
-    eagle = _object(model, config, "eagle_config")
-    if not eagle.get("use_aux_hidden_state", True):
-        return 0
-    layers = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get(
-        "eagle_aux_hidden_state_layer_ids"
+def _layers(fields: _Fields, found: _Found, hidden: int, target: Target) -> None:
+    """The tensors of the decoder layers, the first of which reads embeddings beside features."""
+    is_qwen3 = _is_qwen3(fields)
+    heads = fields.positive("num_attention_heads")
+    keys = (
+        fields.positive("num_key_value_heads") if "num_key_value_heads" in fields.values else heads
     )
-    source = "eagle_aux_hidden_state_layer_ids in its config.json"
+    size = fields.positive("head_dim") if fields.get("head_dim") else hidden // heads
+    mlp = fields.positive("intermediate_size")
+    ranks = target.num_ranks
+    for name, number in (
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", max(keys, ranks) if ranks % keys == 0 else keys),
+        ("intermediate_size", mlp),
+    ):
+        if number % ranks:
+            fields.wrong(
+                name,
+                f"cannot be split over --tensor-parallel-size {ranks}",
+                "choose a size that divides it",
+            )
+    for i in range(fields.positive("num_hidden_layers")):
+        width = 2 * hidden if i == 0 else hidden
+        layer = f"layers.{i}."
+        linears = {
+            "self_attn.q_proj": (heads * size, width),
+            "self_attn.k_proj": (keys * size, width),
+            "self_attn.v_proj": (keys * size, width),
+            "self_attn.o_proj": (hidden, heads * size),
+            "mlp.gate_proj": (mlp, hidden),
+            "mlp.up_proj": (mlp, hidden),
+            "mlp.down_proj": (hidden, mlp),
+        }
+        found.required |= {f"{layer}{name}.weight": shape for name, shape in linears.items()}
+        biased = []
+        if fields.get("attention_bias"):
+            biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+        if not is_qwen3 and (fields.get("attention_bias") or fields.get("bias")):
+            biased.append("self_attn.o_proj")
+        if not is_qwen3 and fields.get("mlp_bias"):
+            biased += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        found.required |= {f"{layer}{name}.bias": linears[name][:1] for name in biased}
+        norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        found.optional |= {f"{layer}{name}.weight": (hidden,) for name in norms}
+        if is_qwen3:
+            found.optional |= {f"{layer}self_attn.{n}_norm.weight": (size,) for n in "qk"}
+
+
+def _features(
+    fields: _Fields, found: _Found, hidden: int, target_hidden: int, num_layers: int
+) -> None:
+    """What joins the features of the target's layers, which must be layers that the target has."""
+    eagle = fields.object("eagle_config")
+    if not eagle.get("use_aux_hidden_state", True):
+        return
+    name = "eagle_aux_hidden_state_layer_ids"
+    own, nested = fields.get(name), eagle.get(name)
+    layers = own or nested
+    source = f"{name} in its config.json"
     if not layers:
         # What vLLM chooses where the head does not say.
         layers = [2, num_layers // 2, num_layers - 3]
         source = "the default"
-    named = eagle.get("eagle_aux_hidden_state_layer_ids")
-    expected = config.get("num_aux_hidden_states") or (
-        len(named) if named and isinstance(named, list) else 3
+        found.remarks.append(
+            f"does not say which layers of the target it reads: vLLM takes {layers}; if it was "
+            f"trained on others, write them into {name} of its config.json"
+        )
+    is_qwen3 = _is_qwen3(fields)
+    said = (fields.get("num_aux_layers") if is_qwen3 else None) or fields.get(
+        "num_aux_hidden_states"
     )
+    counted = (own if is_qwen3 else None) or nested
+    number = said or (len(counted) if isinstance(counted, list) and counted else 3)
+    if not isinstance(number, int):
+        fields.wrong("num_aux_hidden_states", "must be a positive integer")
     fits = isinstance(layers, list) and all(
         isinstance(layer, int) and 0 <= layer <= num_layers for layer in layers
     )
-    if not fits or len(set(layers)) != expected:
-        _reject(
-            model,
-            f"reads the target after layers {show(layers)} ({source}), which are not {expected} "
-            f"different layers of a target with {num_layers}",
-            "name other layers in eagle_aux_hidden_state_layer_ids of its config.json, or choose a "
-            "head that was trained for this target",
+    if not fits or len(set(layers)) != number:
+        remedy = (
+            f"name other layers in {name} of its config.json, or choose a head that was trained "
+            "for this target"
         )
-    return int(expected)
-
-
-def _layer_shapes(model: str, config: Mapping[str, Any], hidden: int) -> Shapes:
-    """The tensors of the first layer, which reads embeddings beside the features."""
-    if config.get("quantization_config") or not re.search(
-        r"Llama|Qwen3|Speculator", str(config["architectures"][0])
-    ):
-        return {}
-    # What transformers takes where config.json does not say.
-    given = {"num_attention_heads": 32, **{k: v for k, v in config.items() if v is not None}}
-    heads = _positive(model, given, "num_attention_heads")
-    is_qwen3 = config.get("model_type") == "qwen3"
-    defaults = (
-        {"num_key_value_heads": 32, "head_dim": 128, "intermediate_size": 22016}
-        if is_qwen3
-        else {"num_key_value_heads": heads, "head_dim": hidden // heads, "intermediate_size": 11008}
-    )
-    given = {**defaults, **given}
-    size = _positive(model, given, "head_dim")
-    queries, keys = heads * size, _positive(model, given, "num_key_value_heads") * size
-    feed_forward = _positive(model, given, "intermediate_size")
-    return {
-        "self_attn.q_proj.weight": (queries, 2 * hidden),
-        "self_attn.k_proj.weight": (keys, 2 * hidden),
-        "self_attn.v_proj.weight": (keys, 2 * hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (feed_forward, hidden),
-        "mlp.up_proj.weight": (feed_forward, hidden),
-        "mlp.down_proj.weight": (hidden, feed_forward),
-        "input_layernorm.weight": (hidden,),
-        "hidden_norm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-
-
-def _read_shapes(model: str, file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, from the header of a safetensors file."""
-    try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > _MAX_HEADER:
-                raise ValueError("its header is too long")
-            header = json.loads(stream.read(size))
-        _check_length(header, file.stat().st_size - 8 - size)
-        shapes = {
-            name: tuple(tensor["shape"])
-            for name, tensor in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, struct.error, AttributeError, TypeError, KeyError) as error:
+        if fits and len(set(layers)) == len(layers) and not said and not is_qwen3:
+            remedy = f"set num_aux_hidden_states to {len(layers)} in {fields.where()}"
         _reject(
-            model,
-            f"has a file {file.name} that is not in safetensors format ({error})",
+            fields.model,
+            f"reads the target after layers {show(layers)} ({source}), which are not {number} "
+            f"different layers of a target with {num_layers}",
+            remedy,
+        )
+    joined = number * target_hidden
+    found.required["fc.weight"] = (hidden, joined)
+    if eagle.get("norm_before_fc", fields.get("norm_before_fc")):
+        found.optional["input_norm.weight"] = (joined,)
+    if fields.get("fc_norm"):
+        found.optional |= {f"fc_norm.{i}.weight": (target_hidden,) for i in range(number)}
+
+
+def _check_scalars(fields: _Fields) -> None:
+    """Values that vLLM would only choke on while it builds the head."""
+    if fields.get("hidden_act") != "silu":
+        fields.wrong("hidden_act", 'must be "silu" for vLLM')
+    for name, default in (("rms_norm_eps", None), ("logit_scale", 1.0)):
+        value = fields.values.get(name, default)
+        if not isinstance(value, int | float) or value <= 0:
+            fields.wrong(name, "must be a positive number")
+    if _is_qwen3(fields) or "max_position_embeddings" in fields.values:
+        fields.positive("max_position_embeddings")
+    rope = fields.object("rope_parameters")
+    kind = rope.get("rope_type", "default")
+    if kind not in _ROPE:
+        fields.wrong("rope_parameters", f"has none of the rope_type {', '.join(_ROPE)}")
+    needed = _ROPE[kind] if "alpha" not in rope else ()
+    for name in ("rope_theta", *needed):
+        if rope.get(name, 0 if name == "rope_theta" else None) is None:
+            inside = _Fields(fields.model, rope, fields.section)
+            inside.wrong(name, f"rotary positions of type {kind} need", "set it to the target's")
+    kinds = fields.get("layer_types")
+    if kinds and len(kinds) < fields.positive("num_hidden_layers"):
+        fields.wrong("layer_types", "must name a type for each of num_hidden_layers")
+    if kinds and "sliding_attention" in kinds and not fields.get("sliding_window"):
+        fields.wrong("sliding_window", "its layer_types need")
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+def local_file(
+    model: str, name: str, revision: str | None = None, cache: str | None = None
+) -> Path | None:
+    """A file of a head, in its folder or, for a Hugging Face id, in the cache of downloads
+    (`cache`, by default the user's); None where it is not on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(model)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if not _HUB_ID.fullmatch(model):
+        return None
+    file = try_to_load_from_cache(model, name, cache_dir=cache, revision=revision)
+    return Path(file) if isinstance(file, str) else None
+
+
+def weights_folder(model: str, revision: str | None, cache: str | None = None) -> Path | None:
+    """Where a head's weights are on this machine; None where vLLM is yet to download them."""
+    config = local_file(model, "config.json", revision, cache)
+    if config is None:
+        return None
+    is_there = Path(model).is_dir() or any(map(config.parent.glob, _PATTERNS))
+    return config.parent if is_there else None
+
+
+def _weight_files(model: str, folder: Path) -> list[Path]:
+    """The files that vLLM would load: of the first kind that there is."""
+    for pattern in _PATTERNS:
+        files = [file for file in sorted(folder.glob(pattern)) if file.name not in _NO_WEIGHTS]
+        index = folder / "model.safetensors.index.json"
+        if files and pattern == "*.safetensors" and index.is_file():
+            try:
+                listed = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                _reject(model, f"has a file {index.name} that cannot be read ({error})", _DOWNLOAD)
+            if absent := sorted(listed - {file.name for file in files}):
+                _reject(model, f"is not complete: it lacks the file {absent[0]}", _DOWNLOAD)
+            files = [file for file in files if file.name in listed]
+        if files:
+            return files
+    _reject(
+        model,
+        "has no weights: there is no *.safetensors or *.bin file in its folder",
+        "complete the folder, for instance by downloading the head again",
+    )
+
+
+def _read_shapes(head: Head, file: Path) -> dict[str, Shape]:
+    """Name and shape of every tensor; reads no tensor but `d2t`."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    d2t = None
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                names = list(tensors.keys())
+                shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+                if "d2t" in shapes:
+                    d2t = tensors.get_tensor("d2t")
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            shapes = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+            d2t = loaded.get("d2t")
+    except (OSError, SafetensorError, RuntimeError, ValueError, AttributeError) as error:
+        kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch's"
+        reason = str(error).partition("\n")[0].rstrip(".")
+        _reject(
+            head.model,
+            f"has a file {file.name} that is not in {kind} format, or not whole ({reason})",
             "download the head again, with Git LFS where it comes from a Git repository",
         )
-    yield from shapes.items()
-
-
-def _check_length(header: Mapping[str, Any], length: int) -> None:
-    """Whether `length` bytes after the header hold all tensors, as a broken download does not."""
-    end = max((t.get("data_offsets", [0, 0])[1] for t in header.values()), default=0)
-    if end > length:
-        raise ValueError(f"it ends after {length} of {end} bytes of tensors")
+    if d2t is not None:
+        tokens = d2t + torch.arange(len(d2t))
+        wrong = tokens[(tokens < 0) | (tokens >= head.vocab_size)]
+        if len(wrong):
+            _reject(
+                head.model,
+                f"has a d2t that names token {int(wrong[0])} of a vocabulary of {head.vocab_size} "
+                "(vocab_size in its config.json)",
+                _DOWNLOAD,
+            )
+    return shapes

@@ -4,23 +4,30 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from vllm.logger import init_logger
 
 from echo_vllm.config import SECTION, EchoConfig, EchoConfigError, show
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
 from echo_vllm.policies import policy_class
+from echo_vllm.startup.head import local_file
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
+def find_profile(
+    config: EchoConfig, head: str, revision: str | None = None
+) -> DrafterProfile | None:
     """The profile that the policy uses; None, with a warning, if there is none.
 
     Args:
         config: the echo section.
-        head: the EAGLE-3 head as the user named it; only a local folder is searched.
+        head: the EAGLE-3 head as the user named it; its folder is searched, or its repository in
+            the Hugging Face cache.
+        revision: of the Hugging Face repository.
 
     Raises:
         EchoConfigError: the profile that the section names cannot be used.
@@ -40,8 +47,8 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
                 head,
             )
         return profile
-    beside = Path(head) / FILE_NAME
-    if beside.is_file():
+    beside = local_file(head, FILE_NAME, revision)
+    if beside is not None:
         return DrafterProfile.load(beside)
     logger.warning_once(
         "No profile of the draft head %s: policy %s works, but %s. `echo-vllm calibrate` makes "
@@ -53,13 +60,17 @@ def find_profile(config: EchoConfig, head: str) -> DrafterProfile | None:
     return None
 
 
-def check_files(config: EchoConfig, head: str) -> None:
+def check_files(config: EchoConfig, head: str, revision: str | None = None) -> None:
     """Refuse a profile that cannot be read and a trace that cannot be written.
 
     Raises:
         EchoConfigError: in one sentence.
     """
-    find_profile(config, head)
+    if policy_class(config.policy).without_profile is not None and not Path(head).is_dir():
+        # vLLM downloads only what it reads itself; without a connection the cache has to do.
+        with suppress(Exception):
+            hf_hub_download(head, FILE_NAME, revision=revision)
+    find_profile(config, head, revision)
     if config.trace is None:
         return
     try:

@@ -16,10 +16,10 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
+from vllm.logger import init_logger
 
 from echo_vllm import ops
 from echo_vllm.config import (
@@ -32,15 +32,29 @@ from echo_vllm.config import (
 )
 from echo_vllm.ops import attention_table, dispatch
 from echo_vllm.policies import parse_section
-from echo_vllm.startup.head import FIELD, Head, Target, check_weights, read_head
+from echo_vllm.startup.head import (
+    FIELD,
+    Head,
+    Target,
+    check_weights,
+    read_head,
+    weights_folder,
+)
 from echo_vllm.startup.profiles import check_files
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
+logger = init_logger(f"vllm.{__name__}")
+
 CPU_WORKER = "echo_vllm.step.v1.cpu.EchoCPUWorker"
 CUDA_WORKER = "echo_vllm.step.v1.cuda.EchoWorker"
 SCHEDULER = "echo_vllm.step.scheduler.EchoScheduler"
+
+_HEAD_FIELDS = (
+    *("model", "revision", "code_revision"),
+    *("target_model_config", "target_parallel_config"),
+)
 
 MAX_HEAD_SIZE = 256
 """Of `ops.tree_attention` on a GPU."""
@@ -152,8 +166,8 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
         _check_parallelism(parallel, values.get("draft_tensor_parallel_size"))
     if (target := values.get("target_model_config")) is not None:
         check_target(target)
-        _read_head(model, values.get("revision"), target)
-    check_files(config, model)
+        _read_head({**values, "model": model})
+    check_files(config, model, values.get("revision"))
     return {
         **values,
         "method": "eagle3",
@@ -357,27 +371,46 @@ def _supports_eagle3(model_config: ModelConfig) -> bool:
 # --- the draft head ---------------------------------------------------------------------------
 
 
-def _read_head(model: str, revision: str | None, model_config: ModelConfig) -> Head | None:
-    """The head, checked against the target; None where only vLLM can read its config."""
+def _read_head(values: Mapping[str, Any]) -> Head | None:
+    """The head that a speculative config names, checked against the target; None where only vLLM
+    can read its config."""
+    model, revision = values["model"], values.get("revision")
+    target: ModelConfig = values["target_model_config"]
     if "://" in model or _is_switched_on("VLLM_USE_MODELSCOPE"):
         return None
-    if model == model_config.model:
+    if model == target.model:
         raise EchoConfigError(
             f"{FIELD} {show(model)} is the target itself; set it to the folder or the Hugging Face "
             "id of an EAGLE-3 head for it."
         )
+    from vllm.config import SpeculativeConfig
     from vllm.model_executor.models import ModelRegistry
+    from vllm.transformers_utils.config import get_config
 
+    def complete() -> dict[str, Any]:
+        config = get_config(
+            model,
+            trust_remote_code=target.trust_remote_code,
+            revision=revision,
+            code_revision=values.get("code_revision"),
+            config_format=target.config_format,
+            hf_overrides_fn=SpeculativeConfig.hf_config_override,
+        )
+        return vars(config)
+
+    parallel: ParallelConfig | None = values.get("target_parallel_config")
     return read_head(
         model,
         revision=revision,
         target=Target(
-            hidden_size=model_config.get_hidden_size(),
-            vocab_size=model_config.get_vocab_size(),
-            num_layers=model_config.get_total_num_hidden_layers(),
+            hidden_size=target.get_hidden_size(),
+            vocab_size=target.get_vocab_size(),
+            num_layers=target.get_total_num_hidden_layers(),
+            num_ranks=1 if parallel is None else parallel.tensor_parallel_size,
         ),
         architectures={name for name in ModelRegistry.get_supported_archs() if "Eagle3" in name},
         model_types=_model_types(),
+        complete=complete,
     )
 
 
@@ -390,16 +423,20 @@ def _model_types() -> set[str]:
 
 
 def _check_head_weights(vllm_config: VllmConfig) -> None:
+    """Check the head's files, if they are on this machine, and say what is odd about it."""
     spec = vllm_config.speculative_config
     assert spec is not None
     assert spec.model is not None
-    load_format = (spec.draft_load_config or vllm_config.load_config).load_format
-    folder = Path(spec.model)
-    if load_format not in ("auto", "hf", "safetensors") or not folder.is_dir():
+    head = _read_head({name: getattr(spec, name) for name in _HEAD_FIELDS})
+    if head is None:
         return
-    head = _read_head(spec.model, spec.revision, spec.target_model_config)
-    if head is not None:
-        check_weights(head, folder)
+    remarks = list(head.remarks)
+    load = spec.draft_load_config or vllm_config.load_config
+    folder = weights_folder(spec.model, spec.revision, load.download_dir)
+    if load.load_format in ("auto", "hf", "safetensors") and folder is not None:
+        remarks += check_weights(head, folder)
+    for remark in remarks:
+        logger.warning_once("The draft head %s %s.", spec.model, remark)
 
 
 # --- the engine -------------------------------------------------------------------------------

@@ -66,6 +66,11 @@ class EchoStatLogger(AggregateStatLoggerBase):
             "waiting": gauge(
                 "vllm:echo_backlog_tokens", "Tokens that the drafter has not seen yet.", _LABELS
             ),
+            "beyond_head": gauge(
+                "vllm:echo_requests_beyond_head",
+                "Running requests that the draft head has no positions for.",
+                _LABELS,
+            ),
             "depth": histogram(
                 "vllm:echo_tree_depth", "Depth of verified trees.", _LABELS, buckets=depths
             ),
@@ -107,6 +112,9 @@ class EchoStatLogger(AggregateStatLoggerBase):
         metrics["draft_s"].inc(step.draft_s)
         metrics["starved"].inc(step.starved)
         metrics["waiting"].set(step.waiting)
+        # The step still counts requests that end with it.
+        running = scheduler_stats.num_running_reqs
+        metrics["beyond_head"].set(min(step.beyond_head, running))
         if not step.nodes:
             return
         metrics["trees"].inc(len(step.nodes))

@@ -67,7 +67,7 @@ class EchoScheduler(Scheduler):
         self._waiting = 0
         self._allowed: dict[str, AllowedTree] = {}
         """Of running requests with a grammar and a draft."""
-        profile = find_profile(spec.echo, spec.model)
+        profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
 
     @property

@@ -33,6 +33,7 @@ class StepStats:
             time is known.
         starved: requests that were drafted for at the end of this step and got no node.
         waiting: tokens that would pass the drafter if every request caught up now.
+        beyond_head: requests of the batch that are too long for the head.
         report: what the worker's policy tells the scheduler's (`DraftPolicy.report`).
         cost: the measured cost of steps (`StepCost.to_dict()`), in the first report only.
     """
@@ -50,6 +51,7 @@ class StepStats:
     level_rows: list[int] = field(default_factory=list)
     starved: int = 0
     waiting: int = 0
+    beyond_head: int = 0
     report: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
 

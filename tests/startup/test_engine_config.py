@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ import pytest
 from echo_vllm.config import EchoConfigError
 from echo_vllm.policies.topn import TopNConfig
 from echo_vllm.startup import validation
-from tests.startup.models import write_head, write_target
+from echo_vllm.startup.profiles import find_profile
+from tests.startup import head_forms
+from tests.startup.models import CONFIG, TENSORS, write_head, write_target, write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., Any]
@@ -731,3 +734,100 @@ def test_broken_inline_json_is_an_error_of_the_argument(
 ) -> None:
     with pytest.raises(argparse.ArgumentError, match="is not valid JSON: Expecting"):
         parse_argument('{"method": "echo",}')
+
+
+def parse(*arguments: str) -> Any:
+    """The engine's configuration as the `vllm` command line makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+
+
+@pytest.fixture
+def speculator(target: Path, tmp_path: Path) -> Path:
+    """A head in speculators format, which names its target."""
+    form = head_forms.FORMS["Eagle3Speculator"]
+    layer = CONFIG | {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+    verifier = {"name_or_path": str(target), "architectures": ["LlamaForCausalLM"]}
+    config = form.config | {
+        "speculators_config": form.config["speculators_config"] | {"verifier": verifier},
+        "transformer_layer_config": layer,
+        "draft_vocab_size": CONFIG["draft_vocab_size"],
+    }
+    folder = tmp_path / "speculator"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_weights(
+        folder / "model.safetensors",
+        {name.replace("midlayer", "layers.0"): shape for name, shape in TENSORS.items()},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("given", ["inline", "with a section", "file", "options"])
+def test_a_head_in_speculators_format_may_be_the_model(
+    speculator: Path, target: Path, tmp_path: Path, given: str
+) -> None:
+    spec = {"method": "echo", "num_speculative_tokens": 8}
+    if given == "with a section":
+        spec |= {"echo": {"policy": "topn"}}
+    text = json.dumps(spec)
+    if given == "file":
+        # It names another head; the model's own is what is served.
+        text = str(ROOT / "examples" / "echo.json")
+    more = ["--speculative-config.echo.policy", "topn"] if given == "options" else []
+    config = parse("--model", str(speculator), "--speculative-config", text, *more)
+    found = config.speculative_config
+    assert config.model_config.model == str(target)
+    assert found.model == str(speculator)
+    assert found.num_speculative_tokens == (16 if given == "file" else 8)
+    assert found.echo.policy == ("topn" if "section" in given or more else "auto")
+    assert config.scheduler_config.scheduler_cls == validation.SCHEDULER
+
+
+def test_the_number_of_nodes_may_be_that_of_the_speculators_format(speculator: Path) -> None:
+    config = parse("--model", str(speculator), "--speculative-config", '{"method": "echo"}')
+    assert config.speculative_config.num_speculative_tokens == 5
+
+
+def test_a_speculator_of_another_kind_is_refused_as_the_model(speculator: Path) -> None:
+    file = speculator / "config.json"
+    config = json.loads(file.read_text()) | {"speculators_model_type": "peagle", "mask_token_id": 3}
+    file.write_text(json.dumps(config))
+    spec = '{"method": "echo", "num_speculative_tokens": 8}'
+    with pytest.raises(EchoConfigError) as error:
+        parse("--model", str(speculator), "--speculative-config", spec)
+    assert str(error.value) == (
+        f'speculative_config.model "{speculator}" has speculators_model_type "peagle" in its '
+        'config.json, which is not "eagle3"; choose an EAGLE-3 head.'
+    )
+
+
+def test_a_head_given_as_the_model_stays_stock_without_method_echo(speculator: Path) -> None:
+    config = parse("--model", str(speculator))
+    assert config.speculative_config.method == "eagle3"
+    assert config.speculative_config.echo is None
+
+
+def test_a_head_of_the_hub_cache_has_its_profile_and_is_checked(
+    head: Path, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "models--someone--a-head"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    snapshot = repository / "snapshots" / "abc"
+    shutil.copytree(head, snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    spec = {"model": "someone/a-head", "echo": {"policy": "echo"}}
+    make_config(spec)
+    assert find_profile(make_config(spec).speculative_config.echo, "someone/a-head") is None
+    shutil.copy(ROOT / "models/smollm2-135m-eagle3/echo_profile.json", snapshot)
+    assert find_profile(make_config(spec).speculative_config.echo, "someone/a-head") is not None
+    write_weights(snapshot / "model.safetensors", {**TENSORS, "norm.weight": [65]})
+    with pytest.raises(EchoConfigError, match=r"has a tensor norm\.weight of shape \[65\]"):
+        make_config(spec)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -30,6 +31,7 @@ from echo_vllm.step.attention.tree import (
     TreeAttention,
     num_mask_words,
 )
+from echo_vllm.step.head_limits import limit_head
 from echo_vllm.transfer import upload
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool
@@ -83,10 +85,23 @@ class EchoProposer(EagleProposer):
         super().__init__(vllm_config, device, runner)
         self.num_speculative_tokens: int
         self.policy = policy
-        draft_limit = self.draft_model_config.max_model_len or self.max_model_len
-        self.max_draft_len = min(self.max_model_len, draft_limit)
+        self.max_draft_len = self.max_model_len
         """Positions from here on are beyond what the drafter can be asked about."""
         self.report = DraftReport()
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        super().load_model(target_model)
+        self.max_draft_len = limit_head(
+            self.model,
+            vocab_size=self.vllm_config.model_config.get_vocab_size(),
+            max_len=self.max_model_len,
+            trained_len=self.draft_model_config.max_model_len or self.max_model_len,
+        )
+
+    def beyond(self, positions: Ints) -> NDArray[np.bool_]:
+        """[n] whether the head is too short, though the engine is not, for each of `positions`."""
+        limit = self.max_draft_len if self.max_draft_len < self.max_model_len else np.inf
+        return np.greater_equal(positions, limit)
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """One forward: vLLM would run one a speculative token, as if the tree were a chain."""

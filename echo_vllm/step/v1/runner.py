@@ -154,9 +154,8 @@ class EchoRunnerMixin(_Runner):
         super().__init__(vllm_config, device)
         self.speculative_config: Any
         spec = self.speculative_config
-        policy = make_policy(
-            spec.echo, spec.num_speculative_tokens, find_profile(spec.echo, spec.model)
-        )
+        profile = find_profile(spec.echo, spec.model, spec.revision)
+        policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
         self.drafter = EchoProposer(vllm_config, device, self, policy)
         # vLLM drops min-p and logit bias under speculation because its rejection sampler cannot
         # apply them; the walk samples with the plain sampler, which can.
@@ -421,6 +420,7 @@ class EchoRunnerMixin(_Runner):
             stats = StepStats.of(step.forest, verdict.num_accepted.numpy())
         stats.rows = int(step.query_start[-1])
         stats.verify_s, stats.idle_s = self.clock.verify_s, self.clock.idle_s
+        stats.beyond_head = int(self.drafter.beyond(step.begins + 1).sum())
         if self.window is not None:
             stops = step.begins + step.query_start[1:] - step.query_start[:-1]
             able = self.slots.may_draft[step.slots]
@@ -635,6 +635,7 @@ class EchoRunnerMixin(_Runner):
             prompts = self.input_batch.num_prompt_tokens[: len(step.slots)]
             reads = (step.begins < prompts) | (committed.counts > policy.max_depth + 1)
             updating |= may_draft & reads
+        updating &= ~self.drafter.beyond(step.begins)
         batch = DraftBatch(
             len(drafting),
             int(decodes.sum()),
