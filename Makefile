@@ -20,7 +20,7 @@ export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
 
-.PHONY: help setup train-setup serve test test-fast check cuda-check wheel format bench-quick clean
+.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test format bench-quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,8 +52,11 @@ check: setup ## ruff, mypy, import contracts and clang-format; changes nothing
 cuda-check: setup ## compile the CUDA kernels for every architecture (needs nvcc, no GPU)
 	@$(PYTHON_OF_VENV) scripts/cuda_check.py $(ARGS)
 
-wheel: setup ## dist/*.whl with a manylinux tag, and its size
+wheel: setup ## dist/*.whl with a manylinux tag, dist/*.tar.gz, and their sizes
 	@$(PYTHON_OF_VENV) scripts/make_wheel.py $(ARGS)
+
+install-test: wheel ## both of dist/ in fresh environments: patches, doctor, a server (5 minutes)
+	@scripts/install_test.sh
 
 format: setup ## let ruff and clang-format rewrite what make check complains about
 	@.venv/bin/ruff check --fix .

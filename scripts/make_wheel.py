@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Builds dist/*.whl with a manylinux tag that its libraries allow, and prints its size.
+"""Builds dist/*.whl with a manylinux tag that its libraries allow, and the source distribution.
 
     python scripts/make_wheel.py [--out dist]
 
@@ -43,7 +43,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # abi3: one wheel for every Python that the project supports.
         subprocess.run(
-            [sys.executable, "setup.py", "-q", "bdist_wheel", "--plat-name", tag,
+            # A folder of its own, because an old one would bring back modules that are gone.
+            [sys.executable, "setup.py", "-q", "build", "--build-lib", f"{folder}/lib",
+             "bdist_wheel", "--plat-name", tag,
              "--py-limited-api", "cp311", "--dist-dir", folder],
             cwd=ROOT,
             check=True,
@@ -51,6 +53,11 @@ def main() -> None:
         (built,) = Path(folder).glob("*.whl")
         wheel = options.out / built.name
         wheel.write_bytes(built.read_bytes())
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(options.out.resolve())],
+        cwd=ROOT,
+        check=True,
+    )
     with zipfile.ZipFile(wheel) as archive:
         largest = max(archive.infolist(), key=lambda info: info.file_size)
         print(

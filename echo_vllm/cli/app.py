@@ -12,6 +12,7 @@ from echo_vllm import VLLM_VERSION, __version__
 from echo_vllm.cli.bench import bench
 from echo_vllm.cli.calibrate import calibrate
 from echo_vllm.cli.doctor import doctor
+from echo_vllm.cli.example import example
 from echo_vllm.cli.patch import patch_app
 from echo_vllm.cli.trace import trace_app
 from echo_vllm.cli.train_drafter import train_drafter_app
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(patch_app, name="patch")
 app.command()(doctor)
+app.command()(example)
 app.command()(calibrate)
 app.add_typer(trace_app, name="trace")
 app.command()(bench)

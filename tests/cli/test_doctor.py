@@ -60,6 +60,16 @@ def test_a_vllm_that_does_not_fit_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         assert finding.remedy == "vLLM is not installed; install it."
 
 
+def test_builds_for_cuda_beside_torch_for_cpus_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.1+cpu"}
+    monkeypatch.setattr(doctor_command, "_version", installed.get)
+    finding = doctor_command.check_torch()
+    assert finding.state == "2.13.0+cpu, but torchvision 0.28.0 are not builds for it"
+    assert finding.remedy.startswith("run `pip uninstall torchvision`")
+    installed["torchvision"] = "0.28.0+cpu"
+    assert not doctor_command.check_torch().remedy
+
+
 def test_patches_that_are_not_applied_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PatchState, "inspect", lambda self: Report(Condition.PRISTINE, {}))
     finding = doctor_command.check_patches()
