@@ -14,8 +14,10 @@ from echo_vllm.cli.calibrate import calibrate
 from echo_vllm.cli.doctor import doctor
 from echo_vllm.cli.example import example
 from echo_vllm.cli.patch import patch_app
+from echo_vllm.cli.show import show
 from echo_vllm.cli.trace import trace_app
 from echo_vllm.cli.train_drafter import train_drafter_app
+from echo_vllm.cli.watch import watch
 
 app = typer.Typer(
     help=f"ECHO: tree speculation for vLLM {VLLM_VERSION}.",
@@ -26,6 +28,8 @@ app = typer.Typer(
 app.add_typer(patch_app, name="patch")
 app.command()(doctor)
 app.command()(example)
+app.command()(show)
+app.command()(watch)
 app.command()(calibrate)
 app.add_typer(trace_app, name="trace")
 app.command()(bench)
