@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from echo_vllm.config import EchoConfig
-from echo_vllm.forecast import StepCost
+from echo_vllm.forecast import Costs, StepCost
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.trees.forest import DraftForest
@@ -140,6 +140,10 @@ class DraftPolicy(ABC):
 
     def set_cost(self, cost: StepCost) -> None:  # noqa: B027  (nothing, by default)
         """What steps cost, as measured at start-up; comes once, if `needs_cost`."""
+
+    def costs(self) -> Costs | None:
+        """What steps cost as far as is known; None for a policy that does not ask."""
+        return None
 
     def plan(self, load: Load) -> DraftPlan:
         """What the worker is told for the drafting at the end of the step just scheduled."""

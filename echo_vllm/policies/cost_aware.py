@@ -98,7 +98,6 @@ class CostAwarePolicy(DraftPolicy):
         self._cost = OnlineCost(cost)
 
     def costs(self) -> Costs | None:
-        """What steps cost as far as is known."""
         return None if self._cost is None else self._cost.costs()
 
     def batch_limit(self, load: Load) -> int | None:

@@ -11,6 +11,7 @@ a stop string, which only the front end sees.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,10 +35,11 @@ class EchoStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         spec = vllm_config.speculative_config
         assert spec is not None
+        self.max_depth = spec.echo.max_depth
         self._reset()
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
         gauge = prometheus_client.Gauge
-        depths = list(range(1, spec.echo.max_depth + 1))
+        depths = list(range(1, self.max_depth + 1))
         metrics: dict[str, Any] = {
             "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
             "nodes": counter(
@@ -71,6 +73,33 @@ class EchoStatLogger(AggregateStatLoggerBase):
                 "Running requests that the draft head has no positions for.",
                 _LABELS,
             ),
+            "steps": counter("vllm:echo_steps", "Steps of the engine with rows.", _LABELS),
+            "resting": counter(
+                "vllm:echo_resting_steps", "Of these, steps that neither draft nor verify.", _LABELS
+            ),
+            "step_s": counter(
+                "vllm:echo_step_seconds", "Seconds of steps whose time was predicted.", _LABELS
+            ),
+            "predicted_s": counter(
+                "vllm:echo_predicted_step_seconds", "Their predicted seconds.", _LABELS
+            ),
+            "predicted": counter(
+                "vllm:echo_predicted_steps", "Steps whose time was predicted.", _LABELS
+            ),
+            "plan_depth": gauge(
+                "vllm:echo_plan_depth",
+                "Levels that the latest plan allows: 0 rests, as many as trees may have leaves it "
+                "to the policy.",
+                _LABELS,
+            ),
+            "plan_price": gauge(
+                "vllm:echo_plan_price", "Tokens that a second was worth to it; 0: unknown.", _LABELS
+            ),
+            "plan_rows": gauge(
+                "vllm:echo_plan_max_rows",
+                "Rows up to which it lets a target forward be filled; 0: unknown.",
+                _LABELS,
+            ),
             "depth": histogram(
                 "vllm:echo_tree_depth", "Depth of verified trees.", _LABELS, buckets=depths
             ),
@@ -88,8 +117,29 @@ class EchoStatLogger(AggregateStatLoggerBase):
             ),
         }
         name = vllm_config.model_config.served_model_name
+        labels = [*_LABELS, "depth"]
+        by_depth = {
+            "reached": counter("vllm:echo_depth_trees", "Verified trees of this depth.", labels),
+            "accepted": counter(
+                "vllm:echo_depth_accepted", "Of these, those accepted to this depth.", labels
+            ),
+            "expected": counter(
+                "vllm:echo_depth_expected",
+                "How many were to be accepted to it by the calibration; 0 where the policy has "
+                "none.",
+                labels,
+            ),
+        }
         self.metrics = {
             index: {key: metric.labels(name, str(index)) for key, metric in metrics.items()}
+            for index in engine_indexes
+        }
+
+        self.by_depth = {
+            index: {
+                key: [metric.labels(name, str(index), str(depth)) for depth in depths]
+                for key, metric in by_depth.items()
+            }
             for index in engine_indexes
         }
 
@@ -115,6 +165,15 @@ class EchoStatLogger(AggregateStatLoggerBase):
         # The step still counts requests that end with it.
         running = scheduler_stats.num_running_reqs
         metrics["beyond_head"].set(min(step.beyond_head, running))
+        metrics["plan_depth"].set(self.max_depth if step.plan_depth is None else step.plan_depth)
+        metrics["plan_price"].set(step.plan_price)
+        metrics["plan_rows"].set(step.plan_rows)
+        metrics["steps"].inc(bool(step.rows))
+        metrics["resting"].inc(step.rested)
+        if step.predicted_s:
+            metrics["predicted"].inc()
+            metrics["predicted_s"].inc(step.predicted_s)
+            metrics["step_s"].inc(step.spent_s)
         if not step.nodes:
             return
         metrics["trees"].inc(len(step.nodes))
@@ -128,6 +187,13 @@ class EchoStatLogger(AggregateStatLoggerBase):
         ):
             for value in values:
                 metrics[key].observe(value)
+        by_depth = self.by_depth[engine_idx]
+        for key, depths in (("reached", step.depths), ("accepted", step.accepted)):
+            for depth, count in Counter(depths).items():
+                for reached in by_depth[key][:depth]:
+                    reached.inc(count)
+        for counter, expected in zip(by_depth["expected"], step.expected, strict=False):
+            counter.inc(expected)
         self.trees += len(step.nodes)
         self.nodes += sum(step.nodes)
         self.accepted += sum(step.accepted)

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from echo_vllm.forecast import StepCost
-from echo_vllm.forecast.plan import Load
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies import Observation, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.acceptance_watch import AcceptanceWatch
@@ -217,6 +217,7 @@ class EchoScheduler(Scheduler):
         self._step_stats = model_runner_output.echo_stats
         if self._step_stats is not None:
             self._watch.observe(self._step_stats.accepted)
+            self._describe(self._step_stats, scheduler_output.echo_plan)
             self._learn(self._step_stats)
             drafts = scheduler_output.scheduled_spec_decode_tokens
             ids = [id for id in model_runner_output.req_ids if drafts.get(id)]
@@ -226,6 +227,22 @@ class EchoScheduler(Scheduler):
         if model_runner_output.echo_drafts is not None:
             self._take_drafts(model_runner_output.echo_drafts)
         return outputs
+
+    def _describe(self, stats: StepStats, plan: DraftPlan) -> None:
+        """What metrics say about the decisions, before anything is learnt from the step."""
+        stats.rested = plan.max_depth == 0 and not plan.probes and not stats.nodes
+        stats.plan_depth, stats.plan_price = plan.max_depth, plan.price
+        stats.plan_rows = plan.max_rows or 0.0
+        stats.expected = (stats.report or {}).get("predicted", [])
+        gap = stats.idle_s if stats.idle_s < LONGEST_GAP_S else 0.0
+        stats.spent_s = stats.verify_s + stats.draft_s + gap
+        costs = self._policy.costs()
+        if costs is not None and stats.cost is None and stats.rows:
+            cost = costs.trees if stats.nodes else costs.plain
+            predicted = cost.verify(stats.rows) + (cost.other if gap else 0.0)
+            if stats.committed:
+                predicted += cost.draft(stats.level_rows, stats.committed)
+            stats.predicted_s = float(predicted)
 
     def _learn(self, stats: StepStats) -> None:
         self._waiting = stats.waiting

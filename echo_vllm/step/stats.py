@@ -36,6 +36,12 @@ class StepStats:
         beyond_head: requests of the batch that are too long for the head.
         report: what the worker's policy tells the scheduler's (`DraftPolicy.report`).
         cost: the measured cost of steps (`StepCost.to_dict()`), in the first report only.
+        rested: whether the step followed a plan without drafting and verified nothing.
+        predicted_s: what the policy thought the step would take, of `spent_s`; 0 if it has no idea.
+        spent_s: verify_s, draft_s, and idle_s where requests did not lack.
+        expected: per depth, nodes that the calibration thought would be accepted; empty if unknown.
+        plan_depth: levels that the latest plan allows, None where the policy is free.
+        plan_price, plan_rows: see `DraftPlan`; 0 if unknown.
     """
 
     nodes: list[int] = field(default_factory=list)
@@ -54,6 +60,13 @@ class StepStats:
     beyond_head: int = 0
     report: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
+    rested: bool = False
+    predicted_s: float = 0.0
+    spent_s: float = 0.0
+    expected: list[float] = field(default_factory=list)
+    plan_depth: int | None = None
+    plan_price: float = 0.0
+    plan_rows: float = 0.0
 
     @classmethod
     def of(cls, forest: DraftForest, num_accepted: NDArray[np.int32]) -> StepStats:
