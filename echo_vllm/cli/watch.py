@@ -205,15 +205,14 @@ def decision(depth: float | None, price: float | None, max_rows: float | None) -
 
 
 def _time(window: Window) -> Panel:
+    steps = "echo_predicted_steps"
     return _figures(
         "where the time goes",
         {
             "verify": _shown(_share(window, "echo_verify_seconds"), _percent),
             "draft": _shown(_share(window, "echo_draft_seconds"), _percent),
-            "step": _shown(window.ratio("echo_step_seconds", "echo_steps"), _milliseconds),
-            "predicted": _shown(
-                window.ratio("echo_predicted_step_seconds", "echo_predicted_steps"), _milliseconds
-            ),
+            "step": _shown(window.ratio("echo_step_seconds", steps), _milliseconds),
+            "predicted": _shown(window.ratio("echo_predicted_step_seconds", steps), _milliseconds),
         },
     )
 
