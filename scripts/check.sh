@@ -20,6 +20,7 @@ run "ruff check" .venv/bin/ruff check .
 run "ruff format" .venv/bin/ruff format --check .
 run "mypy" .venv/bin/mypy
 run "imports" .venv/bin/lint-imports --no-logo
+run "docs" .venv/bin/python scripts/docs_site.py
 run "clang-format" .venv/bin/clang-format --dry-run -Werror "${sources[@]}"
 
 if ((${#failed[@]})); then
