@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Hours of mixed traffic against a real server, and what must be true afterwards.
+
+    python -m scripts.soak --hours 1 [--output benchmarks/results/soak]
+
+Streams, aborts, tools, long prompts, n > 1, seeds, grammars and bad requests, at a load that
+changes every 20 seconds, with a KV cache so small that requests are preempted. In the middle the
+server is killed and started again. At the end: no 5xx, greedy answers as at the start, no block in
+use, memory flat, and the policy still decides. Status 1 says what was not so. `make soak HOURS=1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+from scipy import stats
+
+from tests.conftest import DEMO_TARGET, ROOT, Server, start_server
+from tests.engine.prompts import project_prompts
+from tests.server import kinds
+from tests.server.conftest import MAX_MODEL_LEN, MODEL
+from tests.server.metrics import Metrics, wait_until_idle
+
+LOADS = (1, 4, 16, 8, 2, 24)
+LOAD_S = 20.0
+SAMPLE_S = 2.0
+WARM_UP = 0.2
+"""Share of a server's life that its memory may grow in: pools, caches, compiled code."""
+
+FLAT_MB_PER_HOUR = 100.0
+"""More growth than that, with the lower end of its interval above 0 as well, is a leak."""
+
+ARGUMENTS = (
+    *("--speculative-config", "examples/echo.json"),
+    *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
+    *("--max-num-seqs", "16", "--enforce-eager", "--kv-cache-memory-bytes", "150M"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"warm": {"type": "boolean"}},
+            "required": ["warm"],
+            "additionalProperties": False,
+        },
+    },
+}
+BAD = (
+    {"model": "nobody"},
+    {"max_tokens": -1},
+    {"temperature": -2},
+    {"top_p": 7},
+    {"prompt": "word " * 4 * MAX_MODEL_LEN},
+    {"n": 0},
+    {"logprobs": 1000},
+)
+
+
+async def tools(client: openai.AsyncOpenAI, prompt: str) -> str:
+    messages: Any = [{"role": "user", "content": prompt}]
+    choice: Any = random.choice(["auto", {"type": "function", "function": {"name": "weather"}}])
+    await client.chat.completions.create(
+        model=MODEL,
+        messages=messages,
+        tools=[TOOL],  # type: ignore[list-item]
+        tool_choice=choice,
+        temperature=0,
+        max_tokens=24,
+    )
+    return "whole"
+
+
+async def bad(client: openai.AsyncOpenAI, prompt: str) -> str:
+    """A request that must be refused, as the client's fault."""
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 4, **random.choice(BAD)}
+    try:
+        await client.post("/completions", body=body, cast_to=httpx.Response)
+    except openai.APIStatusError as error:
+        if error.status_code < 500:
+            return "refused"
+        raise
+    raise AssertionError(f"accepted: {str(body)[:80]}")
+
+
+async def given_up(client: openai.AsyncOpenAI, prompt: str) -> str:
+    return await kinds.stream(client, prompt, stop_after=random.randint(1, 30))
+
+
+KINDS = [*kinds.KINDS, (tools, 2), (bad, 2), (given_up, 4)]
+
+
+@dataclass
+class Report:
+    """What happened.
+
+    Attributes:
+        ended: how requests ended, by kind.
+        faults: what must not be, each once with how often.
+        memory: per life of the server, (seconds since its start, MB of all its processes).
+        counted: counters of the server, over all its lives.
+    """
+
+    ended: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    memory: list[list[tuple[float, float]]] = field(default_factory=list)
+    counted: Counter[str] = field(default_factory=Counter)
+
+    def slope(self) -> tuple[float, float]:
+        """MB an hour and half its 95 % interval, of all lives behind their warm-up together."""
+        times, sizes = [], []
+        for life in self.memory:
+            settled = [x for x in life if x[0] >= WARM_UP * life[-1][0]]
+            if len(settled) < 3:
+                continue
+            t, y = np.array(settled).T
+            times.append(t - t.mean())
+            sizes.append(y - y.mean())
+        if not times:
+            return 0.0, float("inf")
+        fit = stats.linregress(np.concatenate(times) / 3600, np.concatenate(sizes))
+        half = float(fit.stderr) * float(stats.t.ppf(0.975, sum(map(len, times)) - 2))
+        return float(fit.slope), half
+
+
+def resident_mb(pid: int) -> float:
+    """Of a process and all below it; pages that they share count once each."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(pid)
+        for process in [leader, *leader.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total / 2**20
+
+
+async def traffic(server: Server, seconds: float, report: Report) -> None:
+    """Requests of all kinds until `seconds` are over; waits for the last of them."""
+    begin = time.monotonic()
+    life: list[tuple[float, float]] = []
+    report.memory.append(life)
+    prompts = project_prompts()
+    functions, weights = zip(*KINDS, strict=True)
+    over = asyncio.Event()
+
+    async def client_number(number: int, client: openai.AsyncOpenAI) -> None:
+        while not over.is_set():
+            load = LOADS[int((time.monotonic() - begin) / LOAD_S) % len(LOADS)]
+            if number >= load:
+                await asyncio.sleep(0.5)
+                continue
+            [kind] = random.choices(functions, weights)
+            try:
+                ended = await kind(client, random.choice(prompts))
+                report.ended[f"{kind.__name__}: {ended}"] += 1
+            except openai.APIStatusError as error:
+                report.faults[f"{kind.__name__}: status {error.status_code}"] += 1
+            except (openai.APIError, AssertionError) as error:
+                reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+                report.faults[f"{kind.__name__}: {reason}"] += 1
+
+    async def sample_memory() -> None:
+        while not over.is_set():
+            life.append((time.monotonic() - begin, resident_mb(server.process.pid)))
+            await asyncio.sleep(SAMPLE_S)
+
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
+    ) as client:
+        tasks = [asyncio.create_task(client_number(i, client)) for i in range(max(LOADS))]
+        tasks.append(asyncio.create_task(sample_memory()))
+        await asyncio.sleep(seconds)
+        over.set()
+        await asyncio.gather(*tasks)
+
+
+def greedy_answers(server: Server) -> list[str]:
+    """Of some prompts, one after the other on an idle server."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
+        return [
+            client.completions.create(model=MODEL, prompt=prompt, max_tokens=32, temperature=0)
+            .choices[0]
+            .text
+            for prompt in project_prompts()[:6]
+        ]
+
+
+COUNTERS = (
+    *("generation_tokens", "num_preemptions", "echo_trees", "echo_accepted_tokens"),
+    *("echo_steps", "echo_resting_steps"),
+)
+
+
+def soak(hours: float, folder: Path) -> dict[str, Any]:
+    """Run it; the result, with what was wrong in `wrong`."""
+    report, wrong = Report(), []
+    first: list[str] = []
+    for life in (1, 2):
+        log = folder / f"server-{life}.log"
+        server = start_server(DEMO_TARGET, ARGUMENTS, {}, log, timeout_s=600)
+        try:
+            answers = greedy_answers(server)
+            first = first or answers
+            if answers != first:
+                wrong.append(f"life {life} begins with other greedy answers")
+            asyncio.run(traffic(server, hours * 1800, report))
+            if server.process.poll() is not None:
+                wrong.append(f"the server died in life {life}: {log}")
+                break
+            metrics = wait_until_idle(server)  # No request, and no block in use.
+            before = metrics
+            if greedy_answers(server) != first:
+                wrong.append(f"greedy answers changed in life {life}")
+            metrics = Metrics.read(server)
+            for name in COUNTERS:
+                report.counted[name] += int(metrics.total(f"{name}_total"))
+            if (metrics - before).total("echo_steps_total") <= 0:
+                wrong.append(f"no step was reported at the end of life {life}")
+            if life == 1:  # Killed, as by a machine that loses its power.
+                os.killpg(server.process.pid, signal.SIGKILL)
+        except AssertionError as error:
+            wrong.append(str(error).splitlines()[0])
+        finally:
+            server.stop()
+    wrong += [f"{count} x {fault}" for fault, count in report.faults.items()]
+    for name, why in (
+        ("num_preemptions", "no request was preempted"),
+        ("echo_trees", "no tree was verified"),
+    ):
+        if not report.counted[name]:
+            wrong.append(why)
+    slope, half = report.slope()
+    if slope - half > 0 and slope > FLAT_MB_PER_HOUR:
+        wrong.append(f"memory grows by {slope:.0f} +- {half:.0f} MB an hour")
+    peak = max(itertools.chain.from_iterable(report.memory), key=lambda sample: sample[1])[1]
+    return {
+        "hours": hours,
+        "requests": sum(report.ended.values()),
+        "ended": dict(sorted(report.ended.items())),
+        "counted": dict(report.counted),
+        "memory_mb_per_hour": {"slope": round(slope, 1), "half_of_95_percent": round(half, 1)},
+        "peak_memory_mb": round(peak),
+        "wrong": wrong,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, help="OUTPUT.json, beside what is printed")
+    options = parser.parse_args()
+    random.seed(0)
+    os.chdir(ROOT)
+    folder = Path(tempfile.mkdtemp(prefix="echo-soak-"))
+    print(f"logs in {folder}", flush=True)
+    result = soak(options.hours, folder)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        options.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    sys.exit(1 if result["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
