@@ -15,12 +15,13 @@ DTYPE ?=
 COMPILE ?= 0
 # Engines of the tests run on one thread each, two test files at a time.
 WORKERS ?= 2
+HOURS ?= 1
 ARGS ?=
 export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
 
-.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test format bench-quick clean
+.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test dashboard-test image image-test docs soak format bench-quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +58,21 @@ wheel: setup ## dist/*.whl with a manylinux tag, dist/*.tar.gz, and their sizes
 
 install-test: wheel ## both of dist/ in fresh environments: patches, doctor, a server (5 minutes)
 	@scripts/install_test.sh
+
+dashboard-test: setup ## every query of dashboard and alert rules, in a real Prometheus
+	@$(PYTHON_OF_VENV) -m monitoring.check $(ARGS)
+
+image: ## the CPU image, with docker, podman or buildah: ENGINE, IMAGE, PYTHON_IMAGE, IMAGE_ARGS
+	@scripts/image.sh build
+
+image-test: ## starts it: health, an answer, its user, a read-only root, SIGTERM
+	@scripts/image.sh test
+
+docs: setup ## the documentation as a site in .build/site; a broken link is an error
+	@$(PYTHON_OF_VENV) scripts/docs_site.py
+
+soak: setup ## HOURS (1) of mixed traffic, a killed server, and what must be true afterwards
+	@$(PYTHON_OF_VENV) -m scripts.soak --hours $(HOURS) $(ARGS)
 
 format: setup ## let ruff and clang-format rewrite what make check complains about
 	@.venv/bin/ruff check --fix .

@@ -148,9 +148,13 @@ PANELS = (
         "percentunit",
     ),
     Panel(
-        "Starved requests",
-        "Drafts a second that got no node because others paid better.",
-        (Query("sum(`echo_starved_requests_total`)", "starved"),),
+        "Requests without a tree",
+        "Drafts a second that got no node because others paid better, and running requests that the "
+        "head has no positions for.",
+        (
+            Query("sum(`echo_starved_requests_total`)", "starved a second"),
+            Query("sum(`=echo_requests_beyond_head`)", "beyond the head"),
+        ),
     ),
     Panel(
         "Waiting for the drafter",
