@@ -52,7 +52,8 @@ FLAT_MB_PER_HOUR = 100.0
 ARGUMENTS = (
     *("--speculative-config", "examples/echo.json"),
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
-    *("--max-num-seqs", "16", "--enforce-eager", "--kv-cache-memory-bytes", "150M"),
+    *("--max-num-seqs", "16", "--enforce-eager", "--block-size", "32"),
+    *("--num-gpu-blocks-override", "48"),  # 1536 tokens, of which one long prompt takes two thirds.
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 TOOL = {
