@@ -18,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly IMAGE=${IMAGE:-echo-vllm} PORT=${PORT:-8012}
-readonly LIMIT_S=30 # from SIGTERM to the end
+readonly HEALTH_S=900 LIMIT_S=30 # to the first healthy answer; from SIGTERM to the end
 
 say() { printf '[image] %s\n' "$*"; }
 die() {
@@ -51,7 +51,6 @@ build() {
 
 image_bytes() {
   if [[ $engine == buildah ]]; then
-    buildah inspect --type image --format '{{.FromImageID}}' "$IMAGE" >/dev/null
     buildah images --json "$IMAGE" | python3 -c '
 import json, sys
 size = json.load(sys.stdin)[0]["size"].replace("\xa0", " ")
@@ -91,7 +90,7 @@ inside() { # inside ARGUMENT...: buildah's container; the first argument may be 
     command=$2
     shift 2
   fi
-  exec env -i "${settings[@]}" "PORT=$PORT" HOST=127.0.0.1 \
+  exec setsid env -i "${settings[@]}" "PORT=$PORT" HOST=127.0.0.1 \
     chroot --userspec=echo:echo "$root" "$command" "$@"
 }
 
@@ -120,9 +119,10 @@ end() {
 }
 
 clean_up() {
+  set +e
   if [[ $engine == buildah && -n $container ]]; then
-    [[ -n $pid ]] && kill -KILL "$pid" 2>/dev/null
-    umount "$root/cache" "$root/dev" "$root/proc" "$root" 2>/dev/null
+    [[ -n $pid ]] && kill -KILL -- "-$pid" 2>/dev/null
+    umount --lazy "$root/cache" "$root/dev" "$root/proc" "$root" 2>/dev/null
     buildah umount "$container" >/dev/null 2>&1
     buildah rm "$container" >/dev/null
   elif [[ -n $container ]]; then
@@ -138,7 +138,7 @@ run_test() {
   local started=$SECONDS
   until execute /opt/echo-vllm/docker/healthcheck.sh 2>/dev/null; do
     is_running || die "the container has ended before it was healthy"
-    ((SECONDS - started < 300)) || die "not healthy after 300 s"
+    ((SECONDS - started < HEALTH_S)) || die "not healthy after $HEALTH_S s"
     sleep 1
   done
   say "healthy after $((SECONDS - started)) s"
