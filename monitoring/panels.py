@@ -149,8 +149,8 @@ PANELS = (
     ),
     Panel(
         "Requests without a tree",
-        "Drafts a second that got no node because others paid better, and running requests that the "
-        "head has no positions for.",
+        "Drafts a second that got no node because others paid better, and running requests that "
+        "the head has no positions for.",
         (
             Query("sum(`echo_starved_requests_total`)", "starved a second"),
             Query("sum(`=echo_requests_beyond_head`)", "beyond the head"),

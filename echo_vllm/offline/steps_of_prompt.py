@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from echo_vllm.offline.engine import local_llm
+from echo_vllm.offline.engine import LocalEngine
 
 ROOT = -1
 
@@ -174,14 +174,12 @@ def steps_of_prompt(
         "max_num_seqs": 1,
         "speculative_config": dict(speculation),
     }
-    with local_llm(model, **options) as llm:
+    with LocalEngine(model, **options) as local:
         from vllm import SamplingParams
 
-        tokenizer = llm.get_tokenizer()
-        engine = llm.llm_engine
-        executor = engine.engine_core.engine_core.model_executor
+        tokenizer, engine = local.llm.get_tokenizer(), local.engine
         recorder = TreeRecorder(lambda token: str(tokenizer.decode([token])))
-        executor.driver_worker.worker.model_runner.recorder = recorder
+        local.runner.recorder = recorder
         if tokenizer.chat_template:
             ids = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
