@@ -567,8 +567,8 @@ def weights_folder(model: str, revision: str | None, cache: str | None = None) -
     config = local_file(model, "config.json", revision, cache)
     if config is None:
         return None
-    is_there = Path(model).is_dir() or any(map(config.parent.glob, _PATTERNS))
-    return config.parent if is_there else None
+    files = (file for pattern in _PATTERNS for file in config.parent.glob(pattern))
+    return config.parent if Path(model).is_dir() or any(files) else None
 
 
 def _weight_files(model: str, folder: Path) -> list[Path]:

@@ -70,7 +70,6 @@ def test_a_table_that_ends_is_not_drafted_from_beyond(
     with engine(tiny.target, echo(head, 8, policy=policy), **OPTIONS) as llm:
         drafter = runner(llm).drafter
         assert drafter.max_draft_len == 128
-        assert counters(llm)[beyond] == 0
         llm.llm_engine.add_request("long", LONG, greedy(60))
         seen, committed, tokens = set(), [], []
         while llm.llm_engine.has_unfinished_requests():
@@ -78,7 +77,7 @@ def test_a_table_that_ends_is_not_drafted_from_beyond(
                 tokens = list(output.outputs[0].token_ids)
             if len(tokens) > 30:
                 committed.append(drafter.report.committed + sum(drafter.report.level_rows))
-            seen.add(counters(llm)[beyond])
+            seen.add(counters(llm).get(beyond, 0))  # There from the first report on.
         # No step beyond does any drafting, and the metric counts the request while it runs.
         assert len(committed) == 30
         assert sum(committed) == 0
