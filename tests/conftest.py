@@ -83,6 +83,7 @@ LONGEST = (
     "engine/test_demo_exactness.py",
     "bench/test_results.py",
     "engine/test_requests.py",
+    "startup/test_heads_table.py",
     "triton/test_triton.py",
     "cuda/test_emulated_kernels.py",
     "engine/test_tensor_parallel.py",

@@ -193,6 +193,37 @@ def biases(*names: str, **sizes: int) -> Tensors:
     }
 
 
+def int8(tensors: Tensors) -> Tensors:
+    """`tensors` with the layers' projections in eight bits and a scale a row."""
+    packed: Tensors = {}
+    for name, tensor in tensors.items():
+        if "_proj.weight" in name:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            packed[f"{name}_scale"] = scale
+            tensor = (tensor / scale).round().to(torch.int8)
+        packed[name] = tensor
+    return packed
+
+
+INT8: Config = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*fc$"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
 NUMBERED = tensors(layer="layers.0")
 WHOLE = tensors(draft=None)
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -414,6 +445,13 @@ FORMS: dict[str, Form] = {
         without(
             tensors(draft=None, layer="layers.0", queries=HIDDEN), "fc.", "layers.0.hidden_norm"
         ),
+    ),
+    "quantised": Form(config(quantization_config=INT8), int8(tensors())),
+    "quantised, not whole": Form(
+        config(quantization_config=INT8),
+        without(int8(tensors()), "o_proj"),
+        refused="its weights lack midlayer.self_attn.o_proj.weight; download it again",
+        why_stock_starts="with a projection as it was allocated",
     ),
     "target_hidden_size null": Form(
         config(target_hidden_size=None),
