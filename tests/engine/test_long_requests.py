@@ -5,14 +5,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from echo_vllm.step import head_limits
-from echo_vllm.step.metrics import EchoStatLogger
-from echo_vllm.step.stats import StepStats
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine, generate, runner
 from tests.engine.tiny import make_head
@@ -34,19 +31,6 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def watch_stats(model_runner: Any, monkeypatch: pytest.MonkeyPatch) -> list[StepStats]:
-    """What the runner reports of each step from now on."""
-    reported: list[StepStats] = []
-    report = model_runner._stats
-
-    def watched(step: Any) -> StepStats:
-        reported.append(report(step))
-        return reported[-1]
-
-    monkeypatch.setattr(model_runner, "_stats", watched)
-    return reported
-
-
 def greedy(num_tokens: int) -> Any:
     from vllm import SamplingParams
 
@@ -66,11 +50,6 @@ def test_a_table_that_vllm_widens_is_drafted_from_to_the_end(
         tokens = generate(llm, [LONG, SHORT], greedy(60), one_by_one=True)
         counted = counters(llm)
         assert runner(llm).drafter.max_draft_len == 256
-        gauge = EchoStatLogger(llm.llm_engine.vllm_config, [0])
-        for running, shown in ((2, 2), (0, 0)):  # A step still counts requests that end with it.
-            report = StepStats(beyond_head=2).to_dict()
-            gauge.record(SimpleNamespace(echo_stats=report, num_running_reqs=running), None)
-            assert gauge.metrics[0]["beyond_head"]._value.get() == shown
     assert tokens == plain(tiny.target, 60)
     # Both requests were drafted for; the long one begins beyond the head's own 64 positions.
     assert counted["spec_decode_num_drafts"] + counted["spec_decode_num_accepted_tokens"] > 110
@@ -86,7 +65,6 @@ def test_a_table_that_ends_is_not_drafted_from_beyond(
     tiny: TinyModel,
     tmp_path: Path,
     warnings: list[str],
-    monkeypatch: pytest.MonkeyPatch,
     policy: str,
 ) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -94,21 +72,20 @@ def test_a_table_that_ends_is_not_drafted_from_beyond(
     with engine(tiny.target, echo(head, 8, policy=policy), **OPTIONS) as llm:
         drafter = runner(llm).drafter
         assert drafter.max_draft_len == 128
-        stats = watch_stats(runner(llm), monkeypatch)
         llm.llm_engine.add_request("long", LONG, greedy(60))
-        committed, tokens = [], []
+        shown, committed, tokens = [], [], []
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
                 tokens = list(output.outputs[0].token_ids)
+            shown.append(counters(llm)["echo_requests_beyond_head"])
             if len(tokens) > 30:
                 committed.append(drafter.report.committed + sum(drafter.report.level_rows))
-        # No step beyond does any drafting, and each of them counts the request.
+        # No step beyond does any drafting, and the metric shows the request until it ends.
         assert len(committed) == 30
         assert sum(committed) == 0
-        counted = [step.beyond_head for step in stats]
-        assert counted == sorted(counted)
-        assert set(counted) == {0, 1}
-        assert counted.count(1) >= 30
+        assert shown[-1] == 0
+        assert shown[:-1] == sorted(shown[:-1])
+        assert set(shown) == {0, 1}
         before = counters(llm)["spec_decode_num_drafts"]
         assert 0 < before < 30
         again = generate(llm, [SHORT], greedy(60))
