@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from echo_vllm import atomic
 from echo_vllm.cli.console import fail, last_line, located
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
@@ -68,7 +69,7 @@ def show(
         fail(f"the engine does not start: {last_line(error)}")
     shown = Shown(Path(model).name, prompt, speculation, tuple(steps))
     if html is not None:
-        html.write_text(page(shown), encoding="utf-8")
+        atomic.write_text(html, page(shown))
         typer.echo(f"wrote {html}")
         return
     _out.print(answer_text(shown))

@@ -75,7 +75,7 @@ def decode(task: Task) -> Result:
 def _start_recording(worker: Any) -> None:
     """Keep every forest that the worker's drafter makes from now on."""
     drafter = worker.model_runner.drafter
-    propose = drafter.propose_forest
+    propose = drafter.draft_trees
     drafter.recorded = []
 
     def recording(**kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def _start_recording(worker: Any) -> None:
         drafter.recorded.append(forest.trees())
         return forest
 
-    drafter.propose_forest = recording
+    drafter.draft_trees = recording
 
 
 def _recorded(worker: Any) -> list[Any]:
