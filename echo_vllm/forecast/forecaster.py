@@ -272,9 +272,7 @@ class Forecaster:
                 reads_prompts=self._is_drafting,
                 growth=self._growth,
             )
-        plan = replace(
-            plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth
-        )
+        plan = replace(plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth)
         step = load.num_decoding / now.plain
         is_attempt = self._is_drafting and not self._drafting
         for account in (self._probes, self._plain_steps):

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from echo_vllm.forecast.step_cost import StepCost
 
-
 AHEAD = (0, 4, 8, 16, 32, 64, 128, 256)
 """Tokens from now at which the load is forecast. Beyond the last one nothing is: it is the horizon
 in which catching up must pay for itself."""

@@ -31,6 +31,7 @@ from echo_vllm.transfer import download
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool
 
+
 class CostAwareConfig(ElasticConfig):
     """The section of a policy that weighs tokens against time."""
 

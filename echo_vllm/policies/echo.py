@@ -38,7 +38,6 @@ from echo_vllm.policies.elastic import Floor, GatedConfig
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
 
-
 REST_BELOW = 0.25
 """Nodes of the budget a request below which nobody drafts: all would catch up and draft a level for
 the few that get one."""

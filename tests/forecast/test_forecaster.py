@@ -300,9 +300,7 @@ def test_it_waits_for_the_end_of_requests_that_are_not_worth_catching_up_with() 
     assert begins(forecaster(0.9), Load(1, waiting=96), costs)
 
 
-def least_seconds(
-    found: Forecaster, load: Load, costs: Costs, first: bool, current: bool
-) -> float:
+def least_seconds(found: Forecaster, load: Load, costs: Costs, first: bool, current: bool) -> float:
     """The fastest of all ways to draft or to rest in each part of the horizon, `first` in the first
     one: without a rest before, nothing has to be caught up with."""
     plain, drafting = found._seconds_a_token(list(load.ahead), load, costs)

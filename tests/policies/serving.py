@@ -165,7 +165,7 @@ class Serving:
         self.tokens += int(made.sum())
         self.expected_tokens += count + before.expected
         self.expected_seconds += float(true.verify(count + nodes)) + true.other
-        self.expected_seconds += (self.more_for_trees if nodes else 0.0)
+        self.expected_seconds += self.more_for_trees if nodes else 0.0
         self.expected_seconds += float(true.draft(levels, committed)) if committed else 0.0
         self.steps.append(
             (count, plan.max_depth != 0, verify_s + draft_s + other_s, len(probes) if pool else 0)
