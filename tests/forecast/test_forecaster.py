@@ -157,11 +157,12 @@ def test_better_prompts_are_noticed_once_the_memory_is_of_them(requests: int) ->
     )
     share = price_of_probes(curve, requests, probes) / float(curve.plain.plain_step(requests))
     most = math.ceil((RESTING_MEMORY / probes + 1) * (share / EXPERIMENTS + PROBE_STEPS))
-    for step in range(most):
+    better = itertools.cycle(seen._drafts)
+    for _ in range(most):
         plan = found.plan(Load(requests, waiting=48 * requests), curve)
         if plan.max_depth:
             return
-        for scores, depths in list(seen._drafts)[step % 32 :][: min(plan.probes, requests)]:
+        for scores, depths in itertools.islice(better, min(plan.probes, requests)):
             found.observe_draft(scores.tolist(), depths.tolist())
     pytest.fail(f"still resting after {most} steps")
 

@@ -40,7 +40,7 @@ class Prompts:
     """
 
     sure: float
-    spread: float = 0.05
+    spread: float = 0.02
     honesty: float = 1.0
 
 
@@ -233,7 +233,7 @@ class Serving:
                 above = alive[active].gather(1, expansion.frontier)
                 levels.append(expansion.frontier.numel())
             mean = sure[active.numpy()][:, None]
-            best = random.beta(4 * mean, 4 * (1 - mean), tuple(above.shape)).clip(1e-3, 0.999)
+            best = random.beta(12 * mean, 12 * (1 - mean), tuple(above.shape)).clip(1e-3, 0.999)
             chances = np.empty((*above.shape, k))
             chances[..., 0] = best
             chances[..., 1:] = (1 - best)[..., None] * 0.4 * 0.5 ** np.arange(1, k)
@@ -301,5 +301,5 @@ def best_fixed(
         run = serving(make())
         run.dictated = replace(plan, max_depth=depth, cost=true)
         run.run(4)
-        results.append((run.speed(max(12, 240 // run.requests)), depth))
+        results.append((run.speed(max(30, 400 // run.requests)), depth))
     return max(results)

@@ -57,7 +57,7 @@ def decisions(run: Serving) -> list[bool]:
         decide(*args)
         found.append(forecaster._drafting)
 
-    forecaster._decide = recording  # type: ignore[method-assign]
+    forecaster._decide = recording  # type: ignore[method-assign, assignment]
     return found
 
 
@@ -71,22 +71,32 @@ def ratio(
     return Serving(auto(true), true, prompts, requests).run(warm_up).speed(steps) / best
 
 
-STEADY = list(itertools.product(MACHINES, [0.15, 0.4, 0.7], [1, 4, 16, 64, 256]))
-QUICK = {("two-cores", 0.4, 1), ("steep", 0.15, 16), ("gpu", 0.15, 256), ("dear-drafter", 0.7, 4)}
-
-
 @pytest.mark.parametrize(
     ("name", "sure", "requests"),
     [
-        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.full)
-        for case in STEADY
-        if case in QUICK or case[2] in (1, 16, 256)
+        ("two-cores", 0.4, 4),
+        ("dear-drafter", 0.4, 16),
+        ("steep", 0.15, 16),
+        ("gpu", 0.15, 256),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [
+                ("two-cores", 0.15, 1),
+                ("two-cores", 0.7, 64),
+                ("gpu", 0.7, 1),
+                ("gpu", 0.7, 16),
+                ("gpu", 0.4, 64),
+                ("steep", 0.7, 4),
+                ("dear-drafter", 0.7, 1),
+                ("dear-drafter", 0.15, 256),
+            ]
+        ),
     ],
 )
 def test_a_steady_load_is_served_as_fast_as_by_the_best_fixed_way(
     name: str, sure: float, requests: int
 ) -> None:
-    assert ratio(MACHINES[name], Prompts(sure), requests) > 0.98
+    assert ratio(MACHINES[name], Prompts(sure), requests) > 0.985  # Luck is half a percent.
 
 
 def test_a_burst_that_shrinks_to_one_request_is_drafted_for_when_that_pays() -> None:
@@ -104,7 +114,10 @@ def test_a_burst_that_shrinks_to_one_request_is_drafted_for_when_that_pays() -> 
     assert sum(crowd) < 0.3 * len(crowd)
 
 
-@pytest.mark.parametrize(("name", "sure"), [("steep", 0.3), ("two-cores", 0.3), ("gpu", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "sure"),
+    [("steep", 0.3), ("two-cores", 0.3), pytest.param("gpu", 0.5, marks=pytest.mark.full)],
+)
 def test_the_decision_does_not_flap(name: str, sure: float) -> None:
     """At the load at which drafting and resting are about as good, with noise of a tenth."""
     true = MACHINES[name]
