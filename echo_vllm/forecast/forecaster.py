@@ -8,51 +8,69 @@ like the recent ones, and compares the best of them with plain decoding. Because
 input, a change of it changes the decision in the next step, and because the forecast is the
 maximum of functions that are continuous in the load, nothing jumps where the decision changes.
 
+Forecasts have standard errors. Drafting begins where it pays although it was forecast too well, and
+ends where it does not pay although it was forecast too badly; between the two all stays as it is,
+but for experiments, whose price in time is forecast as well and is a small share of all time.
+
 Everything that depends on timing or on past steps lives here, in one process; ranks get the
 resulting `DraftPlan`.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.forecast.plan import AHEAD, DraftPlan, Load
 from echo_vllm.forecast.step_cost import Costs
 from echo_vllm.forecast.survival import OnlineSurvival, SurvivalModel
 
-MEMORY = 64
+Floats = NDArray[np.float64]
+
+MEMORY = 128
 """Drafts that are remembered."""
 
 ENOUGH = 8
 """Remembered drafts below which everything is drafted to full depth."""
 
-GAIN = 0.02
-"""By how much drafting must be predicted to be faster. What the prediction leaves out is against
-it: requests that accept differently end one by one, and so do their successors' prompts come."""
-
-MARGIN = 0.01
-"""How far the prediction must be beyond that on the other side before the decision changes."""
-
-HORIZON = 64
-"""Steps, or tokens that are left if those are fewer, in which catching up with what waits for the
-drafter must pay for itself."""
-
-PROBE_STEPS = 32
-"""Steps between drafts of a few requests to full depth while others draft less deep."""
-
-SLOWEST_PROBE_STEPS = 256
-"""The same while nothing is drafted and nothing suggests that it should be."""
-
 RESTING_MEMORY = 16
 """Drafts that are remembered in the end while nothing is drafted: with so few probes, `MEMORY`
 would be of long ago, and better prompts would not be noticed for thousands of steps."""
 
-PROBES = 2
+BOUND = 1.3
+"""Standard errors between a forecast and its bounds."""
+
+UNKNOWN = 0.005
+"""What no observation tells, as a share of the speed: what the forecast leaves out."""
+
+EXPERIMENTS = 0.003
+"""Share of the time that each kind of experiment may take: probes, and the others."""
+
+PROBES = (1, 2, 4, 8)
+MOST_PROBES = PROBES[-1]
+"""Requests of one step that draft to full depth, so that their scores can be remembered."""
+
+PROBED_NODES = 2
+"""Nodes of a probe that are verified in any case."""
+
+PROBE_STEPS = 8
+"""Steps between probes at least."""
+
+PLAIN_STEPS = 16
+"""Steps between single steps of plain decoding while others draft, at least: what plain decoding
+costs now is the other half of every comparison."""
+
+ATTEMPT = 8
+"""Steps of an attempt: drafting where the forecast says that it pays, but not for sure."""
+
+ATTEMPT_STEPS = (32, 1024)
+"""Steps between attempts: twice as many after each one that was given up."""
 
 DOUBT = 3.0
 """How many times too long start-up may have measured forwards: on a machine that was busy then."""
@@ -66,17 +84,15 @@ LARGER = 1.25
 TRIAL_STEPS = 16
 """Steps between them."""
 
-PLAIN_STEPS = (16, 128)
-"""Steps between single steps of plain decoding while others draft: what plain decoding costs now
-is the other half of every comparison. They become rarer, from the first number to the second, the
-more of them there were at about this load (requests up to a factor of two): twice as long after
-every other one."""
+BEHIND = 48
+"""Tokens that a request has to catch up with after a long rest, before any had to: a window, and
+half a block."""
 
 REUSE = 8
 """Steps for which the expected tokens are not worked out anew, nor a forecast for the same load."""
 
-NEARLY = 0.97
-"""Below this share of plain decoding's speed, drafting is far from paying."""
+POINTS = 48
+"""Numbers of nodes that are priced for a depth."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +101,61 @@ class Forecast:
 
     Attributes:
         depth: levels to draft, 0 for plain decoding.
-        nodes: nodes a request.
+        nodes: nodes a request that drafts.
         speed: tokens per second with that.
         plain: tokens per second of plain decoding.
+        error: standard error of log(speed / plain).
     """
 
     depth: int
     nodes: float
     speed: float
     plain: float
+    error: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        """log(speed / plain); -inf where nothing can be drafted."""
+        return math.log(self.speed / self.plain) if self.speed > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What trees of one depth are expected to bring, for rising numbers of nodes.
+
+    Attributes:
+        nodes: [n], a request that drafts.
+        gains: [n], accepted tokens to expect of them.
+        chosen: [n], how many of the remembered nodes, in the order of `Forecaster._order`.
+    """
+
+    nodes: Floats
+    gains: Floats
+    chosen: NDArray[np.int64]
+
+
+class Account:
+    """Time saved up for experiments of one kind: a share of what passes."""
+
+    def __init__(self, share: float, steps: int) -> None:
+        """Args: share: of the time; steps: between two experiments at least."""
+        self._share, self._least = share, steps
+        self._saved = 0.0
+        self._steps = 0
+
+    def passes(self, seconds: float) -> None:
+        """A step passes, of `seconds`."""
+        self._saved += self._share * seconds
+        self._steps += 1
+
+    def buys(self, price: float) -> bool:
+        """Whether an experiment that takes `price` seconds is due; then they are spent. What was
+        saved beyond that is lost: many steps without need for one are no reason for many later."""
+        if self._steps < self._least or self._saved < price:
+            return False
+        self._saved = 0.0
+        self._steps = 0
+        return True
 
 
 class Forecaster:
@@ -122,25 +184,31 @@ class Forecaster:
         self.k_max = k_max
         self.online = OnlineSurvival(max_depth) if online else None
         self._drafts: deque[tuple[NDArray[np.float32], NDArray[np.int64]]] = deque(maxlen=MEMORY)
-        self._drafting = True
+        self._drafting = False
         self._step = 0
-        self._next_probe = 0
-        self._probe_steps = PROBE_STEPS
-        self._next_plain = PLAIN_STEPS[0]
+        self._turn = 0
+        self._probes = Account(EXPERIMENTS, PROBE_STEPS)
+        self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
+        self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
+        self._attempt_until = 0
+        self._next_attempt, self._attempt_steps = 0, ATTEMPT_STEPS[0]
         # By the octave of the load.
-        self._num_plain: dict[int, int] = {}
         self._num_trials: dict[int, int] = {}
         self._next_trial = TRIAL_STEPS
-        self._turn = 0
-        self._curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
-        self._curves_until = 0
-        self._last: tuple[tuple[int, int, Costs], Forecast] | None = None
+        self._behind = float(BEHIND)
+        self._reading = 0.0
+        # What is worked out anew every `REUSE` steps.
+        self._until = 0
+        self._expected: list[_Expected] = []
+        self._order: tuple[NDArray[Any], ...] = ()
+        self._growth: tuple[float, ...] = ()
+        self._known: dict[tuple[object, ...], Forecast] = {}
 
     def observe_draft(self, scores: list[float], depths: list[int]) -> None:
         """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
         self._drafts.append((np.array(scores, np.float32), np.array(depths, np.int64)))
         for _ in range(2):
-            if not self._drafting and len(self._drafts) > RESTING_MEMORY:
+            if not self._is_drafting and len(self._drafts) > RESTING_MEMORY:
                 self._drafts.popleft()
 
     def observe_acceptance(self, predicted: list[float], accepted: list[int]) -> None:
@@ -161,6 +229,12 @@ class Forecaster:
         """Per depth, accepted over predicted acceptance lately."""
         return () if self.online is None else tuple(self.online.factors())
 
+    @property
+    def _is_drafting(self) -> bool:
+        return self._drafting or self._step < self._attempt_until
+
+    # ---- The plan ----
+
     def plan(self, load: Load, costs: Costs | None) -> DraftPlan:
         """The plan of the next drafting; `costs` is None before they are known."""
         self._step += 1
@@ -175,75 +249,144 @@ class Forecaster:
             return plan  # Nothing can be weighed yet.
         if len(self._drafts) < ENOUGH:
             self._turn += 1
-            return replace(plan, probes=2 * PROBES if load.num_decoding else 0)
+            return replace(plan, probes=ENOUGH // 2 if load.able else 0)
+        self._reading += (load.prefill_tokens - self._reading) / AHEAD[-1]
         if load.num_decoding == 0:
             # Prompts alone: whether their requests will draft once they decode.
-            later = replace(load, num_decoding=max(1, load.num_reading), prefill_tokens=0)
-            best = self._forecast(later, costs)
-            return replace(plan, reads_prompts=best.speed > (1 + GAIN) * best.plain)
-        best = self._forecast(load, costs)
-        self._drafting = best.depth > 0 and best.speed > self._hurdle(load, costs) * best.plain
-        if self._drafting and self._is_plain_due(load):
-            return replace(plan, price=best.plain)
-        if (trial := self._trial(load, costs, best)) is not None:
+            later = self._best(Load(max(1, load.num_reading)), costs)
+            return replace(plan, reads_prompts=later.gain > BOUND * later.error)
+        if load.able == 0:
+            return replace(plan, reads_prompts=self._is_drafting)
+        # Prompts come and go with the steps; whether drafting pays is a matter of all of them.
+        usual = replace(load, prefill_tokens=0)
+        best = self._best(usual, costs)
+        self._decide(usual, costs, best)
+        now = self._best(load, costs) if load.prefill_tokens else best
+        if (trial := self._trial(load, costs, now)) is not None:
             doubted, other = trial
             return replace(
                 plan,
                 max_depth=other.depth,
                 price=other.speed,
                 cost=doubted.trees,
-                reads_prompts=self._drafting,
+                reads_prompts=self._is_drafting,
+                growth=self._growth,
             )
-        depth = best.depth if self._drafting else 0
-        probes = 0
-        if self._step >= self._next_probe:
-            probes = PROBES
+        plan = replace(plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth)
+        step = load.num_decoding / now.plain
+        is_attempt = self._is_drafting and not self._drafting
+        for account in (self._probes, self._plain_steps):
+            account.passes(step)
+        # Where prompts leave no room for trees, this step alone has none.
+        if self._is_drafting and (now.gain > 0 or not load.prefill_tokens):
+            lost = step * max(0.0, math.expm1(now.gain))
+            if not is_attempt and self._plain_steps.buys(lost):
+                return plan
+            plan = replace(plan, max_depth=now.depth, price=now.speed)
+        if probes := self._due_probes(load, costs, plan.max_depth or 0, is_attempt):
             self._turn += 1
-            if depth:
-                self._probe_steps = PROBE_STEPS
-            elif best.speed > NEARLY * best.plain:
-                self._probe_steps = 2 * PROBE_STEPS
-            else:
-                self._probe_steps = min(2 * self._probe_steps, SLOWEST_PROBE_STEPS)
-            self._next_probe = self._step + self._probe_steps
-        price = best.speed if self._drafting else best.plain
-        return replace(
-            plan, max_depth=depth, probes=probes, price=price, reads_prompts=self._drafting
+            plan = replace(plan, probes=probes)
+        return plan
+
+    def _due_probes(self, load: Load, costs: Costs, depth: int, is_attempt: bool) -> int:
+        """How many requests are probes in a step that drafts `depth` levels: as many as cost the
+        least each, when the time for them is saved up, or the most there are in an attempt."""
+        most = min(MOST_PROBES, load.able)
+        if depth and is_attempt:
+            return most
+        if self._step % PROBE_STEPS:
+            return 0
+        counts = [most] if depth else [count for count in PROBES if count < most] + [most]
+        price, count = min(
+            (self._price_of_probes(count, depth, load, costs) / count, count) for count in counts
         )
+        return count if self._probes.buys(count * price) else 0
 
-    def _hurdle(self, load: Load, costs: Costs) -> float:
-        """The least speed, over that of plain decoding, at which drafting is worth it.
+    def _decide(self, load: Load, costs: Costs, best: Forecast) -> None:
+        """Begin or stop drafting, or attempt it."""
+        step = load.num_decoding / best.plain
+        self._attempts.passes(step)
+        if load.waiting > load.able:
+            self._behind += (load.waiting / load.able - self._behind) / 16
+        bound = BOUND * best.error
+        was_attempt = 0 < self._attempt_until <= self._step
+        if self._is_drafting or was_attempt:
+            # An attempt that ends has shown what it could: then what is likely decides.
+            optimism = 0.0 if was_attempt and not self._drafting else bound
+            goes_on = self._pays(load, costs, optimism)
+            if was_attempt and not self._drafting:
+                self._attempt_until = 0
+                self._drafting = goes_on
+                shortest, longest = ATTEMPT_STEPS
+                more = shortest if goes_on else 2 * self._attempt_steps
+                self._attempt_steps = min(more, longest)
+                self._next_attempt = self._step + self._attempt_steps
+            elif not goes_on:
+                self._drafting, self._attempt_until = False, 0
+            return
+        if best.gain <= -bound:
+            return
+        if self._pays(load, costs, -bound):
+            self._drafting, self._attempt_steps = True, ATTEMPT_STEPS[0]
+        elif self._step >= self._next_attempt:
+            lost = ATTEMPT * step * max(0.0, math.expm1(-best.gain))
+            if self._attempts.buys(lost + self._catch_up(load.waiting, load, costs)):
+                self._attempt_until = self._step + ATTEMPT
 
-        Of the time of the next `HORIZON` steps, catching up takes the share x first; drafting at s
-        times the speed in the rest of it makes more tokens if s (1 - x) > 1.
+    def _pays(self, load: Load, costs: Costs, optimism: float) -> bool:
+        """Whether to draft now makes the tokens up to the horizon in less time than to rest now, if
+        later it is always done what is best then.
+
+        The load falls as answers end, and what has to be caught up with grows up to a window for
+        each request that is left. Backwards over `AHEAD`, the least time from each point on is that
+        of a drafter that is up to date (`current`) or not (`behind`).
+
+        Args:
+            optimism: by how much drafting is taken for faster than it is forecast, in log(speed).
         """
-        least = 1 + GAIN + (-MARGIN if self._drafting else MARGIN)
-        if load.waiting <= load.num_decoding:
-            return least
-        step = costs.plain.plain_step(load.num_decoding, load.prefill_tokens)
-        share = costs.trees.catch_up(load.waiting) / (max(1.0, min(HORIZON, load.left)) * step)
-        return least / (1 - share) if share < 1 else float("inf")
+        loads = [*(load.ahead or [load.num_decoding] * (len(AHEAD) - 1))]
+        loads[0] = load.num_decoding
+        plain, drafting = self._seconds_a_token(loads, load, costs)
+        drafting = drafting * math.exp(-optimism)
+        able = load.able / load.num_decoding
+        current = behind = 0.0
+        for i in range(len(loads) - 1, -1, -1):
+            length = AHEAD[i + 1] - AHEAD[i]
+            rest, draft = length * plain[i] + behind, length * drafting[i] + current
+            if i == 0:
+                return bool(self._catch_up(load.waiting, load, costs) + draft < rest)
+            missed = load.waiting / load.able
+            missed = min(max(self._behind, missed), missed + AHEAD[i])
+            catch_up = self._catch_up(missed * able * loads[i], load, costs)
+            current, behind = min(draft, rest), min(draft + catch_up, rest)
+        raise AssertionError("unreachable")
 
-    def _is_plain_due(self, load: Load) -> bool:
-        """Whether this step should be one of plain decoding although drafting pays."""
-        if self._step < self._next_plain:
-            return False
-        octave = load.num_decoding.bit_length()
-        num_plain = self._num_plain.get(octave, 0)
-        self._num_plain[octave] = num_plain + 1
-        shortest, longest = PLAIN_STEPS
-        most = (longest // shortest).bit_length()  # Doublings; a shift must not grow for good.
-        self._next_plain = self._step + min(longest, shortest << min(num_plain // 2, most))
-        return True
+    def _catch_up(self, waiting: float, load: Load, costs: Costs) -> float:
+        """Seconds of catching up with `waiting` tokens, beyond what each drafting takes."""
+        catch_up = costs.trees.catch_up
+        usual = min(waiting, 2.0 * load.able)
+        return float(catch_up(waiting) - catch_up(usual))
+
+    def _price_of_probes(self, count: int, depth: int, load: Load, costs: Costs) -> float:
+        """Seconds that `count` probes add to a step that drafts `depth` levels."""
+        trees = costs.trees
+        levels = (self.max_depth - max(1, depth)) * trees.draft_level(count * self.frontier)
+        if depth:
+            return float(levels)
+        rows = load.rows
+        waiting = count * max(1.0, load.waiting / load.able)
+        seconds = levels + trees.catch_up(waiting) + trees.draft_fixed
+        seconds += trees.verify(rows + PROBED_NODES * count) - costs.plain.verify(rows)
+        return float(seconds + max(0.0, trees.other - costs.plain.other))
 
     def _trial(self, load: Load, costs: Costs, best: Forecast) -> tuple[Costs, Forecast] | None:
         """Now and then other costs, and what would be best if they were the true ones, where that
         is to draft more than `best` does.
 
         A rest shows nothing of what drafting costs, and small trees nothing of large ones, so
-        curves that were measured too high would keep up what they are the reason of. What is
-        doubted falls from `DOUBT` to nothing over the second half of `TRIALS` trials, each of which
-        teaches the curves what forwards of such sizes take.
+        curves that were measured too high would keep up what they are the reason of. What no step
+        has shown is doubted, by a factor that falls from `DOUBT` to nothing over the second half of
+        `TRIALS` trials, each of which teaches the curves what forwards of such sizes take.
         """
         octave = load.num_decoding.bit_length()
         num_trials = self._num_trials.get(octave, 0)
@@ -252,61 +395,137 @@ class Forecaster:
         self._next_trial = self._step + TRIAL_STEPS
         doubted = costs.doubted(load.rows, DOUBT ** min(1.0, 2 - 2 * num_trials / TRIALS))
         other = self.forecast(load, doubted)
-        if other.speed <= self._hurdle(load, doubted) * other.plain:
+        if other.gain <= BOUND * other.error:
             return None
-        is_more = other.depth > best.depth or other.nodes > LARGER * best.nodes
-        if self._drafting and not is_more:
-            return None
+        if self._is_drafting:
+            is_more = other.depth > best.depth or other.nodes > LARGER * best.nodes
+            if not is_more or costs.is_known(load.rows + load.able * other.nodes):
+                return None
         self._num_trials[octave] = num_trials + 1
         return doubted, other
 
-    def _forecast(self, load: Load, costs: Costs) -> Forecast:
+    # ---- The forecast ----
+
+    def _best(self, load: Load, costs: Costs) -> Forecast:
         """`forecast`, or what it said a few steps ago for the same load at the same cost."""
-        key = (load.num_decoding, load.prefill_tokens, costs)
-        if self._last is None or self._last[0] != key or self._step >= self._curves_until:
-            self._last = (key, self.forecast(load, costs))
-        return self._last[1]
+        self._renew(load)
+        key = (load.num_decoding, load.able, load.prefill_tokens, costs)
+        if key not in self._known:
+            self._known[key] = self.forecast(load, costs)
+        return self._known[key]
 
     def forecast(self, load: Load, costs: Costs) -> Forecast:
         """The best depth and number of nodes for a load, by the remembered drafts."""
+        self._renew(load)
         requests = load.num_decoding
         plain = requests / costs.plain.plain_step(requests, load.prefill_tokens)
-        best = Forecast(0, 0.0, 0.0, plain)
-        levels: list[float] = []
-        for depth, (nodes, gains) in enumerate(self._expected(), 1):
-            if depth > 1:
-                levels.append(requests * self.frontier)
-            if self.k_max is not None:
-                fits = requests * nodes <= self.k_max - load.prefill_tokens
-                nodes, gains = nodes[fits], gains[fits]
-                if not len(nodes):
-                    continue
-            tokens = requests * (1.0 + gains)
-            committed = requests * (1.0 + float(gains[-1]))
-            speeds = tokens / costs.trees.step(load.rows + requests * nodes, levels, committed)
-            i = int(np.argmax(speeds))
-            if speeds[i] > best.speed:
-                best = Forecast(depth, float(nodes[i]), float(speeds[i]), plain)
-        return best
+        priced = [
+            (speeds[0], depth, expected)
+            for depth, expected, speeds in self._speeds(
+                np.array([float(requests)]), load, costs, load.prefill_tokens
+            )
+        ]
+        if not priced:
+            return Forecast(0, 0.0, 0.0, plain)
+        speeds, depth, expected = max(priced, key=lambda each: float(each[0].max()))
+        i = int(np.argmax(speeds))
+        if speeds[i] <= 0:
+            return Forecast(0, 0.0, 0.0, plain)
+        nodes, speed = float(expected.nodes[i]), float(speeds[i])
+        share = load.able / requests
+        rows = load.rows + share * requests * nodes
+        seconds = requests * (1 + share * float(expected.gains[i])) / speed
+        drafting = max(0.0, 1 - (costs.trees.verify(rows) + costs.trees.other) / seconds)
+        error = math.hypot(
+            self._error_of_tokens(depth, int(expected.chosen[i]), share),
+            costs.error(load.rows, rows, drafting),
+            UNKNOWN,
+        )
+        return Forecast(depth, nodes, speed, plain, error)
 
-    def _expected(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Per depth limit: nodes a request, rising, and the accepted tokens to expect of them."""
-        if self._step >= self._curves_until:
-            self._curves_until = self._step + REUSE
-            self._curves = []
-            scores = np.concatenate([scores for scores, _ in self._drafts])
-            levels = np.concatenate([depths for _, depths in self._drafts])
-            model = self.survival
-            if factors := self.factors():
-                model = model.with_factors(torch.tensor(factors))
-            survival = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
-            order = np.argsort(-survival.numpy(), kind="stable")
-            gains, levels = survival.double().numpy()[order], levels[order]
-            count = len(self._drafts)
-            for depth in range(1, self.max_depth + 1):
-                expected = np.cumsum(gains[levels <= depth]) / count
-                nodes = np.arange(1, len(expected) + 1) / count
-                # A few points of the curve are enough, and cheaper to price.
-                step = max(1, len(expected) // 64)
-                self._curves.append((nodes[step - 1 :: step], expected[step - 1 :: step]))
-        return self._curves
+    def _seconds_a_token(
+        self, loads: list[float], load: Load, costs: Costs
+    ) -> tuple[Floats, Floats]:
+        """[n] seconds in which each request makes a token at each of `loads`, by plain decoding and
+        by the best drafting; 0 without requests."""
+        requests = np.maximum(np.array(loads), 1e-6)
+        plain = np.asarray(costs.plain.plain_step(requests))
+        best = np.zeros(len(loads))
+        for _, _, speeds in self._speeds(requests, load, costs, 0):
+            best = np.maximum(best, speeds.max(1))
+        drafting = np.divide(requests, best, out=np.full(len(loads), np.inf), where=best > 0)
+        empty = np.array(loads) <= 0
+        return np.where(empty, 0.0, plain), np.where(empty, 0.0, drafting)
+
+    def _speeds(
+        self, requests: Floats, load: Load, costs: Costs, prefill: int
+    ) -> list[tuple[int, _Expected, Floats]]:
+        """Per depth, tokens a second [n, points] with `requests` [n] that decode, of which as many
+        may draft as of `load`; 0 where that is more than `k_max`."""
+        trees = costs.trees
+        shares = load.shares(self.max_depth)
+        count = requests[:, None]
+        levels: Floats = np.zeros_like(count)
+        found = []
+        for depth, expected in enumerate(self._expected, 1):
+            if depth > 1:
+                levels = levels + trees.draft_level(count * (shares[depth - 1] * self.frontier))
+            nodes = shares[0] * count * expected.nodes
+            tokens = count * (1 + shares[0] * expected.gains)
+            committed = tokens[:, -1:] + self._reading
+            seconds = trees.verify(count + prefill + nodes)
+            seconds += trees.catch_up(committed) + levels + (trees.draft_fixed + trees.other)
+            speeds = tokens / seconds
+            if self.k_max is not None:
+                speeds[nodes > self.k_max - prefill] = 0.0
+            found.append((depth, expected, speeds))
+        return found
+
+    def _renew(self, load: Load) -> None:
+        """Per depth, what is to be expected: nodes in the order of their probability."""
+        if self._step < self._until:
+            return
+        self._until = self._step + REUSE
+        self._known = {}
+        self._expected = []
+        count = len(self._drafts)
+        scores = np.concatenate([scores for scores, _ in self._drafts])
+        levels = np.concatenate([depths for _, depths in self._drafts])
+        owners = np.repeat(np.arange(count), [len(scores) for scores, _ in self._drafts])
+        model = self.survival
+        if factors := self.factors():
+            model = model.with_factors(torch.tensor(factors))
+        survival = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
+        order = np.argsort(-survival.numpy(), kind="stable")
+        gains, levels = survival.double().numpy()[order], levels[order]
+        self._order = gains, levels, owners[order]
+        of_levels = np.bincount(levels - 1, weights=gains, minlength=self.max_depth)
+        growth = of_levels[1:] / np.maximum(of_levels[:-1], 1e-9)
+        self._growth = tuple(growth.clip(0.0, 1.0).tolist())
+        # Requests that may not have a level have no nodes there.
+        shares = load.shares(self.max_depth)
+        weights = (shares / max(shares[0], 1e-9))[levels - 1] / count
+        for depth in range(1, int((shares > 0).sum()) + 1):
+            (among,) = np.nonzero(levels <= depth)
+            nodes, expected = np.cumsum(weights[among]), np.cumsum((weights * gains)[among])
+            # A few points of the curve are enough, and cheaper to price.
+            step = -(-len(among) // POINTS)
+            kept = slice(step - 1, None, step)
+            self._expected.append(
+                _Expected(nodes[kept], expected[kept], np.arange(1, len(among) + 1)[kept])
+            )
+
+    def _error_of_tokens(self, depth: int, chosen: int, share: float) -> float:
+        """Standard error of the log of the tokens of a step, for the first `chosen` nodes of trees
+        of a depth: by how much drafts differ, and by how much acceptance does."""
+        gains, levels, owners = self._order
+        among = np.nonzero(levels <= depth)[0][:chosen]
+        count = len(self._drafts)
+        each = np.bincount(owners[among], weights=gains[among], minlength=count)
+        of_levels = np.bincount(levels[among] - 1, weights=gains[among]) / count
+        variance = float(each.var()) / count
+        if self.online is not None:
+            errors = np.array(self.online.errors())[: len(of_levels)]
+            variance += float(((of_levels * errors) ** 2).sum())
+        mean = float(of_levels.sum())
+        return share * math.sqrt(variance) / (1 + share * mean)

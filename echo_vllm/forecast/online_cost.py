@@ -26,7 +26,7 @@ from dataclasses import replace
 import numpy as np
 
 from echo_vllm.forecast.curve import CostCurve
-from echo_vllm.forecast.step_cost import Costs, StepCost
+from echo_vllm.forecast.step_cost import UNMEASURED, Costs, StepCost
 
 WINDOW = 64
 """Observations that a bin remembers."""
@@ -80,6 +80,15 @@ class RunningMedian:
             return self._sorted[middle]
         return (self._sorted[middle - 1] + self._sorted[middle]) / 2
 
+    def error(self) -> float:
+        """Standard error of the median, of numbers that are as spread as their middle half says;
+        inf while there are too few."""
+        count = len(self._sorted)
+        if count < FEW:
+            return math.inf
+        middle_half = self._sorted[3 * count // 4] - self._sorted[count // 4]
+        return 1.25 * middle_half / 1.35 / math.sqrt(count)
+
 
 class CurveCorrection:
     """What observations say about one curve, as a factor over the count.
@@ -114,6 +123,10 @@ class CurveCorrection:
         ratios.add(log_ratio)
         self._seen += 1
         self.pending += 1
+
+    def errors(self) -> dict[int, float]:
+        """By octave of the count (as `math.frexp` has it), the standard error of the curve."""
+        return {octave + 1: _error(ratios) for octave, (_, ratios) in self._bins.items()}
 
     def corrected(self) -> CostCurve:
         """The curve times the factor, monotone again."""
@@ -194,7 +207,10 @@ class OnlineCost:
         self._verify = CurveCorrection(base.verify)
         self._draft_level = CurveCorrection(base.draft_level)
         self._catch_up = CurveCorrection(base.catch_up)
-        self._other = RunningMedian()
+        # Of draftings, beyond what they are thought to take.
+        self._draft_beyond = RunningMedian()
+        # Of steps without and with trees.
+        self._other = (RunningMedian(), RunningMedian())
         self._draft_fixed = FixedPart()
         self._current = base
         self._costs: Costs | None = None
@@ -217,6 +233,7 @@ class OnlineCost:
         if _log_ratio(seconds, predicted) is None:
             return
         taken = seconds / self.pace
+        self._draft_beyond.add(math.log(taken / self._current.draft(level_rows, committed)))
         self._draft_fixed.observe(predicted, taken)
         # Never all of it: the fixed part is a median, and some draftings take less.
         taken = max(taken - self._draft_fixed.seconds, taken / 8)
@@ -227,10 +244,19 @@ class OnlineCost:
         for rows in {rows.bit_length(): rows for rows in level_rows if rows > 0}.values():
             self._draft_level.observe(rows, ratio)
 
-    def observe_other(self, seconds: float) -> None:
+    def observe_other(self, seconds: float, *, trees: bool = False) -> None:
         """A step spent `seconds` outside of target and drafter."""
         if math.isfinite(seconds) and seconds >= 0:
-            self._other.add(seconds / self.pace)
+            self._other[trees].add(seconds / self.pace)
+
+    def _other_of(self, trees: bool) -> float:
+        """Seconds outside of target and drafter. A kind of which little was seen is believed to be
+        like the other one."""
+        seconds = self.base.other
+        for seen in (self._other[not trees], self._other[trees]):
+            if seen.seen:
+                seconds += (seen.median() - seconds) * seen.seen / (seen.seen + PRIOR)
+        return seconds
 
     @property
     def _surcharge(self) -> float:
@@ -249,7 +275,13 @@ class OnlineCost:
         now = self.current()
         if self._costs is None or self._costs.plain is not now:
             verify = now.verify.scaled(math.exp(self._surcharge))
-            self._costs = Costs(now, replace(now, verify=verify))
+            self._costs = Costs(
+                plain=now,
+                trees=replace(now, verify=verify, other=self._other_of(True)),
+                errors=self._verify.errors(),
+                surcharge_error=max(map(_error, self._beyond)),
+                draft_error=_error(self._draft_beyond),
+            )
         return self._costs
 
     def current(self) -> StepCost:
@@ -267,13 +299,15 @@ class OnlineCost:
             now = replace(now, catch_up=self._catch_up.corrected())
         else:
             return now
-        if seen := self._other.seen:
-            other = self.base.other
-            other += (self._other.median() - other) * seen / (seen + PRIOR)
-            now = replace(now, other=other)
-        now = replace(now, draft_fixed=self._draft_fixed.seconds)
+        now = replace(now, other=self._other_of(False), draft_fixed=self._draft_fixed.seconds)
         self._current = now
         return now
+
+
+def _error(ratios: RunningMedian) -> float:
+    """Standard error of a correction: that of start-up, until enough was observed."""
+    believed = UNMEASURED * PRIOR / (ratios.seen + PRIOR)
+    return min(UNMEASURED, math.hypot(ratios.error(), believed))
 
 
 def _log_ratio(seconds: float, predicted: float) -> float | None:

@@ -8,11 +8,17 @@ that; the model runner and the worker's policy follow it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from echo_vllm.forecast.step_cost import StepCost
+
+AHEAD = (0, 4, 8, 16, 32, 64, 128, 256)
+"""Tokens from now at which the load is forecast. Beyond the last one nothing is: it is the horizon
+in which catching up must pay for itself."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,46 @@ class Load:
         prefill_tokens: prompt tokens expected in it.
         waiting: tokens that the drafter has to catch up with if it drafts now, and need not if it
             rests.
-        left: tokens that a running request may still generate, on average.
         num_reading: requests whose prompts are being read.
+        num_drafting: of those that decode, how many may have a tree of at least 1, 2, ... levels: a
+            grammar, a thinking budget or the end of the answer leaves less. The last number stands
+            for deeper trees too; empty where all may have any tree.
+        ahead: requests that decode once each of today's has made `AHEAD` tokens more, but for the
+            last of these; empty for a load that stays.
     """
 
     num_decoding: int
     prefill_tokens: int = 0
     waiting: int = 0
-    left: float = math.inf
     num_reading: int = 0
+    num_drafting: tuple[int, ...] = ()
+    ahead: tuple[float, ...] = ()
 
     @property
     def rows(self) -> int:
         """Rows of the step without any draft."""
         return self.num_decoding + self.prefill_tokens
+
+    @property
+    def able(self) -> int:
+        """Requests that may have a tree at all."""
+        return self.num_drafting[0] if self.num_drafting else self.num_decoding
+
+    @property
+    def steps_ahead(self) -> float:
+        """Tokens that a request will still make on average, up to the horizon."""
+        if not self.ahead or not self.num_decoding:
+            return AHEAD[-1]
+        loads = np.minimum(self.ahead, self.num_decoding)
+        return float((loads * np.diff(AHEAD)).sum()) / self.num_decoding
+
+    def shares(self, max_depth: int) -> NDArray[np.float64]:
+        """[max_depth], of the requests that decode those that may have a tree of d levels."""
+        if not self.num_drafting or not self.num_decoding:
+            return np.ones(max_depth)
+        last = len(self.num_drafting) - 1
+        counts = [self.num_drafting[min(depth, last)] for depth in range(max_depth)]
+        return np.array(counts) / self.num_decoding
 
 
 @dataclass(frozen=True)
@@ -55,6 +87,7 @@ class DraftPlan:
         price: what a second is worth, in tokens; 0 if unknown.
         cost: predicted times of forwards, None if unknown.
         factors: per depth, accepted over predicted acceptance lately; empty if unknown.
+        growth: per depth, how often its nodes are followed by an accepted one; empty if unknown.
         reads_prompts: whether prompts pass the drafter as they are read, so that their requests
             draft from the whole of them; where it rests, they do not.
     """
@@ -68,12 +101,14 @@ class DraftPlan:
     cost: StepCost | None = None
     factors: tuple[float, ...] = ()
     reads_prompts: bool = True
+    growth: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` undoes it."""
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cost"},
             "factors": list(self.factors),
+            "growth": list(self.growth),
             "cost": self.cost.to_dict() if self.cost else None,
         }
 
@@ -84,6 +119,7 @@ class DraftPlan:
             **{
                 **values,
                 "factors": tuple(values["factors"]),
+                "growth": tuple(values.get("growth", ())),
                 "cost": StepCost.from_dict(cost) if cost else None,
             }
         )

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, overload
 
 import numpy as np
@@ -118,6 +119,11 @@ class StepCost:
             ) from None
 
 
+UNMEASURED = 0.02
+"""Standard error of a proportion between forwards as start-up measures it, where no step has said
+how true it is; of its logarithm, as all errors here."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What steps cost now: the same number of rows takes longer where some of them are trees.
@@ -125,20 +131,45 @@ class Costs:
     Attributes:
         plain: of steps without trees.
         trees: of steps with trees.
+        errors: by octave of rows, the standard error of a target forward's time.
+        surcharge_error: of what trees take beyond their rows.
+        draft_error: of a drafting's time.
     """
 
     plain: StepCost
     trees: StepCost
+    errors: Mapping[int, float] = field(default_factory=dict, compare=False)
+    surcharge_error: float = UNMEASURED
+    draft_error: float = UNMEASURED
+
+    def error(self, plain_rows: float, rows: float, draft_share: float) -> float:
+        """Standard error of how much longer a step with trees takes than one without.
+
+        Args:
+            plain_rows, rows: of the two target forwards.
+            draft_share: of the step with trees, the share of time that is drafting.
+        """
+        octaves = {math.frexp(plain_rows)[1], math.frexp(rows)[1]}
+        squares = self.surcharge_error**2 + (draft_share * self.draft_error) ** 2
+        if len(octaves) == 2:  # One octave is corrected as a whole.
+            squares += sum(self.errors.get(octave, UNMEASURED) ** 2 for octave in octaves)
+        return math.sqrt(squares)
 
     @classmethod
     def of(cls, cost: StepCost) -> Self:
         """Both alike, as before anything was observed."""
         return cls(cost, cost)
 
+    def is_known(self, rows: float) -> bool:
+        """Whether steps have shown what drafting takes, and a target forward of about so many
+        rows."""
+        error = self.errors.get(math.frexp(rows)[1], UNMEASURED)
+        return max(error, self.draft_error) < UNMEASURED
+
     def doubted(self, rows: float, factor: float) -> Self:
         """The same if drafting, and what a target forward takes beyond one of `rows` rows, were
         measured `factor` times too long."""
-        return type(self)(self.plain, _doubted(self.trees, rows, factor))
+        return replace(self, trees=_doubted(self.trees, rows, factor))
 
 
 def _doubted(cost: StepCost, rows: float, factor: float) -> StepCost:

@@ -24,6 +24,9 @@ LOWEST = -32.0
 RESOLUTION = 256
 """Table entries a nat: a probability is exact to 0.2 % of itself where it goes with exp(x)."""
 
+FEWEST_STEPS = 32
+"""Steps after which one counts half at the earliest, however many nodes a large batch has."""
+
 _ENTRIES = int(-LOWEST) * RESOLUTION + 2
 """Table entries of one depth: 0 for what is below LOWEST, then LOWEST up to 0."""
 
@@ -178,7 +181,7 @@ class OnlineSurvival:
         for i, (p, a) in enumerate(zip(predicted, accepted, strict=False)):
             if i == len(self._predicted):
                 break
-            keep = math.exp2(-max(p, a) / self.half_life)
+            keep = math.exp2(-min(max(p, a) / self.half_life, 1 / FEWEST_STEPS))
             self._predicted[i] = keep * self._predicted[i] + p
             self._accepted[i] = keep * self._accepted[i] + a
 
@@ -193,3 +196,7 @@ class OnlineSurvival:
             min(4.0, max(0.25, (a + self.prior) / (p + self.prior)))
             for p, a in zip(self._predicted, self._accepted, strict=True)
         ]
+
+    def errors(self) -> list[float]:
+        """Per depth, the relative standard error of its factor."""
+        return [1 / math.sqrt(a + self.prior) for a in self._accepted]

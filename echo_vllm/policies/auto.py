@@ -124,7 +124,8 @@ class AutoPolicy(CostAwarePolicy):
         assert plan.cost is not None
         survival = pool.rows_of(pool.active, self.probabilities(pool, batch))
         (reached,) = download(survival.gather(1, frontier).sum(1))
-        gain = reached.clamp(max=1.0).double().numpy() * self.growth[depth - 2]
+        growth = (plan.growth or self.growth)[depth - 2]
+        gain = reached.clamp(max=1.0).double().numpy() * growth
         num_active, width = frontier.shape
         level, verify = plan.cost.draft_level, plan.cost.verify
         # Of a whole level's costs, what one request more or less changes, and what none does.

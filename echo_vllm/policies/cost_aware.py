@@ -22,6 +22,7 @@ from pydantic import Field
 from echo_vllm import ops
 from echo_vllm.config import SECTION, EchoConfigError
 from echo_vllm.forecast import Costs, Hinge, OnlineCost, StepCost
+from echo_vllm.forecast.forecaster import PROBED_NODES
 from echo_vllm.forecast.plan import Load
 from echo_vllm.forecast.survival import SurvivalModel
 from echo_vllm.policies.base import DraftBatch, DraftPolicy, Observation
@@ -29,9 +30,6 @@ from echo_vllm.policies.elastic import ElasticConfig
 from echo_vllm.transfer import download
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool
-
-PROBED_NODES = 2
-"""Nodes of a probe that are verified in any case."""
 
 
 class CostAwareConfig(ElasticConfig):
@@ -111,7 +109,7 @@ class CostAwarePolicy(DraftPolicy):
         if step.committed:
             self._cost.observe_draft(step.level_rows, step.committed, step.draft_s)
         if step.other_s is not None:
-            self._cost.observe_other(step.other_s)
+            self._cost.observe_other(step.other_s, trees=step.num_nodes > 0)
 
     # ---- In the worker's process ----
 

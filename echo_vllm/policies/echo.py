@@ -12,7 +12,11 @@ the whole batch:
 
 0. the floor: the best `floor` nodes of every request, so that nobody starves;
 1. depth: the best node of every level that passed its gate, with its ancestors;
-2. width: everything else.
+2. width: the level at which a request stopped, with the ancestors of its nodes;
+3. everything else.
+
+A request stops at the first level whose best node fails the gate there; between two gates the
+threshold of the upper one goes on to hold. With `width_at` "anywhere" the classes 2 and 3 are one.
 
 Inside a request only its `max_nodes` best candidates by path score take part, which is EAGLE-2's
 rerank; with budget for all of them and no gate that fires, the result is the `topn` tree.
@@ -20,7 +24,6 @@ rerank; with budget for all of them and no gate that fires, the result is the `t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -34,6 +37,13 @@ from echo_vllm.policies.base import DraftBatch, DraftPolicy
 from echo_vllm.policies.elastic import Floor, GatedConfig
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
+
+REST_BELOW = 0.25
+"""Nodes of the budget a request below which nobody drafts: all would catch up and draft a level for
+the few that get one."""
+
+RESUME_FROM = 0.5
+"""The same to begin again."""
 
 
 class EchoPolicyConfig(GatedConfig):
@@ -52,6 +62,15 @@ class EchoPolicyConfig(GatedConfig):
         description=(
             "`batch` spends one budget over the batch, `equal` gives every request the same part "
             'of it, which is EAGLE-2 at the same total (a baseline). Default "batch".'
+        ),
+    )
+
+    width_at: Literal["truncation", "anywhere"] = Field(
+        default="truncation",
+        description=(
+            "Where trees are widened first with what is left of the budget: `truncation`, at the "
+            "levels at which gates stopped requests, as in the paper, or `anywhere`, by score "
+            'alone (an ablation). Default "truncation".'
         ),
     )
 
@@ -78,8 +97,10 @@ class EchoPolicy(DraftPolicy):
         self.needs_cost = self.k_max is None
         self.floor = config.floor
         self.share = config.share
+        self.width_at = config.width_at
         self.gates = config.gates_with(profile)
         self._max_rows: float | None = None
+        self._rests = False
         # Per depth, the threshold of the last gate at or above it.
         last = 0.0
         self._taus = []
@@ -106,11 +127,26 @@ class EchoPolicy(DraftPolicy):
         return most if limit is None else min(most, limit)
 
     def plan(self, load: Load) -> DraftPlan:
-        """Where the next step has no budget, nobody drafts."""
-        plan = DraftPlan(prefill_tokens=load.prefill_tokens, max_rows=self._max_rows)
-        if load.num_decoding and self.batch_limit(load) == 0:
-            plan = replace(plan, max_depth=0, reads_prompts=False)
-        return plan
+        """Where the next step has no budget to speak of, nobody drafts."""
+        if load.able:
+            self._rests = not self._pays(load)
+        rests = self._rests and load.num_decoding > 0
+        return DraftPlan(
+            max_depth=0 if rests else None,
+            prefill_tokens=load.prefill_tokens,
+            max_rows=self._max_rows,
+            reads_prompts=not rests,
+        )
+
+    def _pays(self, load: Load) -> bool:
+        """Whether the budget is worth drafting for. After a rest it must have as many nodes, up to
+        the horizon, as there are tokens to catch up with."""
+        limit = self.batch_limit(load)
+        if limit is None:
+            return True
+        if not self._rests:
+            return limit >= REST_BELOW * load.able and limit > 0
+        return limit >= RESUME_FROM * load.able and limit * load.steps_ahead >= load.waiting
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
@@ -139,6 +175,8 @@ class EchoPolicy(DraftPolicy):
         scores = pool.path_logprobs.masked_fill(rank >= limit, NO_CANDIDATE)
         # The k-th best of a request never comes before its parent: floors are ancestor-closed.
         tiers = torch.where(self._is_depth(pool), 1, 2)
+        if self.width_at == "truncation":
+            tiers += (tiers > 1) & ~self._is_width(pool)
         tiers = tiers.masked_fill(rank < self.floor, 0).to(torch.int32)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
         return pool.take_ragged(columns, cu_nodes)
@@ -155,6 +193,21 @@ class EchoPolicy(DraftPolicy):
             marked.scatter_(1, place, marked.gather(1, place) | passed)
             if depth > 1:
                 mark_parents(marked, pool.parents[:, level], level)
+        return marked
+
+    def _is_width(self, pool: CandidatePool) -> torch.Tensor:
+        """[R, P] bool: candidates of the level at which their request stopped, and their
+        ancestors."""
+        marked = torch.zeros_like(pool.parents, dtype=torch.bool)
+        passed = torch.ones(pool.num_requests, 1, dtype=torch.bool, device=pool.device)
+        for depth in range(1, pool.num_levels + 1):
+            best = pool.best_of_level(depth).unsqueeze(1)
+            stops = passed & (best.exp() <= self._taus[depth - 1])
+            marked[:, pool.level(depth)] = stops
+            passed &= ~stops
+        for depth in range(pool.num_levels, 1, -1):
+            level = pool.level(depth)
+            mark_parents(marked, pool.parents[:, level], level)
         return marked
 
 

@@ -17,16 +17,20 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from echo_vllm.config import MAX_DEPTH
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.forecast.turnover import Turnover
 from echo_vllm.policies import Observation, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.grammar import AllowedTree, allow
 from echo_vllm.step.stats import StepStats
+from echo_vllm.step.v1.slots import takes_trees
 
 LONGEST_GAP_S = 0.05
 """A longer time between two steps is a lack of requests, not work of the scheduler."""
@@ -67,6 +71,7 @@ class EchoScheduler(Scheduler):
         self._waiting = 0
         self._allowed: dict[str, AllowedTree] = {}
         """Of running requests with a grammar and a draft."""
+        self._turnover = Turnover()
         profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
 
@@ -121,18 +126,31 @@ class EchoScheduler(Scheduler):
     def _load(self, output: Any) -> Load:
         """What the policy is told for the drafting at the end of this step."""
         num_decoding, prefill_tokens = self._next_load(output)
+        self._turnover.step(len(output.scheduled_new_reqs))
+        decoding = [r for r in self.running if r.num_tokens <= r.num_computed_tokens]
+        left = np.array([self._left(request) for request in self.running], np.int64)
+        # This step's token is not there yet, and after a path comes a bonus token.
+        depths = [self._left(request) - 2 for request in decoding if self._takes_trees(request)]
+        at_least = np.bincount(np.clip(depths, 0, MAX_DEPTH).astype(np.int64), minlength=2)
+        at_least = np.cumsum(at_least[:0:-1])[::-1]
         return Load(
             num_decoding,
             prefill_tokens,
             waiting=self._waiting,
-            left=self._left(),
             num_reading=len(self.running) - num_decoding,
+            num_drafting=tuple(at_least.tolist()),
+            ahead=self._turnover.ahead(left, len(self.waiting), self.max_num_running_reqs),
         )
 
-    def _left(self) -> float:
-        """Tokens that a running request may still generate, on average."""
-        left = [request.max_tokens - request.num_output_tokens for request in self.running]
-        return sum(left) / max(1, len(left))
+    def _left(self, request: Any) -> int:
+        """Tokens that a request may still generate."""
+        most = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
+        left: int = most - request.num_output_tokens
+        return left
+
+    @staticmethod
+    def _takes_trees(request: Any) -> bool:
+        return not request.resumable and takes_trees(request.sampling_params)
 
     def _next_load(self, output: Any) -> tuple[int, int]:
         """Requests that the next step will decode, and prompt tokens that it will prefill.
@@ -243,6 +261,12 @@ class EchoScheduler(Scheduler):
             if stats.committed:
                 predicted += cost.draft(stats.level_rows, stats.committed)
             stats.predicted_s = float(predicted)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if request.status is not RequestStatus.FINISHED_ABORTED:
+            used = request.num_output_tokens
+            self._turnover.ended(used, used + self._left(request))
+        return super()._free_request(request, *args, **kwargs)
 
     def _learn(self, stats: StepStats) -> None:
         self._waiting = stats.waiting

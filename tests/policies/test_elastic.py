@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_vllm.forecast import CostCurve, StepCost
-from echo_vllm.forecast.plan import DraftPlan
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies import DraftBatch, make_policy, parse_section
 from echo_vllm.policies.cost_aware import CostAwarePolicy
 from echo_vllm.policies.echo import EchoPolicy
@@ -186,6 +186,64 @@ def test_depth_of_the_confident_comes_before_width_of_the_unsure() -> None:
     sure, unsure = nodes_of(policy.select(pool, batch))
     assert sure == {(1,), (1, 5), (1, 5, 7)}
     assert unsure == {(3,)}
+
+
+def super_tree(width_at: str, k_max: int) -> list[set[tuple[int, ...]]]:
+    """The worked example of docs/policies.md: three requests, a gate at depth 1."""
+    policy = elastic(
+        6, policy="echo", max_depth=3, top_k=1, width=2, k_max=k_max, gates={"1": 0.5},
+        width_at=width_at,
+    )  # fmt: skip
+    levels = [
+        [[[0.90, 0.05]], [[0.70, 0.20]], [[0.40, 0.35]]],
+        [[[0.81 / 0.9, 0.06 / 0.9]], [[0.42 / 0.7, 0.14 / 0.7]]],
+        [[[0.60 / 0.81, 0.10 / 0.81]], [[0.10 / 0.42, 0.02 / 0.42]]],
+    ]
+    pool, batch = CandidatePool.empty(3), DraftBatch.of(3)
+    for depth, logprobs in enumerate(levels, 1):
+        expansion = policy.expand(depth, pool, batch)
+        if expansion is None:
+            break
+        rows = logprobs[: len(pool.active if expansion.requests is None else expansion.requests)]
+        chances = torch.tensor(rows)
+        pool.grow(expansion, 10 * depth + torch.arange(2).expand(chances.shape), chances.log())
+    return nodes_of(policy.select(pool, batch))
+
+
+def test_the_worked_example_of_the_docs() -> None:
+    a, b, c = super_tree("truncation", 6)
+    assert a == {(10,), (10, 20), (10, 20, 30)}
+    assert b == {(10,), (10, 20)}
+    assert c == {(10,)}
+    a, b, c = super_tree("truncation", 8)
+    assert b == {(10,), (10, 20), (10, 21)}
+    assert c == {(10,), (11,)}
+
+
+def test_width_goes_to_the_levels_at_which_requests_stopped() -> None:
+    """By score alone B's 0.20 at depth 1 comes before its 0.14 at depth 2, where it stopped."""
+    _, b, c = super_tree("anywhere", 8)
+    assert b == {(10,), (10, 20), (11,)}
+    assert c == {(10,), (11,)}
+    assert super_tree("anywhere", 6) == super_tree("truncation", 6)
+
+
+def test_echo_rests_at_small_budgets_and_comes_back_where_it_pays_for_catching_up() -> None:
+    policy = elastic(16, policy="echo", k_max=8, gates={})
+    rests = [policy.plan(Load(n)).max_depth == 0 for n in (8, 32, 33, 32, 17, 16, 33)]
+    #                       8 nodes for that many: a quarter each, then half of one to begin again.
+    assert rests == [False, False, True, True, True, False, True]
+    assert policy.plan(Load(8, waiting=8 * 400)).max_depth == 0, "8 nodes in each of 256 steps"
+    ending = (8.0, 8.0, 2.0, 0.0, 0.0, 0.0, 0.0)
+    assert policy.plan(Load(8, waiting=8 * 48, ahead=ending)).max_depth == 0
+    assert policy.plan(Load(8, waiting=8 * 48)).max_depth is None
+    assert not policy.plan(Load(33)).reads_prompts
+
+
+def test_echo_counts_requests_that_may_have_a_tree() -> None:
+    policy = elastic(16, policy="echo", k_max=8, gates={})
+    assert policy.plan(Load(40)).max_depth == 0
+    assert policy.plan(Load(40, num_drafting=(8,))).max_depth is None
 
 
 def test_a_gated_request_leaves_the_frontier_and_keeps_its_layer() -> None:

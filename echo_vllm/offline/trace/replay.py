@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -297,7 +297,7 @@ class _Run:
         plain = self.cost.plain_step(count, self.load.prefill_tokens)
         if self.policy is None:
             return _Step(count, 0, [], plain, False, 0, 0)
-        plan = self.policy.plan(self.load)
+        plan = self.policy.plan(replace(self.load, waiting=int(self.waiting.sum())))
         slots = np.arange(count)
         probes = list(plan.probed(count))
         if plan.max_depth == 0:

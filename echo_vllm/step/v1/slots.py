@@ -18,6 +18,15 @@ from echo_vllm.step.verification import Drawing
 from echo_vllm.trees.store import Ints
 
 
+def takes_trees(params: SamplingParams) -> bool:
+    """Whether drafts of a request can be verified: a thinking budget, and the grammars of some
+    backends, know one token after the other, not trees."""
+    grammar = params.structured_outputs
+    return params.thinking_token_budget is None and (
+        grammar is None or grammar._backend in FOLLOWED_BACKENDS
+    )
+
+
 class RequestSlots:
     """The slots of an engine's running requests.
 
@@ -70,12 +79,8 @@ class RequestSlots:
             self._slots[req_id] = self._free.pop()
             self._batch = []
         slot = self._slots[req_id]
-        grammar = params.structured_outputs
-        self.has_grammar[slot] = grammar is not None
-        # A thinking budget knows one token after the other, not trees.
-        self.may_draft[slot] = params.thinking_token_budget is None and (
-            grammar is None or grammar._backend in FOLLOWED_BACKENDS
-        )
+        self.has_grammar[slot] = params.structured_outputs is not None
+        self.may_draft[slot] = takes_trees(params)
         self.last_token[slot] = min(max_len, num_prompt + (params.max_tokens or max_len))
         drawing = Drawing.of(params)
         self.by_level[slot], self.is_random[slot] = drawing.by_level, drawing.is_random
