@@ -180,7 +180,7 @@ def test_chunked_prompts_preemption_and_one_request_alone(
         with torch.inference_mode():
             logits = model(torch.tensor([LONG_PROMPT + list(o) for o in outputs])).logits[:, -1]
         known.update(zip(outputs, logits, strict=True))
-    options = {
+    options: dict[str, Any] = {
         "max_num_seqs": concurrency,
         "max_num_batched_tokens": 40,
         "block_size": 16,

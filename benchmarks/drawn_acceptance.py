@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Tokens a step with drawn candidates, with the best ones, and with vLLM's own chains.
+
+    python -m benchmarks.drawn_acceptance FILE [FILE ...] --json benchmarks/results/drawn-cpu.json
+
+Use prompts that nothing was calibrated on. Only tokens are counted, so a busy machine does no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from echo_vllm.offline.acceptance_run import measure
+from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
+from echo_vllm.offline.bench.prompts import Tokenizer, read_shuffled, window
+from echo_vllm.offline.bench.tables import markdown
+
+NODES, CHAIN = 8, 3
+
+
+def configurations(head: str) -> dict[str, dict[str, Any]]:
+    """Name -> vLLM's speculative_config."""
+    chain = {"model": head, "num_speculative_tokens": CHAIN}
+    tree = {"method": "echo", "model": head, "num_speculative_tokens": NODES}
+    shape = {"policy": "topn", "max_depth": 4, "top_k": 4}
+    drawn = {"candidates": "drawn"}
+    return {
+        f"vLLM, chain of {CHAIN}": {"method": "eagle3", **chain},
+        f"vLLM, chain of {CHAIN}, probabilistic": {
+            "method": "eagle3",
+            "draft_sample_method": "probabilistic",
+            **chain,
+        },
+        f"chain of {CHAIN} drawn": {
+            "method": "echo",
+            **chain,
+            "echo": {"policy": "chain", **drawn},
+        },
+        f"{NODES} best nodes": {**tree, "echo": shape},
+        f"{NODES} drawn nodes": {**tree, "echo": shape | drawn},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prompts", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--num-prompts", type=int, default=48, help="of all files (48)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer (64)")
+    parser.add_argument("--temperatures", default="0.6,1.0", help="(0.6,1.0)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    temperatures = [float(part) for part in args.temperatures.split(",")]
+    tokenizer = Tokenizer(str(DEMO_TARGET))
+    chats = [tokenizer.encode(turns[:1]) for turns in read_shuffled(args.prompts)]
+    prompts = window(chats, 0, min(len(chats), args.num_prompts))
+    found: dict[str, dict[str, float]] = {}
+    for name, speculation in configurations(str(DEMO_HEAD)).items():
+        counted = measure(
+            str(DEMO_TARGET),
+            speculation,
+            {"all": prompts},
+            temperatures,
+            max_tokens=args.tokens,
+            dtype="float32",
+            max_model_len=2048,
+            concurrency=16,
+        )
+        found[name] = {f"{t:g}": round(counted["all", t].length, 4) for t in temperatures}
+        print(name, found[name], flush=True)
+        if args.json:
+            report = {"prompts": len(prompts), "tokens": args.tokens, "tokens_per_step": found}
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    header = ["", *(f"T = {t:g}" for t in temperatures)]
+    rows = [[name, *(f"{length:.2f}" for length in row.values())] for name, row in found.items()]
+    print(markdown(header, rows))
+
+
+if __name__ == "__main__":
+    main()
