@@ -14,9 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from echo_vllm.offline.bench.prompts import Tokenizer, read_shuffled, window
+
 from echo_vllm.offline.acceptance_run import measure
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
-from echo_vllm.offline.bench.prompts import Tokenizer, read_shuffled, window
 from echo_vllm.offline.bench.tables import markdown
 
 NODES, CHAIN = 8, 3
