@@ -2,20 +2,19 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Tokens a step with drawn candidates, with the best ones, and with vLLM's own chains.
 
-    python -m benchmarks.drawn_acceptance FILE [FILE ...] --json benchmarks/results/drawn-cpu.json
+    python -m benchmarks.drawn_acceptance --json benchmarks/results/drawn-cpu.json
 
-Use prompts that nothing was calibrated on. Only tokens are counted, so a busy machine does no harm.
+Only tokens are counted, so a busy machine does no harm.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from echo_vllm.offline.bench.prompts import Tokenizer, read_shuffled, window
-
+from echo_vllm import atomic
+from echo_vllm.conversations import CHATS, Chat, read_conversations, shuffled
 from echo_vllm.offline.acceptance_run import measure
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
 from echo_vllm.offline.bench.tables import markdown
@@ -48,16 +47,22 @@ def configurations(head: str) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prompts", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--num-prompts", type=int, default=48, help="of all files (48)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=CHATS,
+        metavar="FILE",
+        help="JSON lines, of which first turns are asked (the project's chats, which neither head "
+        "nor profile has seen)",
+    )
+    parser.add_argument("--num-prompts", type=int, default=48, help="at most (48)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (64)")
     parser.add_argument("--temperatures", default="0.6,1.0", help="(0.6,1.0)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     temperatures = [float(part) for part in args.temperatures.split(",")]
-    tokenizer = Tokenizer(str(DEMO_TARGET))
-    chats = [tokenizer.encode(turns[:1]) for turns in read_shuffled(args.prompts)]
-    prompts = window(chats, 0, min(len(chats), args.num_prompts))
+    chat, asked = Chat(str(DEMO_TARGET)), shuffled(read_conversations(args.prompts))
+    prompts = [chat.encode(turns[:1]) for turns in asked[: args.num_prompts]]
     found: dict[str, dict[str, float]] = {}
     for name, speculation in configurations(str(DEMO_HEAD)).items():
         counted = measure(
@@ -74,7 +79,7 @@ def main() -> None:
         print(name, found[name], flush=True)
         if args.json:
             report = {"prompts": len(prompts), "tokens": args.tokens, "tokens_per_step": found}
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            atomic.write_json(args.json, report)
     header = ["", *(f"T = {t:g}" for t in temperatures)]
     rows = [[name, *(f"{length:.2f}" for length in row.values())] for name, row in found.items()]
     print(markdown(header, rows))
