@@ -31,6 +31,7 @@ MAX_TOP_K = 16
 _PLAIN_NAME = re.compile(r"[\w-]{1,64}")
 
 LinearLayers = Literal["auto", "stock"]
+Candidates = Literal["best", "drawn", "auto"]
 
 
 class EchoConfigError(ValueError):
@@ -132,6 +133,14 @@ class EchoConfig(BaseModel):
         description=(
             "Children considered of a node, and nodes of a level that are expanded. Range 1 to "
             "16; default 4; 1 for `chain`; what `tree` needs for `static`."
+        ),
+    )
+    candidates: Candidates = Field(
+        default="best",
+        description=(
+            "For requests with a temperature, children of a node are the drafter's best tokens "
+            "(`best`) or tokens drawn from its distribution (`drawn`; policies `chain`, `static`, "
+            '`topn` and `echo`). `auto` draws where the policy can. Default "best".'
         ),
     )
     linear: LinearLayers = Field(

@@ -16,6 +16,15 @@ import torch
 from echo_vllm.trees.draws import EXHAUSTED
 
 
+def usual_acceptance(logprobs: torch.Tensor) -> torch.Tensor:
+    """How probably a target takes a token of this draft log-probability, for any head.
+
+    Only the shape of trees depends on it. Heads are too sure of themselves, and less so of what
+    they think improbable.
+    """
+    return 0.7 * (0.6 * logprobs).exp()
+
+
 def guess_target(
     draft_probs: torch.Tensor, curve: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:

@@ -8,12 +8,13 @@ sees vLLM.
 """
 
 from echo_vllm.policies.base import DraftBatch, DraftPolicy, Observation
-from echo_vllm.policies.registry import make_policy, parse_section, policy_class
+from echo_vllm.policies.registry import draws_of, make_policy, parse_section, policy_class
 
 __all__ = [
     "DraftBatch",
     "DraftPolicy",
     "Observation",
+    "draws_of",
     "make_policy",
     "parse_section",
     "policy_class",

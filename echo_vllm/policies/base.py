@@ -14,16 +14,20 @@ so all ranks decide alike. Nobody outside of `echo_vllm.policies` asks which pol
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from echo_vllm.config import EchoConfig
 from echo_vllm.forecast import Costs, StepCost
 from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.forecast.gains import usual_acceptance
 from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.trees.drawn import DrawnPool, OpenLevel
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
 
@@ -52,6 +56,24 @@ class DraftBatch:
     def of(cls, num_requests: int) -> DraftBatch:
         """A batch of which nothing else is known."""
         return cls(num_requests, num_requests)
+
+    def of_some(self, requests: NDArray[np.int64], other_nodes: int = 0) -> DraftBatch:
+        """The batch that some of these requests are drafted for, ascending places in 0 .. R - 1.
+
+        Args:
+            requests: [r], which ones.
+            other_nodes: what the other requests' trees have; to these ones they are rows of the
+                target's forward as those of prompts are.
+        """
+        places = torch.from_numpy(requests)
+        found = torch.isin(self.probes, places)
+        return DraftBatch(
+            len(requests),
+            self.num_decoding,
+            replace(self.plan, prefill_tokens=self.plan.prefill_tokens + other_nodes),
+            torch.searchsorted(places, self.probes[found]),
+            None if self.depth_limits is None else self.depth_limits[places],
+        )
 
     @property
     def load(self) -> Load:
@@ -100,6 +122,7 @@ class DraftPolicy(ABC):
             ..."; None for a policy that reads none. One that does has the field `profile`.
         not_traced: why a trace cannot hold its drafts; None if it can.
         learns: whether `observe` changes what it decides. A replay lets it settle first.
+        draws: whether its trees may have drawn candidates (docs/drawn.md).
 
     Attributes, which `__init__` may set as well:
         needs_cost: whether it asks what forwards cost; the engine then measures at start-up.
@@ -110,17 +133,22 @@ class DraftPolicy(ABC):
         max_frontier: the most nodes of one request that one drafter forward expands.
         column_ranks: of a fixed shape, per column of the pool the place among the drafter's best
             tokens after its parent; None where children take the places from the first one on.
+        acceptance: how probably the target takes a token of a draft log-probability, elementwise:
+            what slots of drawn candidates are expected to be worth follows from it. None for a
+            shape that is fixed, where all slots are worth the same.
     """
 
     Config: ClassVar[type[EchoConfig]]
     without_profile: ClassVar[str | None] = None
     not_traced: ClassVar[str | None] = None
     learns: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     needs_cost: bool = False
     may_rest: bool = False
     wants_logits: bool = False
     column_ranks: Sequence[int] | None = None
+    acceptance: Callable[[torch.Tensor], torch.Tensor] | None = staticmethod(usual_acceptance)
 
     def __init__(
         self, config: EchoConfig, max_nodes: int, profile: DrafterProfile | None = None
@@ -172,6 +200,32 @@ class DraftPolicy(ABC):
 
         Columns with NO_CANDIDATE belong to requests that stopped above; they are no nodes.
         """
+
+    # ---- Drawn candidates, where `draws`: slots are given out before their tokens are drawn. ----
+
+    def drawn_nodes(self, batch: DraftBatch) -> int:
+        """Nodes that each request of a batch may have, known before anything is drawn.
+
+        Args:
+            batch: all requests that draft, those with the best candidates among them.
+        """
+        return self.max_nodes
+
+    def going(self, depth: int, pool: DrawnPool, batch: DraftBatch) -> torch.Tensor:
+        """[R] bool: which requests may have nodes of the level `depth`, at least 2.
+
+        A request's own nodes may be asked, and no other's: how many nodes one request has must
+        not depend on what is drawn for another, because a token budget compares them.
+        """
+        return torch.ones(pool.num_requests, dtype=torch.bool)
+
+    def drawn_parents(self, depth: int, pool: DrawnPool) -> torch.Tensor:
+        """[R, W] int64, the columns to draw the level `depth`, at least 2, under."""
+        return pool.best_parents(self.max_frontier)
+
+    def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
+        """[R, W] int64: children that each parent gets, `num_ranks` at most."""
+        return torch.full(level.parents.shape, self.num_ranks, device=level.parents.device)
 
     def observe_logits(  # noqa: B027
         self, tokens: torch.Tensor, logits: torch.Tensor

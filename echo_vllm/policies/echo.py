@@ -35,6 +35,8 @@ from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies.base import DraftBatch, DraftPolicy
 from echo_vllm.policies.elastic import Floor, GatedConfig
+from echo_vllm.transfer import download
+from echo_vllm.trees.drawn import DrawnPool
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
 
@@ -85,6 +87,7 @@ class EchoPolicy(DraftPolicy):
     Config = EchoPolicyConfig
     without_profile = "its gates are built-in values that were never measured for this head"
     may_rest = True
+    draws = True
 
     def __init__(
         self, config: EchoPolicyConfig, max_nodes: int, profile: DrafterProfile | None = None
@@ -180,6 +183,18 @@ class EchoPolicy(DraftPolicy):
         tiers = tiers.masked_fill(rank < self.floor, 0).to(torch.int32)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
         return pool.take_ragged(columns, cu_nodes)
+
+    def drawn_nodes(self, batch: DraftBatch) -> int:
+        """An equal part of the budget: one that went by promise would tie a request's nodes to what
+        is drawn for others."""
+        return min(self.max_nodes, self.budget(batch) // max(1, batch.num_requests))
+
+    def going(self, depth: int, pool: DrawnPool, batch: DraftBatch) -> torch.Tensor:
+        """A gate asks how probably the best node of its level is reached."""
+        if depth - 1 not in self.gates:
+            return super().going(depth, pool, batch)
+        best = pool.reaches(pool.best_parents(1)).squeeze(1)
+        return download(best > self.gates[depth - 1])[0]
 
     def _is_depth(self, pool: CandidatePool) -> torch.Tensor:
         """[R, P] bool: the best node of a level that passed its gate, or an ancestor of one."""

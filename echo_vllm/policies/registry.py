@@ -165,7 +165,34 @@ def parse_section(section: object, *, num_speculative_tokens: int) -> EchoConfig
             f"{SECTION}.trace does not work with policy {config.policy}, because "
             f"{policy.not_traced}, got {show(config.trace)}; remove it, or choose another policy."
         )
+    _check_candidates(config, policy)
     return config.filled(num_speculative_tokens)
+
+
+def _check_candidates(config: EchoConfig, policy: type[DraftPolicy]) -> None:
+    """Refuse drawn candidates where there can be none.
+
+    Raises:
+        EchoConfigError: the policy has no drawn candidates, or a trace is asked for.
+    """
+    where, value = f"{SECTION}.candidates", show(config.candidates)
+    if config.candidates == "drawn" and not policy.draws:
+        names = either([name for name, each in BUILT_IN.items() if each.draws])
+        raise EchoConfigError(
+            f"{where} drawn needs a policy that gives out nodes before their tokens are drawn, "
+            f'got policy {config.policy}; set it to "auto" or "best", or {SECTION}.policy to '
+            f"{names}."
+        )
+    if config.trace is not None and draws_of(config):
+        raise EchoConfigError(
+            f'{where} must be "best" with {SECTION}.trace, which has no place for drawn '
+            f"candidates, got {value}; remove one of the two."
+        )
+
+
+def draws_of(config: EchoConfig) -> bool:
+    """Whether requests with a temperature get drawn candidates."""
+    return config.candidates != "best" and policy_class(config.policy).draws
 
 
 def _check_foreign(name: str, value: object, policy: str) -> None:

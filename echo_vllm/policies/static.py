@@ -25,7 +25,8 @@ from echo_vllm.config import (
 )
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.policies.base import DraftBatch, DraftPolicy
-from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.drawn import DrawnPool, OpenLevel
+from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
 
 FIELD = f"{SECTION}.tree"
@@ -120,7 +121,14 @@ def _checked_tree(
 
 
 class FixedShapePolicy(DraftPolicy):
-    """A fixed, prefix-closed set of child-rank paths; every node that has children is expanded."""
+    """A fixed, prefix-closed set of child-rank paths; every node that has children is expanded.
+
+    Of drawn candidates a rank is the place in the order of drawing; a rank that the shape leaves
+    out is not drawn.
+    """
+
+    draws = True
+    acceptance = None
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         """Args: paths: prefix-closed, without duplicates; any order."""
@@ -142,6 +150,7 @@ class FixedShapePolicy(DraftPolicy):
                 torch.tensor([row[path[:-1]] * self.num_ranks + path[-1] for path in level])
             )
         self.max_frontier = max(1, *(len(columns) for columns in self._frontier))
+        self._drawn = _drawn_levels(shape, self.num_ranks)
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
         children = self._children[depth - 1]
@@ -153,6 +162,34 @@ class FixedShapePolicy(DraftPolicy):
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         columns = torch.arange(pool.num_columns, device=pool.device)
         return pool.take(columns.expand(pool.num_requests, pool.num_columns))
+
+    def drawn_parents(self, depth: int, pool: DrawnPool) -> torch.Tensor:
+        parents, _ = self._drawn[depth - 1]
+        return torch.tensor(parents).expand(pool.num_requests, -1)
+
+    def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
+        _, widths = self._drawn[level.depth - 1]
+        return torch.tensor(widths).expand(level.parents.shape)
+
+
+def _drawn_levels(
+    shape: Sequence[tuple[int, ...]], num_ranks: int
+) -> list[tuple[list[int], list[int]]]:
+    """Per level the columns of a `DrawnPool` that have children, and how many each has; a parent
+    takes `num_ranks` columns of its level."""
+    children: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for path in shape:
+        children.setdefault(path[:-1], []).append(path)
+    column: dict[tuple[int, ...], int] = {(): ROOT}
+    levels, start = [], 0
+    for depth in range(max(map(len, shape))):
+        parents = [path for path in column if len(path) == depth and path in children]
+        levels.append(([column[path] for path in parents], [len(children[p]) for p in parents]))
+        for row, parent in enumerate(parents):
+            for rank, path in enumerate(children[parent]):
+                column[path] = start + row * num_ranks + rank
+        start += len(parents) * num_ranks
+    return levels
 
 
 class StaticPolicy(FixedShapePolicy):

@@ -34,6 +34,7 @@ class TopNPolicy(DraftPolicy):
     """The N best of `top_k + (max_depth - 1) * top_k**2` candidates a request."""
 
     Config = TopNConfig
+    draws = True
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:

@@ -24,7 +24,7 @@ from echo_vllm.config import MAX_DEPTH
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.turnover import Turnover
-from echo_vllm.policies import Observation, make_policy
+from echo_vllm.policies import Observation, draws_of, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.drafts import Drafts
@@ -74,6 +74,23 @@ class EchoScheduler(Scheduler):
         self._turnover = Turnover()
         profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
+        if draws_of(spec.echo):
+            self._allocate = self.kv_cache_manager.allocate_slots
+            self.kv_cache_manager.allocate_slots = self._allocate_for_any_draft
+
+    def _allocate_for_any_draft(
+        self, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As many blocks for a request that decodes as its largest draft would take.
+
+        Else a request might be preempted, and its draft dropped, because of how many nodes were
+        drawn for it, which depends on what they are: drawn candidates would lose what makes them
+        exact (docs/drawn.md).
+        """
+        unused = 1 + self.num_spec_tokens - num_new_tokens
+        if unused > 0:
+            kwargs["num_lookahead_tokens"] = kwargs.get("num_lookahead_tokens", 0) + unused
+        return self._allocate(request, num_new_tokens, *args, **kwargs)
 
     @property
     def num_lookahead_tokens(self) -> int:

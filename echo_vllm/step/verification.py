@@ -83,10 +83,13 @@ class Drawing:
         is_random: its temperature is not 0.
         by_level: a row's token depends on the path that leads to it, on the request's generator, or
             is reported with log-probabilities: only the rows on the accepted path may be sampled.
+        only_scales: nothing but temperature, top-k, top-p and min-p changes the distribution that
+            its tokens are drawn from.
     """
 
     is_random: bool
     by_level: bool
+    only_scales: bool
 
     @classmethod
     def of(cls, params: SamplingParams) -> Drawing:
@@ -109,7 +112,8 @@ class Drawing:
             or params.thinking_token_budget is not None
         )
         keeps_own_order = is_random and (params.seed is not None or params.min_p > 0)
-        return cls(is_random, changes_logits or keeps_own_order)
+        only_scales = not changes_logits and params.structured_outputs is None
+        return cls(is_random, changes_logits or keeps_own_order, only_scales)
 
 
 _SAMPLING_EPS = 1e-5

@@ -88,6 +88,11 @@ class DrawnPool:
         """[R, W] int64, the target's tokens of nodes [R, W], none of which may be the root."""
         return self._token_ids.gather(1, parents)
 
+    def reaches(self, parents: torch.Tensor) -> torch.Tensor:
+        """[R, W] float32 in 0..1, how probably each of the nodes [R, W] is on the accepted path,
+        given all tokens drawn so far; 0 where there is no node."""
+        return self._reaches.gather(1, parents + 1)
+
     def open(self, parents: torch.Tensor, gains: torch.Tensor) -> OpenLevel:
         """The level below `parents`, before anything is drawn.
 

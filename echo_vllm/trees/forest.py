@@ -150,6 +150,26 @@ class DraftForest:
         index = torch.arange(self.num_nodes) - start
         return self.keep(index < num_nodes[self.request_of_node()])
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[torch.Tensor, DraftForest]]) -> DraftForest:
+        """One forest of several, on the host, without `columns`.
+
+        Args:
+            parts: the places ([r] int64) of a forest's r trees in the whole, and the forest; each
+                place from 0 on stands in one of them.
+        """
+        owner = torch.cat([places[forest.request_of_node()] for places, forest in parts])
+        order = owner.argsort(stable=True)
+        cu_nodes = torch.zeros(1 + sum(len(places) for places, _ in parts), dtype=torch.int32)
+        cu_nodes[1:] = torch.bincount(owner, minlength=len(cu_nodes) - 1).cumsum(0)
+        return cls(
+            token_ids=torch.cat([forest.token_ids for _, forest in parts])[order],
+            parents=torch.cat([forest.parents for _, forest in parts])[order],
+            depths=torch.cat([forest.depths for _, forest in parts])[order],
+            path_logprobs=torch.cat([forest.path_logprobs for _, forest in parts])[order],
+            cu_nodes=cu_nodes,
+        )
+
     def trees(self) -> list[tuple[list[int], list[int]]]:
         """`(token ids, parents)` of every request, as lists."""
         tokens, parents, cu = self.token_ids.tolist(), self.parents.tolist(), self.cu_nodes.tolist()

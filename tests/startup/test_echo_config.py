@@ -165,6 +165,19 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             f'{FIELD}.linear must be "auto" or "stock", got "onednn"; set it to one of them.',
         ),
         (
+            {"candidates": "drawn"},
+            16,
+            f"{FIELD}.candidates drawn needs a policy that gives out nodes before their tokens are "
+            f'drawn, got policy auto; set it to "auto" or "best", or {FIELD}.policy to chain, '
+            "static, topn or echo.",
+        ),
+        (
+            {"candidates": "auto", "policy": "topn", "trace": "t.jsonl"},
+            16,
+            f'{FIELD}.candidates must be "best" with {FIELD}.trace, which has no place for drawn '
+            'candidates, got "auto"; remove one of the two.',
+        ),
+        (
             {"policy": "auto", "online": 1},
             16,
             f"{FIELD}.online must be true or false, got 1; set it to one of them.",
@@ -385,6 +398,7 @@ SECTIONS = st.fixed_dictionaries(
         "floor": st.integers(-1, 300) | JSON_VALUES,
         "share": st.sampled_from(["batch", "equal"]) | JSON_VALUES,
         "linear": st.sampled_from(["auto", "stock"]) | JSON_VALUES,
+        "candidates": st.sampled_from(["best", "drawn", "auto"]) | JSON_VALUES,
         "max_depth": st.integers(0, 34) | JSON_VALUES,
         "top_k": st.integers(0, 18) | JSON_VALUES,
         "tree": TREES | JSON_VALUES,

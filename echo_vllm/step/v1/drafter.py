@@ -409,6 +409,18 @@ class EchoProposer(EagleProposer):
             return output[:n].clone(), features[:n].clone()
         return output, features
 
+    @property
+    def draft_offsets(self) -> torch.Tensor | None:
+        """[V_draft] int64, from a token of the draft vocabulary to the target's (`d2t`); None where
+        the two are one."""
+        offsets: torch.Tensor | None = self.model.draft_id_to_target_id
+        return offsets
+
+    def draft_logits(self, output: torch.Tensor) -> torch.Tensor:
+        """[rows, V_draft], after each of `output` [rows, hidden]; on all ranks."""
+        logits: torch.Tensor = self.model.logits_processor(self.model.lm_head, output)
+        return logits
+
     def _top_tokens(self, output: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best tokens after each row and their log-probabilities, both [rows, k].
 
@@ -419,5 +431,5 @@ class EchoProposer(EagleProposer):
         ids, logprobs = model.logits_processor.get_top_k_tokens(
             model.lm_head, output, k, return_log_probs=True
         )
-        offsets = model.draft_id_to_target_id
+        offsets = self.draft_offsets
         return (ids if offsets is None else ids + offsets[ids]), logprobs

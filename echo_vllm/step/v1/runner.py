@@ -37,15 +37,17 @@ from echo_vllm import ops
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.ops.argmax import argmax_of_rows
-from echo_vllm.policies import DraftBatch, make_policy
+from echo_vllm.policies import DraftBatch, draws_of, make_policy
 from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.step.clock import clock_of
 from echo_vllm.step.drafts import Drafts
+from echo_vllm.step.drawn import DrawnRequests
 from echo_vllm.step.stats import StepStats
 from echo_vllm.step.tracing import TraceRecorder
 from echo_vllm.step.v1.drafter import CatchUpRows, EchoProposer
+from echo_vllm.step.v1.drawn import draw_trees
 from echo_vllm.step.v1.slots import RequestSlots
 from echo_vllm.step.v1.window import WINDOW, DrafterWindow, FeatureRing
 from echo_vllm.step.verification import Verdict, verify
@@ -164,6 +166,9 @@ class EchoRunnerMixin(_Runner):
         )
         self.slots = RequestSlots(self.max_num_reqs)
         self.trees = TreeStore(self.max_num_reqs, spec.num_speculative_tokens)
+        self.drawn: DrawnRequests | None = None
+        if draws_of(spec.echo):
+            self.drawn = DrawnRequests(self.max_num_reqs, spec.num_speculative_tokens)
         self.grammar_parents: dict[str, list[int]] = {}
         """Of the last drafting, for the scheduler; see `Drafts`."""
         self.step: Step | None = None
@@ -244,9 +249,9 @@ class EchoRunnerMixin(_Runner):
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for req_id in scheduler_output.finished_req_ids:
-            self.slots.end(req_id)
+            self._end(req_id)
         for req_id in scheduler_output.preempted_req_ids or ():
-            self.slots.end(req_id)
+            self._end(req_id)
         # What a grammar forbade is left out of the trees that it goes on with.
         for req_id, kept in getattr(scheduler_output, "echo_kept", {}).items():
             self.trees.keep(int(self.slots.of([req_id])[0]), kept)
@@ -269,6 +274,12 @@ class EchoRunnerMixin(_Runner):
                 self.window.allocate(blocks[self.drafter.kv_cache_gid])
         return super()._update_states(scheduler_output)
 
+    def _end(self, req_id: str) -> None:
+        """A request ended or was preempted."""
+        if self.drawn is not None and req_id in self.slots:
+            self.drawn.end(int(self.slots.of([req_id])[0]))
+        self.slots.end(req_id)
+
     def _begin(
         self, req_id: str, params: Any, num_prompt: int, blocks: Any, num_computed: int
     ) -> None:
@@ -281,6 +292,8 @@ class EchoRunnerMixin(_Runner):
             max_len=self.max_model_len,
             batch=self.input_batch.req_id_to_index,
         )
+        if self.drawn is not None:
+            self.drawn.begin(slot, params)
         if self.window is None:
             return
         own = blocks[self.drafter.kv_cache_gid]
@@ -436,8 +449,12 @@ class EchoRunnerMixin(_Runner):
         if report.forest is not None:
             stats.starved = int((report.forest.cu_nodes.diff() == 0).sum())
         if verdict is not None:
+            drawn = torch.from_numpy(self._draws(step.slots))
+            verified = step.forest
+            if drawn.any():  # What is known of the best candidates does not hold for them.
+                verified = verified.prefix(verified.cu_nodes.diff().masked_fill(drawn, 0))
             stats.report = policy.report(
-                verified=step.forest,
+                verified=verified,
                 num_accepted=verdict.num_accepted,
                 pool=report.pool,
                 probes=report.probes,
@@ -467,16 +484,29 @@ class EchoRunnerMixin(_Runner):
             return self.sampler(logits=logits, sampling_metadata=sampling)
         if not self.draws_at_once:
             by_level = by_level | is_random
+        drawn = self._draws(step.slots)
         verdict = verify(
             self.sampler,
             logits,
             step.forest,
             sampling,
             self.input_batch.req_output_token_ids[:num_reqs],
-            skipped,
-            by_level,
+            skipped | drawn,
+            by_level | drawn,
             is_random,
         )
+        if (drawn & ~skipped).any():
+            assert self.drawn is not None
+            verdict = self.drawn.verify(
+                verdict,
+                logits,
+                step.forest,
+                sampling,
+                step.slots,
+                step.begins + step.query_start[1:] - step.query_start[:-1] - step.sizes,
+                np.flatnonzero(drawn & ~skipped),
+                self.drafter.draft_offsets,
+            )
         if self.rests:
             return verdict.sampler_output
         self._commit(step, verdict)
@@ -491,6 +521,10 @@ class EchoRunnerMixin(_Runner):
                 decoding=int((~skipped).sum()),
             )
         return step.verdict.sampler_output
+
+    def _draws(self, slots: Ints) -> NDArray[np.bool_]:
+        """[R] bool, the requests whose candidates are drawn."""
+        return np.zeros(len(slots), np.bool_) if self.drawn is None else self.drawn.draws[slots]
 
     def _commit(self, step: Step, verdict: Verdict) -> None:
         """Move the accepted paths' keys and values to where a chain would have left them.
@@ -574,7 +608,7 @@ class EchoRunnerMixin(_Runner):
         if len(updates):
             state = self._catch_up(step, committed, updates, layers)
             if len(drafting):
-                forest = self._draft(state, np.searchsorted(updates, drafting), batch)
+                forest = self._draft(state, step.slots[updates], drafting, updates, batch)
         if self.ring is not None and not updating.all():
             stay = ~updating[committed.owners]
             stay &= committed.positions >= committed.stops[committed.owners] - self.ring.capacity
@@ -713,8 +747,46 @@ class EchoRunnerMixin(_Runner):
         features[upload(torch.from_numpy(np.flatnonzero(~now)), self.device)] = old
         return features
 
-    def _draft(self, state: CaughtUp, place: Ints, batch: DraftBatch) -> DraftForest:
-        """Trees for the requests at `place` [R] of those that caught up."""
+    def _draft(
+        self, state: CaughtUp, slots: Ints, drafting: Ints, updates: Ints, batch: DraftBatch
+    ) -> DraftForest:
+        """Trees for the requests `drafting` [R] of the batch, out of the `updates` [U] that caught
+        up, whose slots are `slots` [U]."""
+        place = np.searchsorted(updates, drafting)
+        drawn = self._draws(slots[place])
+        if not drawn.any():
+            return self._draft_best(state, place, batch)
+        assert self.drawn is not None
+        drawing, others = np.flatnonzero(drawn), np.flatnonzero(~drawn)
+        # Both numbers are known before anything is drawn.
+        max_nodes = self.drafter.policy.drawn_nodes(batch)
+        of_others = batch.of_some(others, other_nodes=len(drawing) * max_nodes)
+        arguments = self._of_requests(state, place[drawing])
+        arguments.pop("roots")
+        slots, positions = slots[place[drawing]], state.stops[place[drawing]] + 1
+        pool, forest = draw_trees(
+            self.drafter,
+            **arguments,
+            root_keys=self.drawn.root_keys(slots, positions, self.device),
+            sampling=self.drawn.sampling(slots, self.device),
+            batch=batch.of_some(drawing),
+            max_nodes=max_nodes,
+        )
+        self.drawn.put(slots, pool, forest)
+        if len(others):
+            best = self._draft_best(state, place[others], of_others)
+            forest = DraftForest.joined(
+                [(torch.from_numpy(drawing), forest), (torch.from_numpy(others), best)]
+            )
+        self.drafter.report.forest = forest
+        return forest
+
+    def _draft_best(self, state: CaughtUp, place: Ints, batch: DraftBatch) -> DraftForest:
+        """Trees of the best candidates for the requests at `place` [R] of those that caught up."""
+        return self.drafter.draft_trees(**self._of_requests(state, place), batch=batch)
+
+    def _of_requests(self, state: CaughtUp, place: Ints) -> dict[str, torch.Tensor]:
+        """What a drafting of the requests at `place` [R] begins with."""
         host = np.stack(
             [values[place] for values in (state.lengths, state.stops, state.roots)],
             dtype=np.int32,
@@ -725,12 +797,11 @@ class EchoRunnerMixin(_Runner):
         if len(place) < len(output):
             index = upload(torch.from_numpy(place), self.device)
             output, above, table = output[index], above[index], table[index]
-        return self.drafter.draft_trees(
-            output=output,
-            features=above,
-            context_lens=lengths,
-            last_positions=stops - 1,
-            block_table=table,
-            roots=roots,
-            batch=batch,
-        )
+        return {
+            "output": output,
+            "features": above,
+            "context_lens": lengths,
+            "last_positions": stops - 1,
+            "block_table": table,
+            "roots": roots,
+        }

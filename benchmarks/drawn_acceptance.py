@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Tokens a step with drawn candidates, with the best ones, and with vLLM's own chains.
+
+    python -m benchmarks.drawn_acceptance --json benchmarks/results/drawn-cpu.json
+
+Only tokens are counted, so a busy machine does no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from echo_vllm import atomic
+from echo_vllm.conversations import CHATS, Chat, read_conversations, shuffled
+from echo_vllm.offline.acceptance_run import measure
+from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
+from echo_vllm.offline.bench.tables import markdown
+
+NODES, CHAIN = 8, 3
+
+
+def configurations(head: str) -> dict[str, dict[str, Any]]:
+    """Name -> vLLM's speculative_config."""
+    chain = {"model": head, "num_speculative_tokens": CHAIN}
+    tree = {"method": "echo", "model": head, "num_speculative_tokens": NODES}
+    shape = {"policy": "topn", "max_depth": 4, "top_k": 4}
+    drawn = {"candidates": "drawn"}
+    return {
+        f"vLLM, chain of {CHAIN}": {"method": "eagle3", **chain},
+        f"vLLM, chain of {CHAIN}, probabilistic": {
+            "method": "eagle3",
+            "draft_sample_method": "probabilistic",
+            **chain,
+        },
+        f"chain of {CHAIN} drawn": {
+            "method": "echo",
+            **chain,
+            "echo": {"policy": "chain", **drawn},
+        },
+        f"{NODES} best nodes": {**tree, "echo": shape},
+        f"{NODES} drawn nodes": {**tree, "echo": shape | drawn},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=CHATS,
+        metavar="FILE",
+        help="JSON lines, of which first turns are asked (the project's chats, which neither head "
+        "nor profile has seen)",
+    )
+    parser.add_argument("--num-prompts", type=int, default=48, help="at most (48)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer (64)")
+    parser.add_argument("--temperatures", default="0.6,1.0", help="(0.6,1.0)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    temperatures = [float(part) for part in args.temperatures.split(",")]
+    chat, asked = Chat(str(DEMO_TARGET)), shuffled(read_conversations(args.prompts))
+    prompts = [chat.encode(turns[:1]) for turns in asked[: args.num_prompts]]
+    found: dict[str, dict[str, float]] = {}
+    for name, speculation in configurations(str(DEMO_HEAD)).items():
+        counted = measure(
+            str(DEMO_TARGET),
+            speculation,
+            {"all": prompts},
+            temperatures,
+            max_tokens=args.tokens,
+            dtype="float32",
+            max_model_len=2048,
+            concurrency=16,
+        )
+        found[name] = {f"{t:g}": round(counted["all", t].length, 4) for t in temperatures}
+        print(name, found[name], flush=True)
+        if args.json:
+            report = {"prompts": len(prompts), "tokens": args.tokens, "tokens_per_step": found}
+            atomic.write_json(args.json, report)
+    header = ["", *(f"T = {t:g}" for t in temperatures)]
+    rows = [[name, *(f"{length:.2f}" for length in row.values())] for name, row in found.items()]
+    print(markdown(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Requests with drawn candidates: their parameters, their trees between two steps, and how these
+are verified (docs/drawn.md).
+
+A draft lives here from its drawing to its verification, by the request's slot: the distributions
+that its nodes were drawn from, and the numbers that decide about them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+from echo_vllm import ops
+from echo_vllm.ops import AcceptRule
+from echo_vllm.step.verification import MAX_SAMPLED_ROWS, Drawing, Verdict
+from echo_vllm.transfer import download, upload
+from echo_vllm.trees.drawn import DrawnPool
+from echo_vllm.trees.draws import Sampling, Stream, root_keys, uniforms
+from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.store import Ints, owners
+
+_ANY = (1 << 63) - 1
+
+
+class DrawnRequests:
+    """What is known of the requests in all slots.
+
+    Attributes:
+        draws: [num_slots] bool, whether the request's candidates are drawn.
+    """
+
+    def __init__(self, num_slots: int, max_nodes: int) -> None:
+        self.draws = np.zeros(num_slots, np.bool_)
+        self._seeds = np.zeros(num_slots, np.int64)
+        self._temperature = np.ones(num_slots, np.float32)
+        self._top_k = np.zeros(num_slots, np.int64)
+        self._top_p = np.ones(num_slots, np.float32)
+        self._min_p = np.zeros(num_slots, np.float32)
+        # Of the last drafting of each slot: per row of the tree (the root, then the nodes) the row
+        # of `_probs` that its children were drawn from, and per node the number that decides.
+        self._probs: dict[int, torch.Tensor] = {}
+        self._draft_rows = np.full((num_slots, 1 + max_nodes), -1, np.int32)
+        self._uniforms = np.zeros((num_slots, 1 + max_nodes), np.float64)
+        self._draft_ids: torch.Tensor | None = None
+
+    def begin(self, slot: int, params: SamplingParams) -> None:
+        """A request takes the slot, or goes on with other parameters."""
+        drawing = Drawing.of(params)
+        self.draws[slot] = drawing.is_random and drawing.only_scales
+        self.end(slot)
+        if not self.draws[slot]:
+            return
+        # Ranks draw the same number, as they do when they sample.
+        seed = int(torch.randint(_ANY, ())) if params.seed is None else params.seed
+        self._seeds[slot] = seed
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = params.top_k if params.top_k > 0 else _ANY
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+
+    def end(self, slot: int) -> None:
+        """Forget the slot's draft."""
+        self._probs.pop(slot, None)
+        self._draft_rows[slot] = -1
+
+    def sampling(self, slots: Ints, device: torch.device) -> Sampling:
+        """The parameters of the requests in `slots` [R]."""
+
+        def given(values: NDArray[np.generic], neutral: object) -> torch.Tensor | None:
+            own = values[slots]
+            return upload(torch.from_numpy(own), device) if (own != neutral).any() else None
+
+        temperature = upload(torch.from_numpy(self._temperature[slots]), device)
+        return Sampling(
+            temperature, given(self._top_k, _ANY), given(self._top_p, 1), given(self._min_p, 0)
+        )
+
+    def root_keys(self, slots: Ints, positions: Ints, device: torch.device) -> torch.Tensor:
+        """[R] int64, see `draws.root_keys`: `positions` are those of the tokens to come."""
+        host = torch.from_numpy(np.stack([self._seeds[slots], positions]))
+        seeds, positions_ = upload(host, device)
+        return root_keys(seeds, positions_)
+
+    def put(self, slots: Ints, pool: DrawnPool, forest: DraftForest) -> None:
+        """Keep what the trees of `forest`, taken from `pool`, need for their verification."""
+        rows, numbers = download(*pool.rows_of(forest))
+        owner, place = owners(forest.cu_nodes.diff().numpy().astype(np.int64) + 1)
+        self._draft_rows[slots] = -1
+        self._draft_rows[slots[owner], place] = rows.numpy()
+        self._uniforms[slots[owner], place] = numbers.numpy()
+        probs = pool.draft_probs()
+        self._probs.update(dict.fromkeys(slots.tolist(), probs))
+
+    def verify(
+        self,
+        others: Verdict,
+        logits: torch.Tensor,
+        forest: DraftForest,
+        sampling: SamplingMetadata,
+        slots: Ints,
+        positions: Ints,
+        requests: Ints,
+        draft_offsets: torch.Tensor | None,
+    ) -> Verdict:
+        """Walk the trees of `requests`, by recursive rejection.
+
+        Args:
+            others: the verdict on the rest of the batch.
+            logits, forest, sampling: as for `verification.verify`.
+            slots, positions: [R], of the batch's requests, and where each one's next token stands.
+            requests: [n], which of them.
+            draft_offsets: [V_draft] int64, from a token of the draft vocabulary to the target's;
+                None where the two are one.
+
+        Returns:
+            The verdict on all of them, on the host.
+        """
+        device = logits.device
+        sizes = forest.cu_nodes.diff().numpy().astype(np.int64)
+        starts = forest.cu_nodes[:-1].numpy().astype(np.int64)
+        own = sizes[requests]
+        cu_nodes = torch.zeros(len(own) + 1, dtype=torch.int32)
+        cu_nodes[1:] = torch.from_numpy(own.cumsum())
+        owner, place = owners(own)
+        nodes = torch.from_numpy(starts[requests[owner]] + place)
+        row_owner, row_place = owners(own + 1)
+        rows = starts[requests[row_owner]] + requests[row_owner] + row_place
+        numbers = self._uniforms[slots[requests[row_owner]], row_place]
+        # A root has a number of its own in every step, whether anything was drawn or not.
+        is_root = row_place == 0
+        keys = self.root_keys(slots[requests], positions[requests], torch.device("cpu"))
+        numbers[is_root] = uniforms(keys, Stream.ACCEPT).numpy()
+        vocab = logits.shape[1]
+        if draft_offsets is not None:
+            vocab = len(draft_offsets)
+            if self._draft_ids is None:
+                self._draft_ids = _places(draft_offsets, logits.shape[1])
+        own_slots = slots[requests[row_owner]]
+        probs, draft_rows = self._drawn_from(own_slots, row_place, vocab, device)
+        max_depth = others.accepted_rows.shape[1] - 1
+        accepted, counts, last = download(
+            *ops.sample_path(
+                self._processed(logits, sampling, rows, requests[row_owner], slots),
+                upload(torch.arange(len(rows), dtype=torch.int32), device),
+                probs,
+                upload(draft_rows, device),
+                self._draft_ids,
+                torch.full((len(own),), AcceptRule.DRAWN, dtype=torch.int32, device=device),
+                upload(torch.from_numpy(numbers), device),
+                upload(forest.token_ids[nodes], device),
+                upload(forest.parents[nodes], device),
+                upload(cu_nodes, device),
+                max_depth,
+            )
+        )
+        for slot in slots[requests].tolist():  # Else q would be kept until the slot is used again.
+            self.end(slot)
+        verdict = others.on_host()
+        tokens = verdict.sampler_output.sampled_token_ids.clone()
+        all_rows, num_accepted = verdict.accepted_rows.clone(), verdict.num_accepted.clone()
+        index = torch.from_numpy(requests)
+        all_rows[index], num_accepted[index] = accepted, counts
+        first = torch.from_numpy(starts[requests]).unsqueeze(1)
+        found = forest.token_ids[(first + accepted[:, 1:] - 1).clamp(min=0)] if len(nodes) else None
+        path = torch.full_like(accepted, -1)
+        if found is not None:
+            path[:, :-1] = found.masked_fill(accepted[:, 1:] < 0, -1)
+        path[torch.arange(len(own)), counts.long()] = last
+        tokens[index] = path.to(tokens.dtype)
+        output = replace(verdict.sampler_output, sampled_token_ids=tokens)
+        return Verdict(output, all_rows, num_accepted)
+
+    def _drawn_from(
+        self, slots: Ints, places: Ints, vocab: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q of the rows `places` of the trees in `slots`, and which of its rows each one has.
+
+        Drafts of several draftings meet where a request was not scheduled meanwhile.
+        """
+        draft_rows = torch.from_numpy(self._draft_rows[slots, places])
+        probs: list[torch.Tensor] = []
+        for slot in dict.fromkeys(slots.tolist()):
+            own = self._probs.get(slot)
+            if own is not None and not any(own is each for each in probs):
+                probs.append(own)
+        if not probs:
+            return torch.zeros(1, vocab, device=device), torch.full_like(draft_rows, -1)
+        if len(probs) == 1:
+            return probs[0], draft_rows
+        start = 0
+        for each in probs:
+            mine = np.array([self._probs.get(slot) is each for slot in slots.tolist()])
+            draft_rows[torch.from_numpy(mine) & (draft_rows >= 0)] += start
+            start += len(each)
+        return torch.cat(probs), draft_rows
+
+    def _processed(
+        self,
+        logits: torch.Tensor,
+        sampling: SamplingMetadata,
+        rows: Ints,
+        owner: Ints,
+        slots: Ints,
+    ) -> torch.Tensor:
+        """[len(rows), V] float32: temperature, min-p, top-k and top-p, in vLLM's order."""
+        device = logits.device
+        min_p = self._min_p[slots[owner]]
+        pieces = []
+        for start in range(0, len(rows), MAX_SAMPLED_ROWS):
+            part = slice(start, start + MAX_SAMPLED_ROWS)
+            index = upload(torch.from_numpy(owner[part]), device)
+            temperature = upload(torch.from_numpy(self._temperature[slots[owner[part]]]), device)
+            values = logits[upload(torch.from_numpy(rows[part]), device)].float()
+            values = values.div_(temperature.unsqueeze(1))
+            if min_p[part].any():
+                least = upload(torch.from_numpy(min_p[part]), device).log().unsqueeze(1)
+                values.masked_fill_(values < values.amax(1, keepdim=True) + least, float("-inf"))
+            top_k = None if sampling.top_k is None else sampling.top_k[index]
+            top_p = None if sampling.top_p is None else sampling.top_p[index]
+            pieces.append(apply_top_k_top_p(values, top_k, top_p))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _places(draft_offsets: torch.Tensor, vocab: int) -> torch.Tensor:
+    """[vocab] int32, where in the draft vocabulary each of the target's tokens is, or -1."""
+    places = torch.full((vocab,), -1, dtype=torch.int32, device=draft_offsets.device)
+    own = torch.arange(len(draft_offsets), device=draft_offsets.device)
+    places[own + draft_offsets] = own.to(torch.int32)
+    return places
