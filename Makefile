@@ -21,7 +21,7 @@ export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
 
-.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test dashboard-test image image-test docs soak format bench-quick clean test-v2
+.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test dashboard-test image image-test docs soak format bench-quick clean test-v2 port
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,8 @@ docs: setup ## the documentation as a site in .build/site; a broken link is an e
 
 soak: setup ## HOURS (1) of mixed traffic, a killed server, and what must be true afterwards
 	@$(PYTHON_OF_VENV) -m scripts.soak --hours $(HOURS) $(ARGS)
+port: setup ## what another release of vLLM asks of us: VLLM=X.Y.Z
+	@$(PYTHON_OF_VENV) -m scripts.port $(or $(VLLM),$(error VLLM must name a release: make port VLLM=X.Y.Z)) $(ARGS)
 
 format: setup ## let ruff and clang-format rewrite what make check complains about
 	@.venv/bin/ruff check --fix .

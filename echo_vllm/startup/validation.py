@@ -106,6 +106,16 @@ FIXED: dict[str, tuple[object, str]] = {
     "enable_adaptive_verification": (False, "it belongs to method dspark"),
     "draft_sample_method": ("greedy", "the candidates are the draft head's best tokens"),
     "dspark_draft_topk": (None, "it belongs to method dspark"),
+    # From vLLM 0.33.0 on.
+    "disable_lookahead_block_hashes": (
+        False,
+        "the draft head needs the tokens behind a block that it takes from the prefix cache",
+    ),
+    "draft_lm_head_quantization": (None, "candidates are ranked by the head's own scores"),
+    "xpress_topc": (None, "it belongs to XPress heads"),
+    "fly_window_size": (None, "verification is never lossy"),
+    "fly_entropy_threshold": (0.3, "verification is never lossy"),
+    "fly_entropy_top_k": (3, "verification is never lossy"),
 }
 
 
@@ -181,8 +191,11 @@ def _check_field(name: str, value: object) -> None:
         if name in _TYPED_BY_VLLM:
             _check_type(name, value)
         return
-    if name not in FIXED:
-        known = (*PASSED_ON, *FIXED)
+    from vllm.config import SpeculativeConfig
+
+    fields = SpeculativeConfig.__pydantic_fields__
+    known = [field for field in (*PASSED_ON, *FIXED) if field in fields]
+    if name not in known:
         raise EchoConfigError(
             f"speculative_config.{show_name(name)} is not a known field, got {show(value)}"
             f"{closest(name, known)}; remove it."

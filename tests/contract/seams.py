@@ -361,6 +361,16 @@ def moved(before: Mapping[str, Methods], after: Mapping[str, Methods]) -> list[s
     return sorted(lines.values())
 
 
+def speculative_fields(vllm: Source) -> dict[str, str]:
+    """Field -> default, as source text, of vLLM's SpeculativeConfig."""
+    config = ClassName("vllm.config.speculative", "SpeculativeConfig")
+    return {
+        node.target.id: ast.unparse(node.value) if node.value else ""
+        for node in vllm.definition(config).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
 def unresolved_imports(vllm: Source) -> list[str]:
     """One line for each import of ours that the release does not have."""
     return sorted(

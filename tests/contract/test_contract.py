@@ -9,7 +9,8 @@ import ast
 import pytest
 
 from echo_vllm.patching import PatchState, find_installation, load_series
-from echo_vllm.version import VLLM_VERSION
+from echo_vllm.version import VLLM_RELEASES, VLLM_VERSION
+from tests.contract.fetch import FetchError, fetch_sources
 from tests.contract.seams import (
     Source,
     find_seams,
@@ -49,6 +50,22 @@ def test_the_installed_vllm_is_the_recorded_release(installed: Source) -> None:
     record, found = load_record(version), read_release(installed)
     assert record.keys() <= found.keys()
     assert moved(record, found) == [], f"the installed vLLM is not the recorded {version}"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", VLLM_RELEASES["vllm"])
+def test_the_published_wheel_is_the_recorded_release(version: str) -> None:
+    try:
+        wheel = Source(fetch_sources("vllm", version))
+    except FetchError as error:
+        pytest.skip(f"the CUDA wheel cannot be downloaded here: {error}")
+    assert moved(load_record(version), read_release(wheel)) == []
+    assert unresolved_imports(wheel) == []
+
+
+@pytest.mark.parametrize("version", VLLM_RELEASES["vllm"])
+def test_every_supported_release_is_recorded(version: str) -> None:
+    assert record_file(version).is_file()
 
 
 def test_every_import_of_ours_is_there(installed: Source) -> None:
