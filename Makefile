@@ -17,6 +17,7 @@ COMPILE ?= 0
 WORKERS ?= 2
 HOURS ?= 1
 ARGS ?=
+V2_TESTS := tests/v2/graph.py tests/v2/stock.py tests/v2/trees.py
 export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
@@ -48,7 +49,7 @@ test-fast: setup ## the fast tier (under three minutes)
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile -m 'not full and not gpu' $(ARGS)
 
 test-v2: setup ## vLLM's Model Runner V2 on the CPU, in Triton's interpreter (some minutes)
-	@$(PYTHON_OF_VENV) -m tests.v2.on_cpu -m pytest -q tests/v2/graph.py tests/v2/stock.py $(ARGS)
+	@$(PYTHON_OF_VENV) -m tests.v2.on_cpu -m pytest -q $(V2_TESTS) $(ARGS)
 
 check: setup ## ruff, mypy, import contracts and clang-format; changes nothing
 	@scripts/check.sh

@@ -100,6 +100,8 @@ class DraftPolicy(ABC):
             ..."; None for a policy that reads none. One that does has the field `profile`.
         not_traced: why a trace cannot hold its drafts; None if it can.
         learns: whether `observe` changes what it decides. A replay lets it settle first.
+        has_fixed_size: whether every tree has `num_nodes` nodes, whatever the request and the step.
+            Such a policy has `columns`, too, and runs where the host never sees a tree.
 
     Attributes, which `__init__` may set as well:
         needs_cost: whether it asks what forwards cost; the engine then measures at start-up.
@@ -116,6 +118,7 @@ class DraftPolicy(ABC):
     without_profile: ClassVar[str | None] = None
     not_traced: ClassVar[str | None] = None
     learns: ClassVar[bool] = False
+    has_fixed_size: ClassVar[bool] = False
 
     needs_cost: bool = False
     may_rest: bool = False
@@ -172,6 +175,15 @@ class DraftPolicy(ABC):
 
         Columns with NO_CANDIDATE belong to requests that stopped above; they are no nodes.
         """
+
+    @property
+    def num_nodes(self) -> int:
+        """n, the nodes of every tree, if `has_fixed_size`."""
+        return self.max_nodes
+
+    def columns(self, pool: CandidatePool) -> torch.Tensor:
+        """[R, n] int64, what `select` takes of the pool, on its device, if `has_fixed_size`."""
+        raise NotImplementedError
 
     def observe_logits(  # noqa: B027
         self, tokens: torch.Tensor, logits: torch.Tensor

@@ -122,6 +122,8 @@ def _checked_tree(
 class FixedShapePolicy(DraftPolicy):
     """A fixed, prefix-closed set of child-rank paths; every node that has children is expanded."""
 
+    has_fixed_size = True
+
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         """Args: paths: prefix-closed, without duplicates; any order."""
         shape = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
@@ -150,9 +152,11 @@ class FixedShapePolicy(DraftPolicy):
         columns = pool.on_device(torch.tensor(self._frontier[depth - 1]))
         return Expansion(columns.expand(len(pool.active), len(columns)), children)
 
+    def columns(self, pool: CandidatePool) -> torch.Tensor:
+        return pool.all_columns()
+
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        columns = torch.arange(pool.num_columns, device=pool.device)
-        return pool.take(columns.expand(pool.num_requests, pool.num_columns))
+        return pool.take(self.columns(pool))
 
 
 class StaticPolicy(FixedShapePolicy):

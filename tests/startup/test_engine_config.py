@@ -333,8 +333,8 @@ def test_a_kv_connector_is_refused(make_config: MakeConfig) -> None:
     [
         (
             "VLLM_USE_V2_MODEL_RUNNER",
-            f"{METHOD} Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1); unset the variable, or set it "
-            "to 0.",
+            f"{METHOD} Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) without Triton; unset the "
+            "variable, or set it to 0.",
         ),
         ("VLLM_BATCH_INVARIANT", f"{METHOD} VLLM_BATCH_INVARIANT=1; unset the variable."),
     ],
@@ -440,6 +440,16 @@ def test_a_gpu_gets_its_worker_and_one_backend_for_both_models(
     assert config.compilation_config.cudagraph_mode.name == "PIECEWISE"
     assert config.attention_config.backend.name == "CUSTOM"
     assert config.speculative_config.attention_backend.name == "CUSTOM"
+
+
+def test_model_runner_v2_is_for_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asynchronous as everywhere on V2; `tests/v2` has the synchronous one and the CPU's."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    config = choose_on_gpu(monkeypatch, PretendedGPU())
+    assert config.parallel_config.worker_cls == validation.CUDA_WORKER_V2
+    assert config.scheduler_config.scheduler_cls == validation.ASYNC_SCHEDULER_V2
+    assert config.scheduler_config.async_scheduling is True
+    assert config.speculative_config.disable_padded_drafter_batch is False
 
 
 @pytest.mark.parametrize(

@@ -36,5 +36,10 @@ def test_the_emulated_graph() -> None:
 
 
 @pytest.mark.full
-def test_stock_vllm_on_v2() -> None:
-    run_pytest("tests/v2/stock.py")
+def test_vllms_own_chain_on_v2() -> None:
+    run_pytest("tests/v2/stock.py", "-k", "eagle3")
+
+
+@pytest.mark.full
+def test_trees_on_v2() -> None:
+    run_pytest("tests/v2/trees.py")

@@ -9,7 +9,8 @@ memory (`vllm/v1/worker/cpu/shm.py`). What is missing is done here, each when it
 imported, so that a process without vLLM pays nothing:
 
 - Triton's interpreter counts as a CPU backend, which vLLM asks for before it uses Triton;
-- asynchronous scheduling is left as the user wants it, where vLLM switches it off on a CPU.
+- asynchronous scheduling is left as the user wants it, where vLLM switches it off on a CPU;
+- top-k and top-p are vLLM's torch version: the interpreter cannot run the Triton one.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def keep_async_scheduling(cpu: Any) -> None:
     cpu.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def leave_triton(sampler: Any) -> None:
+    sampler.HAS_TRITON = False
+
+
 class ChangeOnImport(MetaPathFinder):
     """Calls each change with its module, once, right after the module was imported."""
 
@@ -79,9 +84,9 @@ class ChangeOnImport(MetaPathFinder):
         return spec
 
 
-sys.meta_path.insert(
-    0,
-    ChangeOnImport(
-        {"triton.backends": add_cpu_backend, "vllm.platforms.cpu": keep_async_scheduling}
-    ),
-)
+CHANGES: dict[str, Change] = {
+    "triton.backends": add_cpu_backend,
+    "vllm.platforms.cpu": keep_async_scheduling,
+    "vllm.v1.sample.ops.topk_topp_sampler": leave_triton,
+}
+sys.meta_path.insert(0, ChangeOnImport(CHANGES))
