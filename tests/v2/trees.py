@@ -75,17 +75,21 @@ def test_every_fixed_policy_is_exact(
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["chain-5", "static-15", "topn-16"])
 def test_trees_are_those_of_v1(tiny: TinyModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many drafts and accepted tokens, so the drafter sees what it sees there."""
-    found = []
+    """As much is accepted, so the drafter sees what it sees there; but for the last steps of each
+    request, in which V1 drafts no deeper than the request may still emit."""
+    drafts, accepted = [], []
     for v2 in ("1", "0"):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2)
         with engine(
             tiny.target, trees(tiny, name), skip_tokenizer_init=True, max_model_len=256
         ) as llm:
-            generate(llm, PROMPTS, greedy(TOKENS), one_by_one=True)
+            generate(llm, PROMPTS, greedy(3 * TOKENS), one_by_one=True)
             count = counters(llm)
-            found.append({key: count[key] for key in count if key.startswith("spec_decode_num")})
-    assert found[0] == found[1]
+            drafts.append(count["spec_decode_num_drafts"])
+            accepted.append(count["spec_decode_num_accepted_tokens"])
+    assert abs(drafts[0] - drafts[1]) <= len(PROMPTS)
+    assert abs(accepted[0] - accepted[1]) <= len(PROMPTS)
+    assert accepted[1] > 5 * len(PROMPTS)
 
 
 CONDITIONS: dict[str, dict[str, Any]] = {
