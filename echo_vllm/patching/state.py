@@ -70,14 +70,14 @@ class PatchState:
 
     Args:
         installation: where vLLM's files are.
-        series: what to apply; its table of pristine files must know the distribution.
+        series: what to apply; its table of pristine files must know this release.
     """
 
     def __init__(self, installation: Installation, series: Series) -> None:
         self.installation = installation
         self.series = series
         self.folder = installation.root / STATE_FOLDER
-        known = series.pristine.get(installation.distribution, {})
+        known = series.pristine.get(installation.requirement, {})
         if missing := [path for path in series.paths if path not in known]:
             raise PatchError(
                 f"the series has no hash of {missing[0]} as published in "

@@ -123,6 +123,8 @@ class DraftPolicy(ABC):
         not_traced: why a trace cannot hold its drafts; None if it can.
         learns: whether `observe` changes what it decides. A replay lets it settle first.
         draws: whether its trees may have drawn candidates (docs/drawn.md).
+        has_fixed_size: whether every tree has `num_nodes` nodes, whatever the request and the step.
+            Such a policy has `columns`, too, and runs where the host never sees a tree.
 
     Attributes, which `__init__` may set as well:
         needs_cost: whether it asks what forwards cost; the engine then measures at start-up.
@@ -143,6 +145,7 @@ class DraftPolicy(ABC):
     not_traced: ClassVar[str | None] = None
     learns: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    has_fixed_size: ClassVar[bool] = False
 
     needs_cost: bool = False
     may_rest: bool = False
@@ -226,6 +229,15 @@ class DraftPolicy(ABC):
     def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
         """[R, W] int64: children that each parent gets, `num_ranks` at most."""
         return torch.full(level.parents.shape, self.num_ranks, device=level.parents.device)
+
+    @property
+    def num_nodes(self) -> int:
+        """n, the nodes of every tree, if `has_fixed_size`."""
+        return self.max_nodes
+
+    def columns(self, pool: CandidatePool) -> torch.Tensor:
+        """[R, n] int64, what `select` takes of the pool, on its device, if `has_fixed_size`."""
+        raise NotImplementedError
 
     def observe_logits(  # noqa: B027
         self, tokens: torch.Tensor, logits: torch.Tensor

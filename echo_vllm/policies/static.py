@@ -130,6 +130,8 @@ class FixedShapePolicy(DraftPolicy):
     draws = True
     acceptance = None
 
+    has_fixed_size = True
+
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         """Args: paths: prefix-closed, without duplicates; any order."""
         shape = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
@@ -159,9 +161,11 @@ class FixedShapePolicy(DraftPolicy):
         columns = pool.on_device(torch.tensor(self._frontier[depth - 1]))
         return Expansion(columns.expand(len(pool.active), len(columns)), children)
 
+    def columns(self, pool: CandidatePool) -> torch.Tensor:
+        return pool.all_columns()
+
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        columns = torch.arange(pool.num_columns, device=pool.device)
-        return pool.take(columns.expand(pool.num_requests, pool.num_columns))
+        return pool.take(self.columns(pool))
 
     def drawn_parents(self, depth: int, pool: DrawnPool) -> torch.Tensor:
         parents, _ = self._drawn[depth - 1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from echo_vllm.config import EchoConfig
@@ -35,11 +36,20 @@ class TopNPolicy(DraftPolicy):
 
     Config = TopNConfig
     draws = True
+    has_fixed_size = True
+
+    @property
+    def num_nodes(self) -> int:
+        candidates = self.num_ranks + (self.max_depth - 1) * self.max_frontier * self.num_ranks
+        return min(self.max_nodes, candidates)
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
             return Expansion(frontier=None, children=None)
         return pool.expand_best(depth, self.max_frontier)
 
+    def columns(self, pool: CandidatePool) -> torch.Tensor:
+        return pool.best_first()[:, : self.max_nodes]
+
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        return pool.take(pool.best_first()[:, : self.max_nodes])
+        return pool.take(self.columns(pool))

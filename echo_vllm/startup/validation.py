@@ -31,7 +31,7 @@ from echo_vllm.config import (
     show_name,
 )
 from echo_vllm.ops import attention_table, dispatch
-from echo_vllm.policies import parse_section
+from echo_vllm.policies import parse_section, policy_class
 from echo_vllm.startup.head import (
     FIELD,
     Head,
@@ -50,6 +50,12 @@ logger = init_logger(f"vllm.{__name__}")
 CPU_WORKER = "echo_vllm.step.v1.cpu.EchoCPUWorker"
 CUDA_WORKER = "echo_vllm.step.v1.cuda.EchoWorker"
 SCHEDULER = "echo_vllm.step.scheduler.EchoScheduler"
+
+# On Model Runner V2, for who asks for it.
+CPU_WORKER_V2 = "echo_vllm.step.v2.worker.EchoCPUWorkerV2"
+CUDA_WORKER_V2 = "echo_vllm.step.v2.worker.EchoWorkerV2"
+SCHEDULER_V2 = "echo_vllm.step.v2.scheduler.EchoSchedulerV2"
+ASYNC_SCHEDULER_V2 = "echo_vllm.step.v2.scheduler.EchoAsyncSchedulerV2"
 
 _HEAD_FIELDS = (
     *("model", "revision", "code_revision"),
@@ -106,6 +112,16 @@ FIXED: dict[str, tuple[object, str]] = {
     "enable_adaptive_verification": (False, "it belongs to method dspark"),
     "draft_sample_method": ("greedy", "the candidates are the draft head's best tokens"),
     "dspark_draft_topk": (None, "it belongs to method dspark"),
+    # From vLLM 0.33.0 on.
+    "disable_lookahead_block_hashes": (
+        False,
+        "the draft head needs the tokens behind a block that it takes from the prefix cache",
+    ),
+    "draft_lm_head_quantization": (None, "candidates are ranked by the head's own scores"),
+    "xpress_topc": (None, "it belongs to XPress heads"),
+    "fly_window_size": (None, "verification is never lossy"),
+    "fly_entropy_threshold": (0.3, "verification is never lossy"),
+    "fly_entropy_top_k": (3, "verification is never lossy"),
 }
 
 
@@ -181,8 +197,11 @@ def _check_field(name: str, value: object) -> None:
         if name in _TYPED_BY_VLLM:
             _check_type(name, value)
         return
-    if name not in FIXED:
-        known = (*PASSED_ON, *FIXED)
+    from vllm.config import SpeculativeConfig
+
+    fields = SpeculativeConfig.__pydantic_fields__
+    known = [field for field in (*PASSED_ON, *FIXED) if field in fields]
+    if name not in known:
         raise EchoConfigError(
             f"speculative_config.{show_name(name)} is not a known field, got {show(value)}"
             f"{closest(name, known)}; remove it."
@@ -472,8 +491,22 @@ def check_features(vllm_config: VllmConfig) -> None:
     Raises:
         EchoConfigError: with one sentence.
     """
-    if _is_switched_on("VLLM_USE_V2_MODEL_RUNNER"):
-        refuse("Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)", "unset the variable, or set it to 0")
+    on_v2 = _is_switched_on("VLLM_USE_V2_MODEL_RUNNER")
+    if on_v2:
+        from vllm.triton_utils import HAS_TRITON
+
+        if not HAS_TRITON:
+            refuse(
+                "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) without Triton",
+                "unset the variable, or set it to 0",
+            )
+        assert vllm_config.speculative_config is not None
+        policy = vllm_config.speculative_config.echo.policy
+        if not policy_class(policy).has_fixed_size:
+            refuse(
+                f"Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) and policy {policy}",
+                "unset the variable, or choose a policy with trees of a fixed size, such as topn",
+            )
     if _is_switched_on("VLLM_BATCH_INVARIANT"):
         refuse("VLLM_BATCH_INVARIANT=1", "unset the variable")
     given: tuple[tuple[str, object], ...] = (
@@ -482,7 +515,7 @@ def check_features(vllm_config: VllmConfig) -> None:
         ("--kv-offloading-size", vllm_config.cache_config.kv_offloading_size),
         ("--ec-transfer-config", vllm_config.ec_transfer_config),
         ("--watermark-config", vllm_config.watermark_config),
-        ("--async-scheduling", vllm_config.scheduler_config.async_scheduling),
+        ("--async-scheduling", vllm_config.scheduler_config.async_scheduling and not on_v2),
     )
     for option, value in given:
         if value:
@@ -541,18 +574,29 @@ def _is_switched_on(name: str) -> bool:
 def _choose_classes(vllm_config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
+    on_v2 = _is_switched_on("VLLM_USE_V2_MODEL_RUNNER")
     if current_platform.is_cpu():
-        worker = CPU_WORKER
+        worker = CPU_WORKER_V2 if on_v2 else CPU_WORKER
     elif current_platform.is_cuda():
-        worker = CUDA_WORKER
+        worker = CUDA_WORKER_V2 if on_v2 else CUDA_WORKER
         _check_gpu(vllm_config)
         _choose_attention_backend(vllm_config)
         _choose_piecewise_graphs(vllm_config)
     else:
         refuse(f"device {show(current_platform.device_type)}", "run on a CPU or an NVIDIA GPU")
     _choose(vllm_config.parallel_config, "worker_cls", "auto", worker)
-    _choose(vllm_config.scheduler_config, "scheduler_cls", None, SCHEDULER)
-    vllm_config.scheduler_config.async_scheduling = False
+    config = vllm_config.scheduler_config
+    if on_v2:
+        assert vllm_config.speculative_config is not None
+        # V2 has no unpadded drafts, and vLLM refuses them with asynchronous scheduling.
+        vllm_config.speculative_config.disable_padded_drafter_batch = False
+        if config.async_scheduling is None:  # as vLLM decides it
+            config.async_scheduling = not current_platform.is_cpu()
+        scheduler = ASYNC_SCHEDULER_V2 if config.async_scheduling else SCHEDULER_V2
+    else:
+        config.async_scheduling = False
+        scheduler = SCHEDULER
+    _choose(config, "scheduler_cls", None, scheduler)
 
 
 def _check_gpu(vllm_config: VllmConfig) -> None:

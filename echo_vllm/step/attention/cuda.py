@@ -46,6 +46,9 @@ class _PagedImpl(TreeAttentionImpl):
 class EchoFlashAttentionBackend(FlashAttentionBackend):
     """Stock FlashAttention, except for requests with a draft tree."""
 
+    # Of vLLM 0.33.0: models must not write keys past us, because trees read them before the cache.
+    supports_kv_cache_update_bypass = False
+
     @staticmethod
     def get_name() -> str:
         return NAME
@@ -69,6 +72,9 @@ class EchoFlashAttentionImpl(_PagedImpl, FlashAttentionImpl):
 
 class EchoTritonAttentionBackend(TritonAttentionBackend):
     """Stock Triton attention, except for requests with a draft tree."""
+
+    # Of vLLM 0.33.0: models must not write keys past us, because trees read them before the cache.
+    supports_kv_cache_update_bypass = False
 
     @staticmethod
     def get_name() -> str:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""One step of decoding with draft trees, on vLLM's Model Runner V2.
+
+The step is vLLM's own, with another speculator and another verifier. What is overridden is what
+assumes a chain: positions, which follow the depth once the slots are fixed, and the attention
+metadata. All rows are sampled in one launch. vLLM keys the noise of a draw by seed and position, so
+every row on the accepted path is drawn as plain decoding would draw it there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from echo_vllm import ops
+from echo_vllm.step.v2.drafter import TreeSpeculator
+from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots, fixed_policy, scheduled_trees
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Runner
+else:
+    _Runner = object
+
+MAX_MOVES = 8192
+"""Slots that one call of `ops.commit_kv` moves on a GPU at most."""
+
+
+class TreeVerifier:
+    """Takes the place of vLLM's rejection sampler.
+
+    Args:
+        sampler: vLLM's plain sampler.
+        runner: whose trees are verified and whose caches the accepted paths move in.
+    """
+
+    def __init__(self, sampler: Sampler, runner: EchoRunnerV2Mixin) -> None:
+        self.sampler = sampler
+        self.runner = runner
+
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch, *args: Any) -> SamplerOutput:
+        """Sample every row of `logits` [L, vocab], walk, and commit; nothing waits.
+
+        Returns:
+            sampled_token_ids [R, D + 1]: the accepted drafts of each request and one token more.
+        """
+        trees = self.runner.trees
+        assert trees is not None
+        output = self.sampler(logits, input_batch)
+        sampled = output.sampled_token_ids.flatten()
+        accepted, num_accepted = ops.accept_path(
+            sampled, trees.token_ids, trees.parents, trees.cu_nodes, self.runner.policy.max_depth
+        )
+        rows = input_batch.cu_num_logits[:-1].unsqueeze(1) + accepted.clamp(min=0)
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            num_accepted + 1,
+            input_batch.seq_lens[: input_batch.num_reqs],
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.runner.req_states.prefill_len.gpu,
+        )
+        trees.accepted_rows = accepted
+        self.runner.commit(input_batch, trees)
+        output.sampled_token_ids = sampled[rows.to(torch.int64)]
+        output.num_sampled, output.num_rejected = num_sampled, num_rejected
+        return output
+
+
+class EchoRunnerV2Mixin(_Runner):
+    """The overrides that turn a V2 model runner into one that verifies trees."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.policy = fixed_policy(vllm_config)
+        max_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.tree_slots = TreeSlots(max_reqs, self.policy.num_nodes, device)
+        self.trees: ScheduledTrees | None = None
+        """Of the batch between its scheduling and its drafting."""
+
+        def init_speculator(config: VllmConfig, device: torch.device, _: Any) -> TreeSpeculator:
+            return TreeSpeculator(config, device, self.policy, self.tree_slots)
+
+        # Building vLLM's own first and replacing it would allocate its buffers twice.
+        with patch.object(model_runner, "init_speculator", init_speculator):
+            super().__init__(vllm_config, device)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        assert self.sampler is not None
+        self.rejection_sampler = TreeVerifier(self.sampler, self)
+
+    def prepare_attn(self, input_batch: InputBatch) -> Any:
+        """Slots by the order of the rows, which vLLM computes, then positions by the depth."""
+        result = super().prepare_attn(input_batch)
+        num_nodes = input_batch.num_draft_tokens_per_req
+        if num_nodes is None or not num_nodes.any():
+            return result
+        # A tree stands behind one committed token, so that its root is its request's first row.
+        is_tree = num_nodes > 0
+        assert (input_batch.num_scheduled_tokens[is_tree] == num_nodes[is_tree] + 1).all()
+        self.trees = trees = scheduled_trees(
+            self.tree_slots,
+            self.req_states.draft_tokens,
+            input_batch.idx_mapping,
+            num_nodes,
+            are_chains=self.policy.max_frontier == 1 == self.policy.num_ranks,
+        )
+        if trees.rows is not None:
+            rows = trees.rows
+            positions = input_batch.positions[: rows.num_rows]
+            trees.causal_positions = positions.clone()
+            sizes = rows.row_start.diff()
+            base = positions[rows.row_start[:-1].to(torch.int64)]
+            positions.copy_(rows.depths + base.repeat_interleave(sizes, output_size=rows.num_rows))
+        self._announce(trees)
+        return result
+
+    def _announce(self, trees: ScheduledTrees | None) -> None:
+        """Tell the builders of attention metadata which rows of the next batch are trees."""
+        for groups in self.attn_groups:
+            for group in groups:
+                group.get_metadata_builder().verification = trees and trees.rows
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.speculator is not None
+        self.speculator.verified = self.trees
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            if self.trees is not None:
+                self._announce(None)
+            self.trees = None
+
+    def commit(self, input_batch: InputBatch, trees: ScheduledTrees) -> None:
+        """Move the accepted paths' keys and values to where a chain would have left them.
+
+        All places of all paths are asked for, whatever was accepted, so that nobody has to know;
+        `ops.commit_kv` skips the negative slots of those that have nothing to move.
+        """
+        if trees.rows is None:
+            return
+        assert trees.accepted_rows is not None
+        accepted = trees.accepted_rows[: trees.num_trees, 1:].to(torch.int64)
+        places = torch.arange(1, accepted.shape[1] + 1, device=accepted.device)
+        first = trees.rows.row_start[:-1].to(torch.int64).unsqueeze(1)
+        moves = (accepted > 0) & (accepted != places)
+        source = (first + accepted.clamp(min=0)).flatten()
+        target = (first + torch.where(moves, places, 0)).flatten()
+        stay = ~moves.flatten()
+        part = max(1, MAX_MOVES // accepted.shape[1]) * accepted.shape[1]
+        for gid, groups in enumerate(self.attn_groups):
+            slots = self.block_tables.slot_mappings[gid]
+            sources = slots[source].masked_fill(stay, -1)
+            targets = slots[target].masked_fill(stay, -1)
+            for group in groups:
+                for start in range(0, len(sources), part):
+                    stop = start + part
+                    self._commit_group(group, sources[start:stop], targets[start:stop])
+
+    def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        drafters = self.speculator.draft_attn_layer_names
+        context = self.compilation_config.static_forward_context
+        layers = [context[name] for name in group.layer_names if name not in drafters]
+        if layers:
+            caches = [layer.kv_cache for layer in layers]
+            ops.commit_kv(caches, source, target, caches[0].shape[2], self._kv_layout(layers[0]))
+
+    def _kv_layout(self, layer: Any) -> str:
+        """The layout of a layer's paged cache, by its name in `ops.commit_kv`."""
+        raise NotImplementedError

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Workers and runners of Model Runner V2: on an NVIDIA GPU, and on a CPU for tests alone, where the
+step's kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.cpu import model_runner as cpu_model_runner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from echo_vllm.step.attention.cpu import EchoCPUAttentionBackend
+from echo_vllm.step.v1.worker import EchoWorkerMixin
+from echo_vllm.step.v2.runner import EchoRunnerV2Mixin
+
+
+class EchoGPUModelRunnerV2(EchoRunnerV2Mixin, GPUModelRunner):
+    """The V2 runner with trees."""
+
+    def _kv_layout(self, layer: Any) -> str:
+        return "nhd"  # or HND: the strides say which
+
+
+class EchoCPUModelRunnerV2(EchoRunnerV2Mixin, cpu_model_runner.CPUModelRunner):
+    """The V2 runner on a CPU with trees."""
+
+    def _kv_layout(self, layer: Any) -> str:
+        return str(layer.isa)
+
+
+class EchoWorkerV2Mixin(EchoWorkerMixin):
+    """Trees of a fixed size need to know of no cost, so nothing is measured."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        return super(EchoWorkerMixin, self).compile_or_warm_up_model()
+
+
+class EchoCPUWorkerV2(EchoWorkerV2Mixin, CPUWorker):
+    """vLLM's CPU worker with `EchoCPUModelRunnerV2`."""
+
+    def init_device(self) -> None:
+        # vLLM imports its runner class inside this method.
+        with patch.object(cpu_model_runner, "CPUModelRunner", EchoCPUModelRunnerV2):
+            super().init_device()
+
+    def tree_backend(self) -> tuple[AttentionBackendEnum, type]:
+        return AttentionBackendEnum.CPU_ATTN, EchoCPUAttentionBackend
+
+
+class EchoWorkerV2(EchoWorkerV2Mixin, Worker):
+    """vLLM's GPU worker with `EchoGPUModelRunnerV2`."""
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        return EchoGPUModelRunnerV2(self.vllm_config, self.device)
+
+    def tree_backend(self) -> tuple[AttentionBackendEnum, type]:
+        # Imported here, because its kernels need a GPU's build of vLLM.
+        from echo_vllm.step.attention.cuda import backend_for
+
+        return AttentionBackendEnum.CUSTOM, backend_for(self.model_config.dtype)

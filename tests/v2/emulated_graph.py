@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""A CUDA graph that a CPU can capture, strict about what a real one would get wrong in silence.
+
+A graph keeps addresses and numbers: when it is replayed, every kernel reads the tensors that it was
+launched with, whatever Python has made since. The emulation records the operators and Triton
+launches of a block with their arguments, numbers among them, and runs that list again. Before the
+first replay it spoils every tensor that the block read, did not make and that is not in one of the
+persistent buffers: on a GPU somebody else would have that memory by then. Asking the host for a
+value inside the block is an error, as it is for CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+HOST_READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+"""Operators for which the host waits; `nonzero` because its result's size depends on values."""
+
+
+class CaptureError(RuntimeError):
+    """What could not be part of a graph, as one sentence."""
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class EmulatedGraph:
+    """Usage: `with graph.capture(): step()`, then `graph.replay()` as often as wanted.
+
+    Args:
+        persistent: tensors whose memory lives as long as the graph; views of it are fine.
+    """
+
+    def __init__(self, persistent: Iterable[torch.Tensor]) -> None:
+        self._persistent = list(persistent)
+        self._known = {memory_of(tensor) for tensor in self._persistent}
+        self._launches: list[Callable[[], None]] = []
+        self._inside: dict[int, torch.Tensor] = {}
+        self._strangers: dict[int, tuple[torch.Tensor, str]] = {}
+        self._spoiled = False
+
+    @property
+    def strangers(self) -> list[str]:
+        """What the block read although it may be gone at replay, and which operator read it."""
+        return [
+            f"{operator} reads {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for tensor, operator in self._strangers.values()
+        ]
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record what runs in the block; it runs as well."""
+        with _TritonLaunches(self), _Operators(self):
+            yield
+
+    def replay(self) -> None:
+        """Run the recorded list again, on the memory of the recording."""
+        if not self._spoiled:
+            self._spoiled = True
+            for tensor, _ in self._strangers.values():
+                spoil(tensor)
+        for launch in self._launches:
+            launch()
+
+    def read(self, operator: str, arguments: Any) -> None:
+        for tensor in tensors_in(arguments):
+            memory = memory_of(tensor)
+            if memory not in self._known and memory not in self._inside:
+                self._strangers.setdefault(memory, (tensor, operator))
+
+    def made(self, result: Any) -> None:
+        for tensor in tensors_in(result):
+            memory = memory_of(tensor)
+            if memory not in self._known and memory not in self._strangers:
+                self._inside[memory] = tensor
+
+    def launch(self, again: Callable[[], None]) -> None:
+        self._launches.append(again)
+
+
+def spoil(tensor: torch.Tensor) -> None:
+    """Overwrite with values that nobody meant: NaN, the negated truth, or -2, which is neither a
+    slot nor padding."""
+    whole = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=tensor.dtype).set_(whole)
+    if tensor.dtype == torch.bool:
+        flat.logical_not_()
+    else:
+        flat.fill_(float("nan") if tensor.dtype.is_floating_point else -2)
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, graph: EmulatedGraph) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = graph
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in HOST_READS:
+            raise CaptureError(f"{name} makes the host wait, which a graph cannot hold")
+        self.graph.read(name, (args, kwargs))
+        before = {memory_of(tensor) for tensor in tensors_in((args, kwargs))}
+        result = func(*args, **kwargs)
+        self.graph.made(result)
+        # Views and results in place already are the memory of the recording.
+        fresh = [memory_of(tensor) not in before for tensor in tensors_in(result)]
+
+        def again() -> None:
+            outcome = tensors_in(func(*args, **kwargs))
+            for old, new, is_fresh in zip(tensors_in(result), outcome, fresh, strict=True):
+                if is_fresh:
+                    old.copy_(new)
+
+        self.graph.launch(again)
+        return result
+
+
+class _TritonLaunches:
+    """Records launches of Triton kernels in the interpreter, which no operator shows."""
+
+    def __init__(self, graph: EmulatedGraph) -> None:
+        self.graph = graph
+
+    def __enter__(self) -> None:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        self._function, self._stock = InterpretedFunction, InterpretedFunction.run
+        graph, stock = self.graph, self._stock
+
+        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            graph.read(kernel.__name__, (args, kwargs))
+
+            def again() -> None:
+                with _disable_current_modes():  # what the interpreter does is no operator
+                    stock(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+            again()
+            graph.launch(again)
+
+        InterpretedFunction.run = run
+
+    def __exit__(self, *exception: object) -> None:
+        self._function.run = self._stock
