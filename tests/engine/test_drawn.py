@@ -163,7 +163,7 @@ def test_a_seed_gives_the_same_answer_again(tiny: TinyModel) -> None:
     assert len(set(map(tuple, first))) == 6
 
 
-LONG_PROMPT = [3, 5, 2, 4, 5, 2] * 5
+LONG_PROMPT = [3, 5, 2, 4, 5, 2] * 4 + [3, 5, 2]
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
@@ -182,9 +182,10 @@ def test_chunked_prompts_preemption_and_one_request_alone(
         known.update(zip(outputs, logits, strict=True))
     options: dict[str, Any] = {
         "max_num_seqs": concurrency,
-        "max_num_batched_tokens": 40,
-        "block_size": 16,
-        "num_gpu_blocks_override": 30,
+        # Three and a half prompts, and blocks for four requests that decode.
+        "max_num_batched_tokens": 96,
+        "block_size": 32,
+        "num_gpu_blocks_override": 10,
         "enable_prefix_caching": False,
     }
     each = 750 if concurrency == 1 else 2000
