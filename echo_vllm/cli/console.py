@@ -93,15 +93,22 @@ def read_step_cost(option: str, path: Path) -> StepCost:
 
 
 def record_prompts(
-    model: str, speculation: dict[str, Any], conversations: list[list[str]], **options: Any
+    model: str,
+    speculation: dict[str, Any],
+    conversations: list[list[str]],
+    *,
+    min_context: int = 0,
+    **options: Any,
 ) -> tuple[int, int]:
-    """Record the engine on the first turns that fit; returns (prompts answered, tokens).
+    """Record the engine on the first turns that fit, and on more turns of each conversation until a
+    prompt has `min_context` tokens; returns (conversations, tokens).
 
     Args:
         model, speculation, options: of `offline.recording.record`.
         conversations: user's turns.
     """
     from echo_vllm.offline.recording import record
+    from echo_vllm.offline.trace.chats import Chats
 
     try:
         chat = Chat(model)
@@ -109,7 +116,8 @@ def record_prompts(
     except PromptError as error:
         fail(str(error))
     tokens, longest = options["max_tokens"], options["max_model_len"]
-    fitting = [ids for ids in encoded if len(ids) <= longest - tokens]
+    kept = [i for i, ids in enumerate(encoded) if len(ids) <= longest - tokens]
+    fitting = [encoded[i] for i in kept]
     if not fitting:
         fail(
             f"no prompt leaves room for {tokens} tokens in --max-model-len {longest}; raise it, or "
@@ -117,6 +125,9 @@ def record_prompts(
         )
     if len(fitting) < len(encoded):
         note(f"note: {len(encoded) - len(fitting)} prompts are too long")
+    chats = Chats(
+        chat, [conversations[i] for i in kept], min_context=min_context, longest=longest - tokens
+    )
     with counting("prompts") as progress:
         task = progress.add_task("starting the engine", total=len(fitting))
         try:
@@ -125,6 +136,7 @@ def record_prompts(
                 speculation,
                 fitting,
                 lambda: progress.update(task, advance=1, description="recording"),
+                chats.follow_up,
                 **options,
             )
         except (ValueError, OSError) as error:

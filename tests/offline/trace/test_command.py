@@ -14,8 +14,9 @@ from typer.testing import CliRunner, Result
 
 from echo_vllm.cli.trace import FULL, FULL_NODES, _speculation, trace_app
 from echo_vllm.forecast import CostCurve, StepCost
+from echo_vllm.offline.trace.chats import Chats, keep_long_contexts
 from echo_vllm.policies.registry import parse_section
-from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter
+from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter, read_trace
 
 COST = StepCost(
     verify=CostCurve((1, 64), (0.01, 0.02)),
@@ -80,22 +81,29 @@ def test_show_says_what_is_in_a_trace(trace: Path) -> None:
 def test_replay_prints_a_table_and_writes_its_figures(trace: Path, tmp_path: Path) -> None:
     cost = tmp_path / "cost.json"
     cost.write_text(json.dumps({"key": {}, "cost": COST.to_dict()}))
-    output = tmp_path / "out.json"
+    output, markdown = tmp_path / "out.json", tmp_path / "out.md"
     result = run(
         "replay", trace, "--policy", "plain", "--policy", 'topn:6:{"max_depth": 2, "top_k": 2}',
         "--concurrency", "1,4", "--cost", cost, "--request-steps", 600, "--output", output,
+        "--markdown", markdown,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "1 requests" in result.stdout
     assert "4 requests" in result.stdout
     figures = json.loads(output.read_text())
     assert figures["trace"] == "trace.jsonl.gz"
-    first, tree, *_ = figures["results"]
-    assert [figure["concurrency"] for figure in figures["results"]] == [1, 1, 4, 4]
+    first, tree, *references = figures["results"]
+    assert [figure["concurrency"] for figure in figures["results"]] == [1] * 5 + [4] * 5
+    assert references[1]["policy"] == "oracle"
+    assert references[1]["share_of_oracle"]["middle"] == 1
     assert first["tokens_per_second"] == pytest.approx(1 / COST.plain_step(1))
     mean = 1 + sum(len(path) for path in PATHS) / len(PATHS)
     assert tree["tokens"] == pytest.approx(mean, rel=0.1)
     assert tree["nodes"] == 6
+    assert "Share of the oracle's gain over plain decoding" in result.stdout
+    text = markdown.read_text()
+    assert "- step cost: cost.json" in text
+    assert "| oracle | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in text
 
 
 def test_replay_compares_the_usual_policies_by_default(trace: Path, tmp_path: Path) -> None:
@@ -105,8 +113,9 @@ def test_replay_compares_the_usual_policies_by_default(trace: Path, tmp_path: Pa
     assert "assumed: " in result.stdout
     names = [figure["policy"] for figure in json.loads(output.read_text())["results"]]
     assert names[0] == "plain"
-    assert names[1].startswith("chain:")
-    assert {"echo:6", "auto:6"} <= set(names)
+    assert {"echo:6", "auto:6", "evict:6"} <= set(names)
+    assert names[-3].startswith("best table: ")
+    assert names[-2:] == ["oracle", "oracle tree"]
 
 
 def test_an_exact_replay_agrees_with_itself(trace: Path) -> None:
@@ -131,10 +140,23 @@ def test_an_exact_replay_that_differs_fails(tmp_path: Path) -> None:
         (["--concurrency", "0"], "--concurrency must be whole numbers from 1 on"),
         (["--cost", "published:moon"], "must name one of published:eagle3-h100, published:echo-"),
         (["--cost", "none.json"], "--cost none.json cannot be read"),
-        (["--policy", "best"], "a policy must be plain, NAME:N"),
+        (["--policy", "best"], "a policy must be plain, best table, oracle"),
         (["--policy", "chain:3"], "the policy drafts 3 levels and the trace has 2"),
         (["--policy", "tpon:3"], "echo.policy must be one of"),
         (["--profile", "none.json"], "which cannot be read"),
+        (
+            [
+                "--request-steps",
+                1,
+                "--concurrency",
+                1,
+                "--policy",
+                "chain:1",
+                "--markdown",
+                "no/x.md",
+            ],
+            "--markdown no/x.md cannot be written",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line_and_status_2(
@@ -208,3 +230,37 @@ def test_prompts_that_are_not_there_are_refused(tmp_path: Path) -> None:
     result = run("record", "model", "--drafter", "head", "--prompts", tmp_path / "none.jsonl")
     assert result.exit_code == 2
     assert "none.jsonl" in result.stderr
+
+
+# --- long contexts -------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of words."""
+
+    def encode(self, messages: list[str]) -> list[int]:
+        return [int(word) for text in messages for word in text.split()]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def test_turns_are_asked_until_a_prompt_is_long_enough() -> None:
+    conversations = [["1 2", "3", "4", "5"], ["1"], ["1 2 3 4 5 6", "7"], ["1", "2 2 2 2 2 2 2"]]
+    chats = Chats(Words(), conversations, min_context=6, longest=8)  # type: ignore[arg-type]
+    assert chats.follow_up(0, [9]) == [1, 2, 9, 3]
+    assert chats.follow_up(0, [8]) == [1, 2, 9, 3, 8, 4]
+    assert chats.follow_up(0, [7]) is None, "that prompt was long enough"
+    assert chats.follow_up(1, [9]) is None, "there is no other turn"
+    assert chats.follow_up(2, [9]) is None, "the first prompt was long enough"
+    assert chats.follow_up(3, [9]) is None, "the next prompt is too long"
+
+
+def test_only_trees_of_long_contexts_stay_in_a_trace(tmp_path: Path) -> None:
+    deep = replace(STEPS[0].requests[0], id="1", context=300)
+    steps = [replace(STEPS[0], requests=[*STEPS[0].requests, deep]), *STEPS[1:]]
+    path = write(tmp_path / "t.jsonl.gz", steps)
+    assert keep_long_contexts(path, 256) == 1
+    header, kept = read_trace(path)
+    assert header.model == "target"
+    assert [list(step.requests) for step in kept] == [[deep]]

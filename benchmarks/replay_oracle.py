@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""How much of what an oracle gains do the policies gain? `benchmarks/results/replay-oracle.md`.
+
+    python -m benchmarks.replay_oracle
+
+replays the recorded chats of `benchmarks/traces`, greedy and at temperature 1, under the costs of
+the study with the oracle (arXiv 2601.11580). It is arithmetic on recorded drafts: the result does
+not depend on the machine, and a busy one only takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import echo_vllm
+from echo_vllm.forecast.drafter_profile import DrafterProfile
+from echo_vllm.offline.trace.comparison import Comparison, Figures, compare, markdown
+from echo_vllm.offline.trace.published import specdecode_bench
+from echo_vllm.offline.trace.recorded import RecordedDrafter, fully_verified
+from echo_vllm.trace_format import read_trace
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACES = {
+    "Greedy": ROOT / "benchmarks" / "traces" / "chats-greedy.jsonl.gz",
+    "Temperature 1": ROOT / "benchmarks" / "traces" / "chats-t1.jsonl.gz",
+}
+PROFILE = ROOT / "models" / "smollm2-135m-eagle3" / "echo_profile.json"
+RESULT = ROOT / "benchmarks" / "results" / "replay-oracle.md"
+LOADS = (1, 8, 32, 64, 128, 256)
+GOAL_LOADS, GOAL = (32, 64, 128, 256), 0.5
+
+
+def verdict(comparison: Comparison) -> str:
+    """Whether `auto` closes half of the gap between the best table and the oracle."""
+    said = []
+    for load in GOAL_LOADS:
+        name = next(name for name in comparison[load] if name.startswith("auto"))
+        closed = comparison[load][name].closed
+        reached = closed is not None and closed.middle >= GOAL
+        said.append(f"{load} requests: {closed or '-'} ({'met' if reached else 'missed'})")
+    return "; ".join(said)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Replay the recorded chats against the oracle.")
+    parser.add_argument("--output", type=Path, default=RESULT, help="Markdown; JSON goes beside it")
+    parser.add_argument("--request-steps", type=int, default=2048, help="drawn for each figure")
+    arguments = parser.parse_args()
+
+    profile = DrafterProfile.load(PROFILE)
+    published = specdecode_bench()
+    parts, figures = [], {}
+
+    def on_load(load: int, at_load: Mapping[str, Figures]) -> None:
+        speeds = (f"{name} {each.over_plain.middle:.3f}" for name, each in at_load.items())
+        print(f"{load} requests: {', '.join(speeds)}", flush=True)
+
+    for title, path in TRACES.items():
+        header, steps = read_trace(path)
+        drafter = RecordedDrafter(fully_verified(steps))
+        print(title, flush=True)
+        comparison = compare(
+            drafter,
+            None,
+            LOADS,
+            published.with_context,
+            profile=profile,
+            request_steps=arguments.request_steps,
+            on_load=on_load,
+        )
+        parts += [
+            f"## {title}",
+            "",
+            f"{drafter.num_samples} request-steps of {drafter.answers.max() + 1} answers of "
+            f"{header.model} with {header.drafter}, contexts of {drafter.contexts.min()} to "
+            f"{drafter.contexts.max()} tokens; {drafter.in_tree.mean():.2f} nodes of a tree of "
+            f"{drafter.num_candidates} accepted, {drafter.in_chain.mean():.2f} of a chain of "
+            f"{drafter.max_depth}.",
+            "",
+            f"`auto` and the gap from the best table to the oracle, {verdict(comparison)}.",
+            "",
+            markdown(comparison),
+        ]
+        figures[title] = {
+            load: {name: each.to_dict() for name, each in at_load.items()}
+            for load, at_load in comparison.items()
+        }
+    said = [*(f"published: {s}" for s in published.sources)]
+    said += [f"assumed: {s}" for s in published.assumptions]
+    intro = INTRO.format(
+        date=datetime.date.today().isoformat(),
+        version=echo_vllm.__version__,
+        said="\n".join(f"- {sentence}" for sentence in said),
+        steps=arguments.request_steps,
+    )
+    arguments.output.write_text("\n".join([intro, *parts]).rstrip() + "\n", encoding="utf-8")
+    content = {"loads": LOADS, "request_steps": arguments.request_steps, "results": figures}
+    arguments.output.with_suffix(".json").write_text(
+        json.dumps(content, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+INTRO = """# How much of the oracle's gain, by replay, {date}
+
+Not a measurement of speed: recorded drafts of the demo's head decided again under the published
+cost model of the study with the oracle (echo-vllm {version}), by
+
+```bash
+echo-vllm trace record models/smollm2-135m-instruct --drafter models/smollm2-135m-eagle3 \\
+    --prompts benchmarks/traces/chats.jsonl --min-context 256 --tokens 64 --concurrency 10 \\
+    --max-model-len 1024 -o benchmarks/traces/chats-greedy.jsonl.gz
+echo-vllm trace record ... --temperature 1 -o benchmarks/traces/chats-t1.jsonl.gz
+python -m benchmarks.replay_oracle --request-steps {steps}
+```
+
+The chats are of no other file: nothing was calibrated or trained on them. What a replay assumes,
+and what `oracle`, `oracle tree` and `best table` are, is in [docs/traces.md](../../docs/traces.md).
+In short: the oracle knows what is accepted and takes for each request the chain length, none as
+well, with which the whole run makes the most tokens a second; `oracle tree` verifies exactly the
+accepted path of the recorded tree; the best table is the fastest fixed chain at each load in
+hindsight, plain decoding among them. Trees may have more than the whole of the oracle's gain, which
+is a chain's. Intervals (95 %) are a bootstrap over request-steps by whole answers.
+
+The drafts are those of a small head, so the share that a policy reaches here is not that of a head
+for LLaMA-3.1-8B on the same machine.
+
+{said}
+"""
+
+if __name__ == "__main__":
+    main()
