@@ -100,24 +100,25 @@ def record_prompts(
     min_context: int = 0,
     **options: Any,
 ) -> tuple[int, int]:
-    """Record the engine on the first turns that fit, and on more turns of each conversation until a
-    prompt has `min_context` tokens; returns (conversations, tokens).
+    """Record the engine on the first turns that fit; returns (prompts answered, tokens).
 
     Args:
         model, speculation, options: of `offline.recording.record`.
         conversations: user's turns.
+        min_context: tokens that a prompt must have; where it has fewer, a later turn is recorded.
     """
     from echo_vllm.offline.recording import record
-    from echo_vllm.offline.trace.chats import Chats
 
+    tokens, longest = options["max_tokens"], options["max_model_len"]
     try:
         chat = Chat(model)
-        encoded = [chat.encode(turns[:1]) for turns in conversations]
+        if min_context:
+            encoded = _long_prompts(model, chat, conversations, min_context, options)
+        else:
+            encoded = [chat.encode(turns[:1]) for turns in conversations]
     except PromptError as error:
         fail(str(error))
-    tokens, longest = options["max_tokens"], options["max_model_len"]
-    kept = [i for i, ids in enumerate(encoded) if len(ids) <= longest - tokens]
-    fitting = [encoded[i] for i in kept]
+    fitting = [ids for ids in encoded if len(ids) <= longest - tokens]
     if not fitting:
         fail(
             f"no prompt leaves room for {tokens} tokens in --max-model-len {longest}; raise it, or "
@@ -125,9 +126,6 @@ def record_prompts(
         )
     if len(fitting) < len(encoded):
         note(f"note: {len(encoded) - len(fitting)} prompts are too long")
-    chats = Chats(
-        chat, [conversations[i] for i in kept], min_context=min_context, longest=longest - tokens
-    )
     with counting("prompts") as progress:
         task = progress.add_task("starting the engine", total=len(fitting))
         try:
@@ -136,10 +134,40 @@ def record_prompts(
                 speculation,
                 fitting,
                 lambda: progress.update(task, advance=1, description="recording"),
-                chats.follow_up,
                 **options,
             )
         except (ValueError, OSError) as error:
             progress.stop()
             fail(f"the engine cannot record: {last_line(error)}")
     return len(fitting), generated
+
+
+def _long_prompts(
+    model: str,
+    chat: Chat,
+    conversations: list[list[str]],
+    min_context: int,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    from echo_vllm.offline.trace.chats import long_prompts
+
+    with errors.status("answering the turns before"):
+        prompts = long_prompts(
+            model,
+            chat,
+            conversations,
+            min_context=min_context,
+            max_tokens=options["max_tokens"],
+            dtype=options["dtype"],
+            max_model_len=options["max_model_len"],
+            max_num_seqs=options["concurrency"],
+            kv_cache_memory_bytes=options["kv_cache_bytes"],
+        )
+    if not prompts:
+        fail(
+            f"no prompt has --min-context {min_context} tokens; lower it, raise --tokens, or give "
+            "conversations of more turns"
+        )
+    if len(prompts) < len(conversations):
+        note(f"note: {len(conversations) - len(prompts)} conversations have too few turns")
+    return prompts

@@ -18,7 +18,6 @@ def record(
     speculation: dict[str, Any],
     prompts: Sequence[list[int]],
     on_finished: Callable[[], None] = lambda: None,
-    follow_up: Callable[[int, list[int]], list[int] | None] = lambda number, answer: None,
     *,
     max_tokens: int,
     concurrency: int,
@@ -27,15 +26,13 @@ def record(
     max_model_len: int,
     kv_cache_bytes: int = KV_CACHE_BYTES,
 ) -> int:
-    """Answer every prompt and what follows it; the trace is complete when this returns.
+    """Answer every prompt once; the trace is complete when this returns.
 
     Args:
         model: the target: a folder or a name.
         speculation: vLLM's speculative_config, with `trace` in its echo section.
         prompts: token ids.
-        on_finished: called for each prompt when nothing follows any more.
-        follow_up: given the number of a prompt and the token ids of the answer to it, or to what
-            followed it last, the token ids of the chat's next prompt; None ends it.
+        on_finished: called for each request that ends.
         max_tokens: generated for each prompt at most; a request also ends by itself.
         concurrency: requests at once.
         temperature: of sampling; seeds are the prompts' numbers.
@@ -51,17 +48,10 @@ def record(
     """
     tokens = 0
 
-    def ask(number: int, turn: int, ids: list[int]) -> Question:
-        return Question(f"{number}.{turn}", ids, max_tokens, temperature, seed=number)
-
-    def go_on(question: Question, answer: list[int], stopped: bool) -> Question | None:
+    def count(question: Question, answer: list[int], stopped: bool) -> None:
         nonlocal tokens
         tokens += len(answer)
-        number, turn = map(int, question.name.split("."))
-        if (ids := follow_up(number, answer)) is None:
-            on_finished()
-            return None
-        return ask(number, turn + 1, ids)
+        on_finished()
 
     nodes = int(speculation["num_speculative_tokens"])
     with LocalEngine(
@@ -74,5 +64,11 @@ def record(
         kv_cache_memory_bytes=kv_cache_bytes,
         speculative_config=speculation,
     ) as engine:
-        engine.answer((ask(i, 0, ids) for i, ids in enumerate(prompts)), go_on)
+        engine.answer(
+            (
+                Question(str(i), ids, max_tokens, temperature, seed=i)
+                for i, ids in enumerate(prompts)
+            ),
+            count,
+        )
     return tokens

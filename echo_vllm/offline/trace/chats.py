@@ -1,66 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Chats that are recorded once their contexts are long: the turns before are asked, too, but what
-was drafted for them does not stay in the trace."""
+"""Chats whose prompts are long, for recordings with contexts like those of real traffic."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from echo_vllm.conversations import Chat, next_turn
-from echo_vllm.trace_format import TraceWriter, read_trace
-
-
-class Chats:
-    """The turns of conversations, each asked after the target's own answers to those before."""
-
-    def __init__(
-        self,
-        chat: Chat,
-        conversations: Sequence[Sequence[str]],
-        *,
-        min_context: int,
-        longest: int,
-    ) -> None:
-        """
-        Args:
-            conversations: the user's turns of each.
-            min_context: tokens of a prompt after which nothing more is asked.
-            longest: tokens that a prompt may have.
-        """
-        self._chat = chat
-        self._conversations = conversations
-        self._answers: list[list[str]] = [[] for _ in conversations]
-        self._min_context = min_context
-        self._longest = longest
-
-    def follow_up(self, number: int, answer: Sequence[int]) -> list[int] | None:
-        """Token ids of the prompt after `answer`; None where the chat is long enough, has no more
-        turns, or gets too long."""
-        turns, answers = self._conversations[number], self._answers[number]
-        asked = self._chat.encode(next_turn(turns, answers))
-        answers.append(self._chat.decode(answer))
-        if len(asked) >= self._min_context or len(answers) == len(turns):
-            return None
-        prompt = self._chat.encode(next_turn(turns, answers))
-        return prompt if len(prompt) <= self._longest else None
+from echo_vllm.conversations import Chat, Question, next_turn
+from echo_vllm.offline.engine import LocalEngine
 
 
-def keep_long_contexts(path: Path, min_context: int) -> int:
-    """Leave only trees with `min_context` tokens of context in a trace; returns how many there are.
+def long_prompts(
+    model: str,
+    chat: Chat,
+    conversations: Sequence[Sequence[str]],
+    *,
+    min_context: int,
+    max_tokens: int,
+    **options: Any,
+) -> list[list[int]]:
+    """Token ids of each conversation's first prompt that has `min_context` tokens.
 
-    Raises:
-        TraceError: it is not a whole trace.
+    The turns before it are asked one after another, and the target's own greedy answers are part of
+    it. A conversation that has too few turns for that is left out.
+
+    Args:
+        model: the target: a folder or a name.
+        chat: its tokenizer.
+        conversations: the user's turns of each.
+        min_context: tokens.
+        max_tokens: of each answer.
+        options: of the plain engine that answers.
     """
-    header, steps = read_trace(path)
-    kept = []
-    for step in steps:
-        found = [request for request in step.requests if request.context >= min_context]
-        if found:
-            kept.append(replace(step, requests=found))
-    with TraceWriter(path, header) as writer:
-        for step in kept:
-            writer.append(step)
-    return sum(len(step.requests) for step in kept)
+    prompts: dict[int, list[int]] = {}
+    answers: list[list[str]] = [[] for _ in conversations]
+
+    def ask(number: int) -> Question | None:
+        turns, known = conversations[number], answers[number]
+        ids = chat.encode(next_turn(turns, known))
+        if len(ids) >= min_context:
+            prompts[number] = ids
+        elif len(known) + 1 < len(turns):
+            return Question(f"{number}.{len(known)}", ids, max_tokens)
+        return None
+
+    def go_on(question: Question, answer: list[int], stopped: bool) -> Question | None:
+        number = int(question.name.partition(".")[0])
+        answers[number].append(chat.decode(answer))
+        return ask(number)
+
+    firsts = [question for number in range(len(conversations)) if (question := ask(number))]
+    if firsts:
+        with LocalEngine(model, **options) as engine:
+            engine.answer(firsts, go_on)
+    return [prompts[number] for number in sorted(prompts)]

@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from echo_vllm.cli.trace import FULL, FULL_NODES, _speculation, trace_app
+from echo_vllm.conversations import Question
 from echo_vllm.forecast import CostCurve, StepCost
-from echo_vllm.offline.trace.chats import Chats, keep_long_contexts
+from echo_vllm.offline.trace import chats
 from echo_vllm.policies.registry import parse_section
-from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter, read_trace
+from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter
 
 COST = StepCost(
     verify=CostCurve((1, 64), (0.01, 0.02)),
@@ -236,7 +237,7 @@ def test_prompts_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 
 class Words:
-    """A tokenizer of words."""
+    """A chat of words that are token ids."""
 
     def encode(self, messages: list[str]) -> list[int]:
         return [int(word) for text in messages for word in text.split()]
@@ -245,22 +246,34 @@ class Words:
         return " ".join(map(str, token_ids))
 
 
-def test_turns_are_asked_until_a_prompt_is_long_enough() -> None:
-    conversations = [["1 2", "3", "4", "5"], ["1"], ["1 2 3 4 5 6", "7"], ["1", "2 2 2 2 2 2 2"]]
-    chats = Chats(Words(), conversations, min_context=6, longest=8)  # type: ignore[arg-type]
-    assert chats.follow_up(0, [9]) == [1, 2, 9, 3]
-    assert chats.follow_up(0, [8]) == [1, 2, 9, 3, 8, 4]
-    assert chats.follow_up(0, [7]) is None, "that prompt was long enough"
-    assert chats.follow_up(1, [9]) is None, "there is no other turn"
-    assert chats.follow_up(2, [9]) is None, "the first prompt was long enough"
-    assert chats.follow_up(3, [9]) is None, "the next prompt is too long"
+class Nines:
+    """An engine that answers 9 to everything."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.asked: list[list[int]] = []
+
+    def __enter__(self) -> Nines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def answer(self, questions: list[Question], on_answer: Any) -> None:
+        while questions:
+            self.asked.append(questions[0].prompt_ids)
+            more = on_answer(questions[0], [9], True)
+            questions = [*questions[1:], *([more] if more else [])]
 
 
-def test_only_trees_of_long_contexts_stay_in_a_trace(tmp_path: Path) -> None:
-    deep = replace(STEPS[0].requests[0], id="1", context=300)
-    steps = [replace(STEPS[0], requests=[*STEPS[0].requests, deep]), *STEPS[1:]]
-    path = write(tmp_path / "t.jsonl.gz", steps)
-    assert keep_long_contexts(path, 256) == 1
-    header, kept = read_trace(path)
-    assert header.model == "target"
-    assert [list(step.requests) for step in kept] == [[deep]]
+def test_turns_are_asked_until_a_prompt_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "LocalEngine", Nines)
+    conversations = [["1 2", "3", "4", "5"], ["1"], ["1 2 3 4 5 6", "7"], ["1", "2 2 2 2"]]
+    prompts = chats.long_prompts(
+        "model", Words(), conversations, min_context=6, max_tokens=1  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert prompts == [
+        [1, 2, 9, 3, 9, 4],
+        # The second has one turn, which is too short; the third begins long enough.
+        [1, 2, 3, 4, 5, 6],
+        [1, 9, 2, 2, 2, 2],
+    ]
