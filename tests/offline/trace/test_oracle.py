@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from echo_vllm.forecast import CostCurve, Hinge, StepCost
 from echo_vllm.offline.trace.comparison import compare, measured, resamples, rows
-from echo_vllm.offline.trace.contenders import BestTable, Contender, Oracle
+from echo_vllm.offline.trace.contenders import AnyContender, BestTable, Contender, Oracle
 from echo_vllm.offline.trace.oracle import best_lengths, level_rows
 from echo_vllm.offline.trace.published import specdecode_bench
 from echo_vllm.offline.trace.recorded import RecordedDrafter
@@ -180,7 +180,7 @@ def test_an_interval_covers_the_figure_of_another_recording(drafter: RecordedDra
 
 def test_a_comparison_has_every_contender_at_every_load(drafter: RecordedDrafter) -> None:
     cost = specdecode_bench().with_context
-    chosen = [Contender("plain"), Oracle("chain"), Contender.chain(1)]
+    chosen: list[AnyContender] = [Contender("plain"), Oracle("chain"), Contender.chain(1)]
     found = compare(drafter, chosen, [1, 4], cost, request_steps=64)
     names = ["plain", "chain:1", "best table", "oracle", "oracle tree"]
     assert [list(at_load) for at_load in found.values()] == [names, names]

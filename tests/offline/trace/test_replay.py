@@ -335,7 +335,7 @@ def test_a_replay_is_deterministic_and_depends_on_its_seed(drafter: RecordedDraf
 def test_auto_is_not_below_plain_or_any_chain_by_more_than_its_probes(
     concurrency: int, drafter: RecordedDrafter
 ) -> None:
-    def run(contender: Contender) -> Any:
+    def run(contender: Contender | BestTable) -> Any:
         return replay(drafter, contender, concurrency, COST, request_steps=200)
 
     auto = run(Contender.of("auto", {"policy": "auto", "max_depth": 4, "top_k": 3, "width": 3}, 12))
