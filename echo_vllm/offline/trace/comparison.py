@@ -253,14 +253,14 @@ def markdown(comparison: Comparison) -> str:
     head = ["", *loads]
     parts = []
     for title in TABLES:
-        parts += [f"**{title}**", "", *_lines(head, rows(comparison, title)), ""]
+        parts += [f"**{title}**", "", *lines(head, rows(comparison, title)), ""]
     names = list(next(iter(comparison.values())))
     drafted = [
         [name, *(_drafted(at_load[name].result, name) for at_load in comparison.values())]
         for name in names
         if name != PLAIN
     ]
-    parts += ["**Nodes a request, tokens a request and step**", "", *_lines(head, drafted), ""]
+    parts += ["**Nodes a request, tokens a request and step**", "", *lines(head, drafted), ""]
     return "\n".join(parts)
 
 
@@ -269,6 +269,7 @@ def _drafted(result: ReplayResult, name: str) -> str:
     return f"{result.policy.removeprefix(TABLE + ': ')}: {text}" if name == TABLE else text
 
 
-def _lines(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+def lines(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
     table = [head, ["---"] * len(head), *cells]
     return [f"| {' | '.join(line)} |" for line in table]
