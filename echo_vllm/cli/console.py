@@ -93,22 +93,31 @@ def read_step_cost(option: str, path: Path) -> StepCost:
 
 
 def record_prompts(
-    model: str, speculation: dict[str, Any], conversations: list[list[str]], **options: Any
+    model: str,
+    speculation: dict[str, Any],
+    conversations: list[list[str]],
+    *,
+    min_context: int = 0,
+    **options: Any,
 ) -> tuple[int, int]:
     """Record the engine on the first turns that fit; returns (prompts answered, tokens).
 
     Args:
         model, speculation, options: of `offline.recording.record`.
         conversations: user's turns.
+        min_context: tokens that a prompt must have; where it has fewer, a later turn is recorded.
     """
     from echo_vllm.offline.recording import record
 
+    tokens, longest = options["max_tokens"], options["max_model_len"]
     try:
         chat = Chat(model)
-        encoded = [chat.encode(turns[:1]) for turns in conversations]
+        if min_context:
+            encoded = _long_prompts(model, chat, conversations, min_context, options)
+        else:
+            encoded = [chat.encode(turns[:1]) for turns in conversations]
     except PromptError as error:
         fail(str(error))
-    tokens, longest = options["max_tokens"], options["max_model_len"]
     fitting = [ids for ids in encoded if len(ids) <= longest - tokens]
     if not fitting:
         fail(
@@ -131,3 +140,34 @@ def record_prompts(
             progress.stop()
             fail(f"the engine cannot record: {last_line(error)}")
     return len(fitting), generated
+
+
+def _long_prompts(
+    model: str,
+    chat: Chat,
+    conversations: list[list[str]],
+    min_context: int,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    from echo_vllm.offline.trace.chats import long_prompts
+
+    with errors.status("answering the turns before"):
+        prompts = long_prompts(
+            model,
+            chat,
+            conversations,
+            min_context=min_context,
+            max_tokens=options["max_tokens"],
+            dtype=options["dtype"],
+            max_model_len=options["max_model_len"],
+            max_num_seqs=options["concurrency"],
+            kv_cache_memory_bytes=options["kv_cache_bytes"],
+        )
+    if not prompts:
+        fail(
+            f"no prompt has --min-context {min_context} tokens; lower it, raise --tokens, or give "
+            "conversations of more turns"
+        )
+    if len(prompts) < len(conversations):
+        note(f"note: {len(conversations) - len(prompts)} conversations have too few turns")
+    return prompts

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +32,7 @@ from echo_vllm.machine import fast_dtype
 if TYPE_CHECKING:
     from echo_vllm.forecast import StepCost
     from echo_vllm.forecast.drafter_profile import DrafterProfile
-    from echo_vllm.offline.trace.recorded import RecordedDrafter
-    from echo_vllm.offline.trace.replay import Contender, ReplayResult
+    from echo_vllm.offline.trace.comparison import Comparison, Figures
 
 trace_app = typer.Typer(
     help="Record what a policy could have known in each step, and replay any policy over it.",
@@ -74,8 +73,8 @@ def record(
     prompts: Annotated[
         list[Path],
         typer.Option(
-            help="JSON lines with 'prompt' or 'turns' (the first turn is asked); may be given "
-            "several times.",
+            help="JSON lines with 'prompt' or 'turns' (the first turn is asked, or a later "
+            "one with --min-context); may be given several times.",
             show_default=False,
         ),
     ],
@@ -96,6 +95,14 @@ def record(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for a prompt.")] = 128,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 0.0,
+    min_context: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens of a recorded prompt: the turns of a conversation are asked one after "
+            "another, without being recorded, until a prompt is that long.",
+        ),
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="As in vLLM.")] = fast_dtype(),
     max_model_len: Annotated[int, typer.Option(min=16, help="As in vLLM.")] = 2048,
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="KV cache of the engine, MiB.")] = 1024,
@@ -117,6 +124,7 @@ def record(
         dtype=dtype,
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_mib << 20,
+        min_context=min_context,
     )
     _out.print(Text(f"{count} prompts, {generated} tokens: {output}"))
     show(output)
@@ -155,7 +163,7 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
 @trace_app.command()
 def show(trace: TraceFile) -> None:
     """Say what a trace holds."""
-    from echo_vllm.offline.trace.replay import summary
+    from echo_vllm.offline.trace.summary import summary
     from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
@@ -184,16 +192,18 @@ def replay(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="plain, NAME:N, NAME:N:{more fields as JSON}, or a JSON file with a speculative "
-            "config; may be given several times.",
+            help="NAME:N, NAME:N:{more fields as JSON}, or a JSON file with a speculative config; "
+            "may be given several times. Plain decoding, the best table of fixed chains and the "
+            "oracles always join.",
             show_default="the usual ones",
         ),
     ] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,8,32,256,512",
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = ("1,8,32,64,128,256"),
     cost: Annotated[
         str,
         typer.Option(
-            help="published:eagle3-h100, published:echo-8xh100, or a JSON file with a step cost."
+            help="published:eagle3-h100, published:echo-8xh100, "
+            "published:specdecode-bench-8b-h100, or a JSON file with a step cost."
         ),
     ] = "published:eagle3-h100",
     profile: Annotated[
@@ -214,12 +224,17 @@ def replay(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="All figures as JSON.", show_default=False)
     ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="The tables of speeds and shares as Markdown.", show_default=False),
+    ] = None,
 ) -> None:
-    """Replay policies over a trace, at any load and under any step cost."""
+    """Replay policies over a trace, at any load and under any step cost, against an oracle."""
     from echo_vllm.forecast.drafter_profile import DrafterProfile
-    from echo_vllm.offline.trace.recorded import RecordedDrafter
-    from echo_vllm.offline.trace.replay import Contender, fully_verified
-    from echo_vllm.offline.trace.replay import replay as run
+    from echo_vllm.offline.trace.comparison import TABLES, compare
+    from echo_vllm.offline.trace.comparison import markdown as as_markdown
+    from echo_vllm.offline.trace.contenders import parse_contender
+    from echo_vllm.offline.trace.recorded import RecordedDrafter, fully_verified
     from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
@@ -230,57 +245,53 @@ def replay(
     loads = numbers("--concurrency", concurrency, int, 1)
     with _errors_shown():
         step_cost, notes = _cost(cost)
-        chosen = [Contender.parse(text, known) for text in policy or ()]
+        chosen = [parse_contender(text, known) for text in policy] if policy else None
         header, steps = read_trace(trace, whole=False)
         drafter = RecordedDrafter(fully_verified(steps))
-        for contender in chosen:
-            if (contending := contender.policy()) is not None:
-                drafter.check(contending)
         notes = [
-            f"{drafter.num_samples} request-steps of {header.model} with {header.drafter}, drawn "
-            f"with seed {seed} as if they were exchangeable",
+            f"{drafter.num_samples} request-steps of {drafter.answers.max() + 1} answers of "
+            f"{header.model} with {header.drafter}, contexts of {drafter.contexts.min()} to "
+            f"{drafter.contexts.max()} tokens, drawn with seed {seed} as if they were exchangeable",
             *notes,
         ]
-        for note in notes:
-            _out.print(Text(note))
-        results: dict[int, list[ReplayResult]] = {}
-        for load in loads:
-
-            def at_load(contender: Contender, load: int = load) -> ReplayResult:
-                return run(
-                    drafter,
-                    contender,
-                    load,
-                    step_cost,
-                    prefill_tokens=prefill,
-                    request_steps=request_steps,
-                    seed=seed,
-                )
-
-            results[load] = (
-                [at_load(contender) for contender in chosen]
-                if chosen
-                else _usual(drafter, known, at_load)
-            )
-            _wide.print(_table(load, results[load]))
-    if output is not None:
-        figures = [result.to_dict() for load in loads for result in results[load]]
-        content = {
-            "trace": trace.name,
-            "cost": cost,
-            "notes": notes,
-            "prefill_tokens": prefill,
-            "seed": seed,
-            "results": figures,
-        }
-        try:
-            atomic.write_json(output, content)
-        except OSError as error:
-            fail(f"--output {output} cannot be written ({error.strerror}); choose another file.")
+        for sentence in notes:
+            _out.print(Text(sentence))
+        comparison = compare(
+            drafter,
+            chosen,
+            loads,
+            step_cost,
+            profile=known,
+            prefill_tokens=prefill,
+            request_steps=request_steps,
+            seed=seed,
+            on_load=lambda load, figures: _wide.print(_table(load, figures)),
+        )
+    for title in TABLES:
+        _wide.print(_shares(comparison, title))
+    figures = [each.to_dict() for at_load in comparison.values() for each in at_load.values()]
+    content = {
+        "trace": trace.name,
+        "cost": cost,
+        "notes": notes,
+        "prefill_tokens": prefill,
+        "seed": seed,
+        "results": figures,
+    }
+    said = "".join(f"- {sentence}\n" for sentence in notes)
+    for option, path, text in (
+        ("--output", output, json.dumps(content, indent=1) + "\n"),
+        ("--markdown", markdown, f"{said}\n{as_markdown(comparison)}"),
+    ):
+        if path is not None:
+            try:
+                atomic.write_text(path, text)
+            except OSError as error:
+                fail(f"{option} {path} cannot be written ({error.strerror}); choose another file.")
 
 
-def _cost(text: str) -> tuple[StepCost, list[str]]:
-    """The step cost and what is to be said about it."""
+def _cost(text: str) -> tuple[Callable[[float], StepCost], list[str]]:
+    """The step cost for a batch's tokens of context, and what is to be said about it."""
     from echo_vllm.offline.trace.published import PUBLISHED
 
     if text.startswith(PUBLISHED_PREFIX):
@@ -291,53 +302,29 @@ def _cost(text: str) -> tuple[StepCost, list[str]]:
                 f"or a file, got {text!r}."
             )
         found = PUBLISHED[name]()
-        return found.cost, [
+        return found.with_context, [
             *(f"published: {source}" for source in found.sources),
             *(f"assumed: {assumption}" for assumption in found.assumptions),
         ]
-    return read_step_cost("--cost", Path(text)), [f"step cost: {Path(text).name}"]
+    measured = read_step_cost("--cost", Path(text))
+    return lambda context: measured, [f"step cost: {Path(text).name}"]
 
 
-def _usual(
-    drafter: RecordedDrafter,
-    profile: DrafterProfile | None,
-    at_load: Callable[[Contender], ReplayResult],
-) -> list[ReplayResult]:
-    """Plain, the best chain, echo, auto and evict, and trees of equal size with their budgets."""
-    from echo_vllm.offline.trace.replay import PLAIN, Contender, best_chain
-
-    shape = {"max_depth": drafter.max_depth, "top_k": min(4, drafter.num_ranks)}
-    elastic = {**shape, "width": drafter.num_ranks}
-    size = min(16, drafter.num_candidates)
-    results = [at_load(Contender(PLAIN)), best_chain(at_load, drafter.max_depth)]
-    for name in ("echo", "auto", "evict"):
-        section = {**elastic, "policy": name}
-        result = at_load(Contender.of(f"{name}:{size}", section, size, profile))
-        # As many nodes in all, as far as whole nodes a request allow it.
-        nodes = round(result.nodes / result.concurrency)
-        if nodes:
-            equal = {**shape, "policy": "topn", "max_depth": min(nodes, drafter.max_depth)}
-            label = f"topn:{nodes} (as {name})"
-            results.append(at_load(Contender.of(label, equal, nodes)))
-        results.append(result)
-    return results
-
-
-def _table(load: int, results: list[ReplayResult]) -> Table:
+def _table(load: int, figures: Mapping[str, Figures]) -> Table:
     table = Table(title=f"{load} requests", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("policy", no_wrap=True)
     for name in (
-        "tokens/s", "+-", "vs first", "tokens", "nodes", "drafter rows", "levels", "step ms",
+        "tokens/s", "+-", "vs plain", "tokens", "nodes", "drafter rows", "levels", "step ms",
         "drafting", "starved", "unknown",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
-    first = results[0].tokens_per_second
-    for r in results:
+    for figure in figures.values():
+        r = figure.result
         table.add_row(
             r.policy,
             f"{r.tokens_per_second:,.0f}",
             f"{r.error:.1%}",
-            f"{r.tokens_per_second / first:.3f}",
+            f"{figure.over_plain.middle:.3f}",
             f"{r.tokens:.2f}",
             f"{r.nodes:.1f}",
             f"{r.drafter_rows:.1f}",
@@ -350,8 +337,20 @@ def _table(load: int, results: list[ReplayResult]) -> Table:
     return table
 
 
+def _shares(comparison: Comparison, title: str) -> Table:
+    from echo_vllm.offline.trace.comparison import rows
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(["policy", *map(str, comparison)]):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows(comparison, title):
+        # A name may have brackets, and so have intervals.
+        table.add_row(*map(Text, row))
+    return table
+
+
 def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
-    from echo_vllm.offline.trace.replay import recorded_policy, replay_exact
+    from echo_vllm.offline.trace.exact import recorded_policy, replay_exact
     from echo_vllm.trace_format import read_trace
 
     with _errors_shown():

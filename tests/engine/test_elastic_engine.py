@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from echo_vllm.forecast.plan import DraftPlan, Load
-from echo_vllm.offline.trace.replay import recorded_policy, replay_exact
+from echo_vllm.offline.trace.exact import recorded_policy, replay_exact
 from echo_vllm.trace_format import read_trace
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner

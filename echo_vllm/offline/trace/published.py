@@ -2,17 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """Step costs of machines that others have measured, as far as their numbers say.
 
-No paper publishes a cost curve. What is published are throughput ratios, and a ratio at a batch
-size says how much longer a step with so many more rows took, if the tokens of a step and the share
-of the drafter are known. Neither is published with the ratios, so each cost here comes with the
-assumptions that it needs. They bend the answer: a replay on these curves plans an experiment, it
-does not replace one.
+One study publishes a cost model (`specdecode-bench-8b-h100`). Elsewhere what is published are
+throughput ratios, and a ratio at a batch size says how much longer a step with so many more rows
+took, if the tokens of a step and the share of the drafter are known. Neither is published with the
+ratios, so each cost here comes with the assumptions that it needs. They bend the answer: a replay
+on these curves plans an experiment, it does not replace one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,16 @@ ECHO_NODES = 5
 ECHO_TOKENS_PER_STEP = 2.5
 ECHO_K_MAX = 128
 
+SPECDECODE_BENCH_STEP = 5.886e-3
+SPECDECODE_BENCH_TOKEN = 2.10e-5
+SPECDECODE_BENCH_CONTEXT = 3.93e-8
+SPECDECODE_BENCH_DRAFT = 2.135e-3
+SPECDECODE_BENCH_DRAFT_TOKEN = 8.4e-7
+SPECDECODE_BENCH_DRAFT_CONTEXT = 2.4e-9
+SPECDECODE_BENCH_OVERHEAD = 1.207e-3
+"""Seconds of a target forward, a row and a token of context; of a drafting, likewise; of what a
+step takes beside them (2601.11580, its simulator: Llama-3.1-8B with EAGLE-3 on one H100)."""
+
 
 @dataclass(frozen=True)
 class PublishedCost:
@@ -47,15 +57,31 @@ class PublishedCost:
 
     Attributes:
         name: as on the command line, after `published:`.
-        cost: of a step.
+        cost: of a step whose requests have no context.
         sources: what was published, and where.
         assumptions: what was not, one sentence each.
+        context_s: seconds more of every step, a token of the batch's context.
+        draft_context_s: of every drafting, likewise.
     """
 
     name: str
     cost: StepCost
     sources: tuple[str, ...]
     assumptions: tuple[str, ...]
+    context_s: float = 0.0
+    draft_context_s: float = 0.0
+
+    def with_context(self, tokens: float) -> StepCost:
+        """Of a step whose requests have `tokens` of context in all.
+
+        No choice of nodes changes the context, so its time is a constant of the step: part of what
+        a step takes outside of rows, and of what a drafting does.
+        """
+        return replace(
+            self.cost,
+            other=self.cost.other + self.context_s * tokens,
+            draft_fixed=self.cost.draft_fixed + self.draft_context_s * tokens,
+        )
 
 
 def eagle3_h100() -> PublishedCost:
@@ -132,6 +158,37 @@ def echo_8xh100() -> PublishedCost:
     )
 
 
+def specdecode_bench() -> PublishedCost:
+    """LLaMA-3.1-8B with EAGLE-3 on one H100, as the study with the oracle has it."""
+
+    def linear(fixed: float, row: float) -> CostCurve:
+        return CostCurve((0.0, 1.0), (fixed, fixed + row))
+
+    return PublishedCost(
+        name="specdecode-bench-8b-h100",
+        cost=StepCost(
+            verify=linear(SPECDECODE_BENCH_STEP, SPECDECODE_BENCH_TOKEN),
+            draft_level=linear(0.0, SPECDECODE_BENCH_DRAFT_TOKEN),
+            catch_up=linear(0.0, SPECDECODE_BENCH_DRAFT_TOKEN),
+            other=SPECDECODE_BENCH_OVERHEAD,
+            draft_fixed=SPECDECODE_BENCH_DRAFT,
+        ),
+        sources=(
+            "Speculative Decoding: Performance or Illusion? (arXiv 2601.11580) and its simulator, "
+            "LLaMA-3.1-8B with EAGLE-3 on one H100: a target forward takes 5.886 ms + 0.0210 ms a "
+            "token + 3.93e-5 ms a token of KV context, a drafting 2.135 ms + 8.4e-4 ms a token + "
+            "2.4e-6 ms a token of context whatever its length, a step 1.207 ms beside them.",
+        ),
+        assumptions=(
+            "A drafting's tokens are all rows of its forwards.",
+            "The cost is linear as far as a replay goes; it was fitted with up to 64 requests.",
+            "Drafting a tree takes what drafting a chain does, but for its rows.",
+        ),
+        context_s=SPECDECODE_BENCH_CONTEXT,
+        draft_context_s=SPECDECODE_BENCH_DRAFT_CONTEXT,
+    )
+
+
 def _with_drafter(verify: CostCurve) -> StepCost:
     counts, seconds = verify.to_points()
     drafter = CostCurve(tuple(counts), tuple((DRAFTER_SHARE * np.array(seconds)).tolist()))
@@ -141,4 +198,5 @@ def _with_drafter(verify: CostCurve) -> StepCost:
 PUBLISHED: dict[str, Callable[[], PublishedCost]] = {
     "eagle3-h100": eagle3_h100,
     "echo-8xh100": echo_8xh100,
+    "specdecode-bench-8b-h100": specdecode_bench,
 }

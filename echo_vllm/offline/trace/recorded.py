@@ -9,7 +9,7 @@ stand-ins, which are counted, so that a replay says how much of it is not known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from echo_vllm.policies.base import DraftBatch, DraftPolicy
-from echo_vllm.trace_format import TraceError, TraceRequest
+from echo_vllm.trace_format import TraceError, TraceRequest, TraceStep
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool
 
@@ -28,6 +28,34 @@ STAND_IN = -2
 
 _SHIFT = 2
 """Candidate i of a request has row i + 2 in its tables; row 1 is the root, row 0 a stand-in."""
+
+
+def fully_verified(steps: Iterable[TraceStep]) -> list[TraceRequest]:
+    """The request-steps of a trace in which every candidate was verified, to the depth that the
+    rest of the answer allowed.
+
+    Raises:
+        TraceError: these are less than half of all, so the trace is not one of full verification.
+    """
+    every = [request for step in steps for request in step.requests]
+    largest = max(every, key=lambda request: request.num_candidates, default=None)
+    bounds = () if largest is None else (*largest.level_starts, largest.num_candidates)
+    full = [
+        request
+        for request in every
+        if request.is_fully_verified
+        and request.num_candidates
+        # The first levels of the largest tree, whole.
+        and (*request.level_starts, request.num_candidates)
+        == bounds[: len(request.level_starts) + 1]
+    ]
+    if not full or 2 * len(full) < len(every):
+        raise TraceError(
+            f"only {len(full)} of the trace's {len(every)} trees were verified with all "
+            f"candidates; record it with policy topn and as many num_speculative_tokens as there "
+            "are candidates (`echo-vllm trace record` does so by default)."
+        )
+    return full
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,11 @@ class RecordedDrafter:
         max_depth: levels of the deepest recorded tree.
         num_ranks: children of an expanded node, at most.
         num_candidates: candidates of the largest tree.
+        contexts: [N] int64, committed tokens when each tree was drafted, the root included.
+        levels: [N] int64, levels of each tree: fewer where the answer could not go on for longer.
+        in_chain: [N] int64, accepted nodes that are the drafter's best tokens one after another.
+        in_tree: [N] int64, accepted nodes.
+        answers: [N] int64, which answer each is of, from 0 on.
     """
 
     def __init__(
@@ -92,6 +125,12 @@ class RecordedDrafter:
         self._scores = np.full(size, -np.inf, dtype=np.float32)
         # Padded with STAND_IN; one column more than levels, so that every path has a pad.
         self._paths = np.full((self.num_samples, self.max_depth + 1), STAND_IN, dtype=np.int64)
+        self.contexts = np.array([request.context for request in requests], dtype=np.int64)
+        self.levels = np.array([len(request.level_starts) for request in requests], dtype=np.int64)
+        self.in_tree = np.array([len(request.accepted) for request in requests], dtype=np.int64)
+        self.in_chain = np.zeros(self.num_samples, dtype=np.int64)
+        names = [request.id for request in requests]
+        self.answers = np.unique(names, return_inverse=True)[1].astype(np.int64)
         sums = np.zeros((self.max_depth, self.num_ranks))
         counts = np.zeros((self.max_depth, self.num_ranks))
         for i, (request, own) in enumerate(zip(requests, own_ranks, strict=True)):
@@ -102,6 +141,8 @@ class RecordedDrafter:
             self._scores[i, 1] = 0.0
             self._scores[i, _SHIFT : _SHIFT + n] = scores
             self._paths[i, : len(request.accepted)] = request.accepted
+            is_best = own[np.asarray(request.accepted, dtype=np.int64)] == 0
+            self.in_chain[i] = is_best.cumprod().sum()
             places = (request.depths() - 1, own)
             np.add.at(sums, places, scores - self._scores[i, parents + _SHIFT])
             np.add.at(counts, places, 1)

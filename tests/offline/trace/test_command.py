@@ -13,7 +13,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from echo_vllm.cli.trace import FULL, FULL_NODES, _speculation, trace_app
+from echo_vllm.conversations import Question
 from echo_vllm.forecast import CostCurve, StepCost
+from echo_vllm.offline.trace import chats
 from echo_vllm.policies.registry import parse_section
 from echo_vllm.trace_format import TraceHeader, TraceRequest, TraceStep, TraceWriter
 
@@ -80,22 +82,29 @@ def test_show_says_what_is_in_a_trace(trace: Path) -> None:
 def test_replay_prints_a_table_and_writes_its_figures(trace: Path, tmp_path: Path) -> None:
     cost = tmp_path / "cost.json"
     cost.write_text(json.dumps({"key": {}, "cost": COST.to_dict()}))
-    output = tmp_path / "out.json"
+    output, markdown = tmp_path / "out.json", tmp_path / "out.md"
     result = run(
         "replay", trace, "--policy", "plain", "--policy", 'topn:6:{"max_depth": 2, "top_k": 2}',
         "--concurrency", "1,4", "--cost", cost, "--request-steps", 600, "--output", output,
+        "--markdown", markdown,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "1 requests" in result.stdout
     assert "4 requests" in result.stdout
     figures = json.loads(output.read_text())
     assert figures["trace"] == "trace.jsonl.gz"
-    first, tree, *_ = figures["results"]
-    assert [figure["concurrency"] for figure in figures["results"]] == [1, 1, 4, 4]
+    first, tree, *references = figures["results"]
+    assert [figure["concurrency"] for figure in figures["results"]] == [1] * 5 + [4] * 5
+    assert references[1]["policy"] == "oracle"
+    assert references[1]["share_of_oracle"]["middle"] == 1
     assert first["tokens_per_second"] == pytest.approx(1 / COST.plain_step(1))
     mean = 1 + sum(len(path) for path in PATHS) / len(PATHS)
     assert tree["tokens"] == pytest.approx(mean, rel=0.1)
     assert tree["nodes"] == 6
+    assert "Share of the oracle's gain over plain decoding" in result.stdout
+    text = markdown.read_text()
+    assert "- step cost: cost.json" in text
+    assert "| oracle | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in text
 
 
 def test_replay_compares_the_usual_policies_by_default(trace: Path, tmp_path: Path) -> None:
@@ -105,8 +114,9 @@ def test_replay_compares_the_usual_policies_by_default(trace: Path, tmp_path: Pa
     assert "assumed: " in result.stdout
     names = [figure["policy"] for figure in json.loads(output.read_text())["results"]]
     assert names[0] == "plain"
-    assert names[1].startswith("chain:")
-    assert {"echo:6", "auto:6"} <= set(names)
+    assert {"echo:6", "auto:6", "evict:6"} <= set(names)
+    assert names[-3].startswith("best table: ")
+    assert names[-2:] == ["oracle", "oracle tree"]
 
 
 def test_an_exact_replay_agrees_with_itself(trace: Path) -> None:
@@ -131,10 +141,23 @@ def test_an_exact_replay_that_differs_fails(tmp_path: Path) -> None:
         (["--concurrency", "0"], "--concurrency must be whole numbers from 1 on"),
         (["--cost", "published:moon"], "must name one of published:eagle3-h100, published:echo-"),
         (["--cost", "none.json"], "--cost none.json cannot be read"),
-        (["--policy", "best"], "a policy must be plain, NAME:N"),
+        (["--policy", "best"], "a policy must be plain, best table, oracle"),
         (["--policy", "chain:3"], "the policy drafts 3 levels and the trace has 2"),
         (["--policy", "tpon:3"], "echo.policy must be one of"),
         (["--profile", "none.json"], "which cannot be read"),
+        (
+            [
+                "--request-steps",
+                1,
+                "--concurrency",
+                1,
+                "--policy",
+                "chain:1",
+                "--markdown",
+                "no/x.md",
+            ],
+            "--markdown no/x.md cannot be written",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line_and_status_2(
@@ -208,3 +231,49 @@ def test_prompts_that_are_not_there_are_refused(tmp_path: Path) -> None:
     result = run("record", "model", "--drafter", "head", "--prompts", tmp_path / "none.jsonl")
     assert result.exit_code == 2
     assert "none.jsonl" in result.stderr
+
+
+# --- long contexts -------------------------------------------------------------------------
+
+
+class Words:
+    """A chat of words that are token ids."""
+
+    def encode(self, messages: list[str]) -> list[int]:
+        return [int(word) for text in messages for word in text.split()]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+class Nines:
+    """An engine that answers 9 to everything."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.asked: list[list[int]] = []
+
+    def __enter__(self) -> Nines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def answer(self, questions: list[Question], on_answer: Any) -> None:
+        while questions:
+            self.asked.append(questions[0].prompt_ids)
+            more = on_answer(questions[0], [9], True)
+            questions = [*questions[1:], *([more] if more else [])]
+
+
+def test_turns_are_asked_until_a_prompt_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "LocalEngine", Nines)
+    conversations = [["1 2", "3", "4", "5"], ["1"], ["1 2 3 4 5 6", "7"], ["1", "2 2 2 2"]]
+    prompts = chats.long_prompts(
+        "model", Words(), conversations, min_context=6, max_tokens=1  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert prompts == [
+        [1, 2, 9, 3, 9, 4],
+        # The second has one turn, which is too short; the third begins long enough.
+        [1, 2, 3, 4, 5, 6],
+        [1, 9, 2, 2, 2, 2],
+    ]

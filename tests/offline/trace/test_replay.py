@@ -14,17 +14,13 @@ import torch
 
 from echo_vllm.forecast import CostCurve, Hinge, StepCost
 from echo_vllm.forecast.plan import DraftPlan
-from echo_vllm.offline.trace.recorded import STAND_IN, RecordedDrafter
-from echo_vllm.offline.trace.replay import (
-    Contender,
-    best_chain,
-    fully_verified,
-    recorded_policy,
-    replay,
-    replay_exact,
-    summary,
-)
+from echo_vllm.offline.trace.contenders import BestTable, Contender, parse_contender
+from echo_vllm.offline.trace.exact import recorded_policy, replay_exact
+from echo_vllm.offline.trace.recorded import STAND_IN, RecordedDrafter, fully_verified
+from echo_vllm.offline.trace.replay import BLOCK_SIZE, Backlog, replay
+from echo_vllm.offline.trace.summary import summary
 from echo_vllm.policies import DraftBatch, DraftPolicy, make_policy, parse_section
+from echo_vllm.step.v1.window import WINDOW, DrafterWindow
 from echo_vllm.trace_format import TraceError, TraceHeader, TraceRequest, TraceStep
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool
@@ -339,13 +335,13 @@ def test_a_replay_is_deterministic_and_depends_on_its_seed(drafter: RecordedDraf
 def test_auto_is_not_below_plain_or_any_chain_by_more_than_its_probes(
     concurrency: int, drafter: RecordedDrafter
 ) -> None:
-    def run(contender: Contender) -> Any:
+    def run(contender: Contender | BestTable) -> Any:
         return replay(drafter, contender, concurrency, COST, request_steps=200)
 
     auto = run(Contender.of("auto", {"policy": "auto", "max_depth": 4, "top_k": 3, "width": 3}, 12))
     plain = run(Contender("plain"))
     assert auto.tokens_per_second > 0.97 * plain.tokens_per_second
-    assert auto.tokens_per_second > 0.97 * best_chain(run, 4).tokens_per_second
+    assert auto.tokens_per_second > 0.97 * run(BestTable()).tokens_per_second
 
 
 def test_the_budget_holds_at_every_load(drafter: RecordedDrafter) -> None:
@@ -391,15 +387,93 @@ def test_a_summary_counts_what_is_there() -> None:
     ["", "topn", "topn:", "topn:0", "topn:999", "topn:x", "topn:8:[1]", "topn:8:{", "x.json"],
 )
 def test_what_is_not_a_policy_is_refused(text: str) -> None:
-    with pytest.raises(TraceError, match="a policy must be plain, NAME:N"):
-        Contender.parse(text)
+    with pytest.raises(TraceError, match="a policy must be plain, best table, oracle, oracle tree"):
+        parse_contender(text)
 
 
 def test_policies_can_be_written_on_a_command_line() -> None:
-    assert Contender.parse("plain").policy() is None
-    policy = Contender.parse('topn:6:{"max_depth": 3, "top_k": 2}').policy()
-    assert policy is not None
-    assert (policy.max_depth, policy.num_ranks) == (3, 2)
-    assert Contender.parse("examples/topn-64.json").policy() is not None
+    def policy(text: str) -> DraftPolicy | None:
+        contender = parse_contender(text)
+        assert isinstance(contender, Contender)
+        return contender.policy()
+
+    assert policy("plain") is None
+    small = policy('topn:6:{"max_depth": 3, "top_k": 2}')
+    assert small is not None
+    assert (small.max_depth, small.num_ranks) == (3, 2)
+    assert policy("examples/topn-64.json") is not None
+    assert parse_contender("best table") == BestTable()
     with pytest.raises(ValueError, match=r"echo\.policy must be one of"):
-        Contender.parse("tpon:6")
+        parse_contender("tpon:6")
+
+
+# --- the end of an answer, and coming back after a rest ------------------------------------
+
+
+def test_a_request_near_its_end_drafts_no_deeper_than_it_may() -> None:
+    # The recording could draft one level for the second of these, because two tokens were left.
+    parents, scores = [-1, -1, 0, 0], [-0.2, -1.8, -0.5, -1.6]
+    long = TraceRequest("a", 20, parents, scores, [0, 2], range(4), [0, 2])
+    short = TraceRequest("a", 23, parents[:2], scores[:2], [0], range(2), [0])
+    step = TraceStep(1, 8, 2, 0, 0.02, 0.01, [1], None, [long, short])
+    kept = fully_verified([step])
+    assert kept == [long, short]
+    drafter = RecordedDrafter(kept)
+    assert drafter.levels.tolist() == [2, 1]
+    result = replay(drafter, Contender.chain(2), 2, COST, request_steps=64)
+    assert result.nodes == 2 + 1
+    assert result.tokens == 1 + (2 + 1) / 2
+
+
+def test_a_tree_that_is_short_for_another_reason_is_left_out(full: list[TraceStep]) -> None:
+    first, *others = full[0].requests
+    narrow = replace(
+        first,
+        parents=first.parents[:2],
+        logprobs=first.logprobs[:2],
+        level_starts=[0],
+        selected=[0, 1],
+        accepted=[],
+    )
+    kept = fully_verified([replace(full[0], requests=[narrow, *others])])
+    assert kept == others
+
+
+def test_catching_up_passes_what_the_engine_would_pass() -> None:
+    """Requests that draft now and then, against the engine's own book."""
+    rng = np.random.default_rng(0)
+    count, start = 6, 200
+    window = DrafterWindow(count, count * 64, BLOCK_SIZE, WINDOW)
+    table = np.arange(count * 64, dtype=np.int32).reshape(count, 64)
+    slots, ends = np.arange(count), np.full(count, start)
+    for slot in range(count):
+        window.begin(slot, table[slot].tolist(), 0)
+    window.seen(slots, np.zeros(count, np.int64), ends, table)
+    backlog = Backlog(count)
+    tokens = np.ones(count, np.int64)
+    lengths = set()
+    for number in range(400):
+        # Each step commits `tokens`; rests are short and long ones.
+        begins, stops = ends, ends + tokens
+        firsts = window.firsts(slots, begins, stops)
+        rows = backlog.rows(stops + 1)
+        assert rows.tolist() == (stops - firsts).tolist()
+        assert backlog.missed(stops + 1) == window.num_behind(slots, begins)
+        lengths |= set(rows.tolist())
+        drafting = slots[rng.random(count) < (0.02 if number % 200 < 120 else 0.6)]
+        window.seen(drafting, firsts[drafting], stops[drafting], table[drafting])
+        more = np.ones(count, np.int64)
+        more[drafting] += rng.integers(0, 3, len(drafting))
+        backlog.commit(more, drafting)
+        tokens, ends = more, stops
+    assert max(lengths) == WINDOW + BLOCK_SIZE + 1
+    assert len([length for length in lengths if length > 3]) > 20
+
+
+def test_a_context_has_its_price_at_every_load() -> None:
+    from echo_vllm.offline.trace.published import specdecode_bench
+
+    published = specdecode_bench()
+    near, far = published.with_context(0), published.with_context(10_000)
+    assert far.plain_step(4) - near.plain_step(4) == pytest.approx(0.393e-3)
+    assert far.step(8, [4], 4) - near.step(8, [4], 4) == pytest.approx(0.393e-3 + 0.024e-3)
