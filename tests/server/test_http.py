@@ -395,7 +395,7 @@ ANIMAL = {
 }
 
 
-def test_structured_output_is_valid_and_has_no_drafts(
+def test_structured_output_is_valid_and_has_trees(
     client: openai.OpenAI, settled: Callable[[], Metrics]
 ) -> None:
     before = settled()
@@ -414,7 +414,7 @@ def test_structured_output_is_valid_and_has_no_drafts(
     assert animal.keys() == {"kind", "legs"}
     assert animal["kind"] in ("cat", "dog", "goat")
     assert animal["legs"] in (2, 3, 4)
-    assert (settled() - before).total("echo_trees_total") == 0
+    assert (settled() - before).total("echo_trees_total") > 0
 
 
 # ---- Load ----
