@@ -338,7 +338,12 @@ class _PolicyRun:
     def step(self, samples: Ints) -> _Step:
         drafter, cost, count = self.setting.drafter, self.setting.cost, len(samples)
         contexts, limits = drafter.contexts[samples], drafter.levels[samples]
-        load = replace(self.setting.load, waiting=self.backlog.missed(contexts))
+        deepest = np.arange(1, self.policy.max_depth + 1)
+        load = replace(
+            self.setting.load,
+            waiting=self.backlog.missed(contexts),
+            num_drafting=tuple((limits >= deepest[:, None]).sum(1).tolist()),
+        )
         plan = self.policy.plan(load)
         slots = np.arange(count)
         # A probe shows what full depth brings, so it needs room for it.
