@@ -141,6 +141,10 @@ def main() -> None:
         print(f"{load} requests: {', '.join(speeds)}", flush=True)
 
     for title, path in TRACES.items():
+        if not path.is_file():
+            print(f"{title}: {path.name} is not recorded", flush=True)
+            parts += [f"## {title}", "", "Not recorded yet; the command is above.", ""]
+            continue
         header, steps = read_trace(path)
         requests = fully_verified(steps)
         drafter = RecordedDrafter(requests)
