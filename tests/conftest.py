@@ -80,14 +80,19 @@ LONGEST = (
     "training/test_train_drafter.py",
     "cuda/test_cuda_check.py",
     "engine/test_elastic_engine.py",
+    "engine/test_drawn.py",
+    "engine/test_grammar.py",
     "engine/test_demo_exactness.py",
-    "bench/test_results.py",
+    "offline/bench/test_results.py",
+    "v2/test_v2.py",
+    "packaging/test_distributions.py",
+    "engine/test_rest.py",
     "engine/test_requests.py",
     "startup/test_heads_table.py",
     "triton/test_triton.py",
     "cuda/test_emulated_kernels.py",
     "engine/test_tensor_parallel.py",
-    "config/test_serve.py",
+    "startup/test_serve.py",
 )
 
 
