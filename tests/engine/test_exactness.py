@@ -204,7 +204,6 @@ def test_our_chain_drafts_the_tokens_of_stock_eagle3(tiny: TinyModel) -> None:
     with tiny_engine(tiny, echo(tiny.head, 4, policy="chain")) as llm:
         tokens, found = generate(llm, prompts, greedy()), counters(llm)
     assert tokens == wanted_tokens
-    # A request's last steps differ: vLLM drafts, and counts, tokens that can no longer be emitted:
-    # up to 4 of its last step.
-    for name, each in (("spec_decode_num_accepted_tokens", 1.0), ("spec_decode_num_drafts", 0.5)):
-        assert found[name] == pytest.approx(wanted[name], abs=each * len(prompts)), name
+    # A request's last step differs: vLLM drafts, and counts, tokens that can no longer be emitted.
+    for name in ("spec_decode_num_accepted_tokens", "spec_decode_num_drafts"):
+        assert found[name] == pytest.approx(wanted[name], abs=len(prompts)), name
