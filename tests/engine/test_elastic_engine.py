@@ -238,9 +238,10 @@ def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
             runs.append((model_runner.input_batch.num_reqs, 0))
             return sample(*args)
 
-        def drafting(state: Any, place: Any, batch: Any) -> Any:
-            runs[-1] = (batch.num_decoding, len(place))
-            return draft(state, place, batch)
+        def drafting(*args: Any) -> Any:
+            batch = args[-1]
+            runs[-1] = (batch.num_decoding, batch.num_requests)
+            return draft(*args)
 
         model_runner.sample_tokens, model_runner._draft = counting, drafting
         assert generate(llm, prompts, params) == wanted
