@@ -105,4 +105,6 @@ def test_both_ranks_make_the_same_trees(two_ranks: Result) -> None:
 
 def test_as_much_is_accepted_as_on_one_rank(one_rank: Result, two_ranks: Result) -> None:
     assert one_rank.counters["spec_decode_num_accepted_tokens"] > 50
-    assert two_ranks.counters == one_rank.counters
+    for name, value in one_rank.counters.items():
+        if "seconds" not in name:  # Those are each run's own.
+            assert two_ranks.counters[name] == value, name
