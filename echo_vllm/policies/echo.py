@@ -217,6 +217,8 @@ class EchoPolicy(DraftPolicy):
         passed = torch.ones(pool.num_requests, 1, dtype=torch.bool, device=pool.device)
         for depth in range(1, pool.num_levels + 1):
             best = pool.best_of_level(depth).unsqueeze(1)
+            # Who has no candidate here was stopped above, by a gate or for lack of budget.
+            passed &= best > NO_CANDIDATE
             stops = passed & (best.exp() <= self._taus[depth - 1])
             marked[:, pool.level(depth)] = stops
             passed &= ~stops
