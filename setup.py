@@ -53,6 +53,7 @@ SOURCES = [
     "csrc/cpu/accept_path.cpp",
     "csrc/cpu/commit_kv.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/large_blocks.cpp",
     "csrc/cpu/merge_attention.cpp",
     "csrc/cpu/packed_linear.cpp",
     "csrc/cpu/packed_linear_portable.cpp",

@@ -10,6 +10,7 @@
 #include "../common/checks.h"
 #include "../ops.h"
 #include "isa.h"
+#include "large_blocks.h"
 #include "threads.h"
 
 namespace echo_vllm::cpu {
@@ -106,7 +107,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
     check_last_dim_contiguous(op, "bias", *bias);
     args.bias = static_cast<const float*>(bias->const_data_ptr());
   }
-  Tensor out = torch::stable::new_empty(x, {x.size(0), num_columns});
+  Tensor out = new_output(x, x.size(0), num_columns);
   args.x = static_cast<const float*>(x.const_data_ptr());
   args.packed = packed.const_data_ptr();
   args.out = static_cast<float*>(out.mutable_data_ptr());

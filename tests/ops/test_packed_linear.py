@@ -143,3 +143,24 @@ def test_a_weight_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.pack_linear(weight)
+
+
+def test_large_outputs_share_no_memory_while_they_live_and_leave_it_for_later_ones() -> None:
+    weight = weights((131072, 16), lossless=True)
+    packed = ops.pack_linear(weight)
+
+    def product(seed: int, count: int = 80) -> torch.Tensor:  # 40 MiB
+        return ops.packed_linear(rows(count, 16, seed), packed, 131072)
+
+    first = product(1)
+    part, place = first[3:5], first.data_ptr()
+    wanted = part.clone()
+    del first
+    second = product(2)  # While a part of the first one is there.
+    assert second.data_ptr() != place
+    assert torch.equal(part, wanted)
+    del part
+    third = product(3, 70)
+    assert third.data_ptr() == place
+    assert torch.equal(second, product(2))
+    assert torch.equal(third, product(3, 70))
