@@ -91,8 +91,8 @@ half a block."""
 REUSE = 8
 """Steps for which the expected tokens are not worked out anew, nor a forecast for the same load."""
 
-POINTS = 48
-"""Numbers of nodes that are priced for a depth."""
+POINTS = 32
+"""Numbers of nodes that are priced for a shape."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Forecast:
 
     Attributes:
         depth: levels to draft, 0 for plain decoding.
+        width: nodes of a request that are expanded of a level.
         nodes: nodes a request that drafts.
         speed: tokens per second with that.
         plain: tokens per second of plain decoding.
@@ -108,6 +109,7 @@ class Forecast:
     """
 
     depth: int
+    width: int
     nodes: float
     speed: float
     plain: float
@@ -120,17 +122,33 @@ class Forecast:
 
 
 @dataclass(frozen=True)
+class _Shape:
+    """Trees that are drafted to one depth with one width of the frontier."""
+
+    depth: int
+    width: int
+
+
+@dataclass(frozen=True)
 class _Expected:
-    """What trees of one depth are expected to bring, for rising numbers of nodes.
+    """What trees are expected to bring, for P points: of every shape rising numbers of nodes.
 
     Attributes:
-        nodes: [n], a request that drafts.
-        gains: [n], accepted tokens to expect of them.
-        chosen: [n], how many of the remembered nodes, in the order of `Forecaster._order`.
+        shapes: of the trees.
+        growth: of every shape, per depth how often its nodes are followed by an accepted one.
+        shape_of: [P], which of them a point is of.
+        nodes: [P], a request that drafts.
+        gains: [P], accepted tokens to expect of them.
+        all_gains: [P], of all nodes of the shape.
+        chosen: [P], how many of the remembered nodes, in the order of `Forecaster._order`.
     """
 
+    shapes: list[_Shape]
+    growth: list[tuple[float, ...]]
+    shape_of: NDArray[np.int64]
     nodes: Floats
     gains: Floats
+    all_gains: Floats
     chosen: NDArray[np.int64]
 
 
@@ -181,9 +199,12 @@ class Forecaster:
         self.survival = survival
         self.max_depth = max_depth
         self.frontier = frontier
+        self.widths = tuple(sorted({frontier, *(1 << i for i in range(frontier.bit_length()))}))
+        """Those that are weighed."""
         self.k_max = k_max
         self.online = OnlineSurvival(max_depth) if online else None
-        self._drafts: deque[tuple[NDArray[np.float32], NDArray[np.int64]]] = deque(maxlen=MEMORY)
+        self._drafts: deque[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]
+        self._drafts = deque(maxlen=MEMORY)
         self._drafting = False
         self._step = 0
         self._turn = 0
@@ -199,14 +220,16 @@ class Forecaster:
         self._reading = 0.0
         # What is worked out anew every `REUSE` steps.
         self._until = 0
-        self._expected: list[_Expected] = []
+        self._expected: _Expected
         self._order: tuple[NDArray[Any], ...] = ()
-        self._growth: tuple[float, ...] = ()
         self._known: dict[tuple[object, ...], Forecast] = {}
 
-    def observe_draft(self, scores: list[float], depths: list[int]) -> None:
-        """Remember a draft to full depth: path log-probabilities and depths of its best nodes."""
-        self._drafts.append((np.array(scores, np.float32), np.array(depths, np.int64)))
+    def observe_draft(self, scores: list[float], depths: list[int], widths: list[int]) -> None:
+        """Remember a draft to full depth with all of the frontier: of its best nodes the path
+        log-probabilities, the depths, and which of `self.widths` each needs at least."""
+        self._drafts.append(
+            (np.array(scores, np.float32), np.array(depths, np.int64), np.array(widths, np.int64))
+        )
         for _ in range(2):
             if not self._is_drafting and len(self._drafts) > RESTING_MEMORY:
                 self._drafts.popleft()
@@ -267,12 +290,15 @@ class Forecaster:
             return replace(
                 plan,
                 max_depth=other.depth,
+                width=other.width,
                 price=other.speed,
                 cost=doubted.trees,
                 reads_prompts=self._is_drafting,
-                growth=self._growth,
+                growth=self._growth(other),
             )
-        plan = replace(plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth)
+        plan = replace(
+            plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth(now)
+        )
         step = load.num_decoding / now.plain
         is_attempt = self._is_drafting and not self._drafting
         for account in (self._probes, self._plain_steps):
@@ -282,23 +308,32 @@ class Forecaster:
             lost = step * max(0.0, math.expm1(now.gain))
             if not is_attempt and self._plain_steps.buys(lost):
                 return plan
-            plan = replace(plan, max_depth=now.depth, price=now.speed)
-        if probes := self._due_probes(load, costs, plan.max_depth or 0, is_attempt):
+            plan = replace(plan, max_depth=now.depth, width=now.width, price=now.speed)
+        if probes := self._due_probes(load, costs, plan, is_attempt):
             self._turn += 1
             plan = replace(plan, probes=probes)
         return plan
 
-    def _due_probes(self, load: Load, costs: Costs, depth: int, is_attempt: bool) -> int:
-        """How many requests are probes in a step that drafts `depth` levels: as many as cost the
-        least each, when the time for them is saved up, or the most there are in an attempt."""
+    def _growth(self, forecast: Forecast) -> tuple[float, ...]:
+        """Per depth, how often a node of such trees is followed by an accepted one."""
+        for shape, growth in zip(self._expected.shapes, self._expected.growth, strict=True):
+            if shape.width == forecast.width:
+                return growth
+        return ()
+
+    def _due_probes(self, load: Load, costs: Costs, plan: DraftPlan, is_attempt: bool) -> int:
+        """How many requests are probes in a step of this plan: as many as cost the least each, when
+        the time for them is saved up, or the most there are in an attempt."""
         most = min(MOST_PROBES, load.able)
+        depth, width = plan.max_depth or 0, plan.width or self.frontier
         if depth and is_attempt:
             return most
         if self._step % PROBE_STEPS:
             return 0
         counts = [most] if depth else [count for count in PROBES if count < most] + [most]
         price, count = min(
-            (self._price_of_probes(count, depth, load, costs) / count, count) for count in counts
+            (self._price_of_probes(count, depth, width, load, costs) / count, count)
+            for count in counts
         )
         return count if self._probes.buys(count * price) else 0
 
@@ -367,12 +402,17 @@ class Forecaster:
         usual = min(waiting, 2.0 * load.able)
         return float(catch_up(waiting) - catch_up(usual))
 
-    def _price_of_probes(self, count: int, depth: int, load: Load, costs: Costs) -> float:
-        """Seconds that `count` probes add to a step that drafts `depth` levels."""
+    def _price_of_probes(
+        self, count: int, depth: int, width: int, load: Load, costs: Costs
+    ) -> float:
+        """Seconds that `count` probes add to a step that drafts `depth` levels of a frontier of
+        `width` nodes, which is all of it then."""
         trees = costs.trees
         levels = (self.max_depth - max(1, depth)) * trees.draft_level(count * self.frontier)
         if depth:
-            return float(levels)
+            wider = trees.draft_level(load.able * self.frontier)
+            wider -= trees.draft_level(load.able * width)
+            return float(levels + (depth - 1) * wider)
         rows = load.rows
         waiting = count * max(1.0, load.waiting / load.able)
         seconds = levels + trees.catch_up(waiting) + trees.draft_fixed
@@ -398,7 +438,8 @@ class Forecaster:
         if other.gain <= BOUND * other.error:
             return None
         if self._is_drafting:
-            is_more = other.depth > best.depth or other.nodes > LARGER * best.nodes
+            is_more = (other.depth, other.width) > (best.depth, best.width)
+            is_more |= other.nodes > LARGER * best.nodes
             if not is_more or costs.is_known(load.rows + load.able * other.nodes):
                 return None
         self._num_trials[octave] = num_trials + 1
@@ -419,29 +460,23 @@ class Forecaster:
         self._renew(load)
         requests = load.num_decoding
         plain = requests / costs.plain.plain_step(requests, load.prefill_tokens)
-        priced = [
-            (speeds[0], depth, expected)
-            for depth, expected, speeds in self._speeds(
-                np.array([float(requests)]), load, costs, load.prefill_tokens
-            )
-        ]
-        if not priced:
-            return Forecast(0, 0.0, 0.0, plain)
-        speeds, depth, expected = max(priced, key=lambda each: float(each[0].max()))
-        i = int(np.argmax(speeds))
-        if speeds[i] <= 0:
-            return Forecast(0, 0.0, 0.0, plain)
-        nodes, speed = float(expected.nodes[i]), float(speeds[i])
+        points = self._expected
+        (speeds,) = self._speeds(np.array([float(requests)]), load, costs, load.prefill_tokens)
+        i = int(np.argmax(speeds)) if len(speeds) else 0
+        if not len(speeds) or speeds[i] <= 0:
+            return Forecast(0, self.frontier, 0.0, 0.0, plain)
+        shape = points.shapes[points.shape_of[i]]
+        nodes, speed = float(points.nodes[i]), float(speeds[i])
         share = load.able / requests
         rows = load.rows + share * requests * nodes
-        seconds = requests * (1 + share * float(expected.gains[i])) / speed
+        seconds = requests * (1 + share * float(points.gains[i])) / speed
         drafting = max(0.0, 1 - (costs.trees.verify(rows) + costs.trees.other) / seconds)
         error = math.hypot(
-            self._error_of_tokens(depth, int(expected.chosen[i]), share),
+            self._error_of_tokens(shape, int(points.chosen[i]), share),
             costs.error(load.rows, rows, drafting),
             UNKNOWN,
         )
-        return Forecast(depth, nodes, speed, plain, error)
+        return Forecast(shape.depth, shape.width, nodes, speed, plain, error)
 
     def _seconds_a_token(
         self, loads: list[float], load: Load, costs: Costs
@@ -450,36 +485,42 @@ class Forecaster:
         by the best drafting; 0 without requests."""
         requests = np.maximum(np.array(loads), 1e-6)
         plain = np.asarray(costs.plain.plain_step(requests))
-        best = np.zeros(len(loads))
-        for _, _, speeds in self._speeds(requests, load, costs, 0):
-            best = np.maximum(best, speeds.max(1))
+        best = self._speeds(requests, load, costs, 0).max(axis=1, initial=0.0)
         drafting = np.divide(requests, best, out=np.full(len(loads), np.inf), where=best > 0)
         empty = np.array(loads) <= 0
         return np.where(empty, 0.0, plain), np.where(empty, 0.0, drafting)
 
-    def _speeds(
-        self, requests: Floats, load: Load, costs: Costs, prefill: int
-    ) -> list[tuple[int, _Expected, Floats]]:
-        """Per depth, tokens a second [n, points] with `requests` [n] that decode, of which as many
-        may draft as of `load`; 0 where that is more than `k_max`."""
-        trees = costs.trees
+    def _speeds(self, requests: Floats, load: Load, costs: Costs, prefill: int) -> Floats:
+        """[n, P] tokens a second with `requests` [n] that decode, of which as many may draft as of
+        `load`; 0 where that is more than `k_max`."""
+        trees, points = costs.trees, self._expected
         shares = load.shares(self.max_depth)
         count = requests[:, None]
-        levels: Floats = np.zeros_like(count)
-        found = []
-        for depth, expected in enumerate(self._expected, 1):
-            if depth > 1:
-                levels = levels + trees.draft_level(count * (shares[depth - 1] * self.frontier))
-            nodes = shares[0] * count * expected.nodes
-            tokens = count * (1 + shares[0] * expected.gains)
-            committed = tokens[:, -1:] + self._reading
-            seconds = trees.verify(count + prefill + nodes)
-            seconds += trees.catch_up(committed) + levels + (trees.draft_fixed + trees.other)
-            speeds = tokens / seconds
-            if self.k_max is not None:
-                speeds[nodes > self.k_max - prefill] = 0.0
-            found.append((depth, expected, speeds))
-        return found
+        # [n, widths, depths], of the levels below the first.
+        rows = count[:, :, None] * np.outer(self.widths, shares[1:])
+        below = np.cumsum(trees.draft_level(rows), axis=2)
+        levels = (
+            np.stack(
+                [
+                    below[:, self.widths.index(shape.width), shape.depth - 2]
+                    if shape.depth > 1
+                    else np.zeros_like(requests)
+                    for shape in points.shapes
+                ],
+                axis=1,
+            )
+            if points.shapes
+            else np.zeros((len(requests), 0))
+        )
+        nodes = shares[0] * count * points.nodes
+        tokens = count * (1 + shares[0] * points.gains)
+        committed = count * (1 + shares[0] * points.all_gains) + self._reading
+        seconds = trees.verify(count + prefill + nodes) + trees.catch_up(committed)
+        seconds += levels[:, points.shape_of] + (trees.draft_fixed + trees.other)
+        speeds: Floats = tokens / seconds
+        if self.k_max is not None:
+            speeds[nodes > self.k_max - prefill] = 0.0
+        return speeds
 
     def _renew(self, load: Load) -> None:
         """Per depth, what is to be expected: nodes in the order of their probability."""
@@ -487,39 +528,53 @@ class Forecaster:
             return
         self._until = self._step + REUSE
         self._known = {}
-        self._expected = []
         count = len(self._drafts)
-        scores = np.concatenate([scores for scores, _ in self._drafts])
-        levels = np.concatenate([depths for _, depths in self._drafts])
-        owners = np.repeat(np.arange(count), [len(scores) for scores, _ in self._drafts])
+        scores, levels, widths = (
+            np.concatenate(parts) for parts in zip(*self._drafts, strict=True)
+        )
+        owners = np.repeat(np.arange(count), [len(scores) for scores, _, _ in self._drafts])
         model = self.survival
         if factors := self.factors():
             model = model.with_factors(torch.tensor(factors))
         survival = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
         order = np.argsort(-survival.numpy(), kind="stable")
-        gains, levels = survival.double().numpy()[order], levels[order]
-        self._order = gains, levels, owners[order]
-        of_levels = np.bincount(levels - 1, weights=gains, minlength=self.max_depth)
-        growth = of_levels[1:] / np.maximum(of_levels[:-1], 1e-9)
-        self._growth = tuple(growth.clip(0.0, 1.0).tolist())
+        gains = survival.double().numpy()[order]
+        levels, widths = levels[order], widths[order]
+        self._order = gains, levels, widths, owners[order]
         # Requests that may not have a level have no nodes there.
         shares = load.shares(self.max_depth)
         weights = (shares / max(shares[0], 1e-9))[levels - 1] / count
-        for depth in range(1, int((shares > 0).sum()) + 1):
-            (among,) = np.nonzero(levels <= depth)
-            nodes, expected = np.cumsum(weights[among]), np.cumsum((weights * gains)[among])
-            # A few points of the curve are enough, and cheaper to price.
-            step = -(-len(among) // POINTS)
-            kept = slice(step - 1, None, step)
-            self._expected.append(
-                _Expected(nodes[kept], expected[kept], np.arange(1, len(among) + 1)[kept])
-            )
+        shapes: list[_Shape] = []
+        growth: list[tuple[float, ...]] = []
+        parts: list[tuple[NDArray[Any], ...]] = []
+        for width in self.widths:
+            fits = widths <= width
+            of_levels = np.bincount(levels[fits] - 1, gains[fits], minlength=self.max_depth)
+            grows = of_levels[1:] / np.maximum(of_levels[:-1], 1e-9)
+            for depth in range(1, int((shares > 0).sum()) + 1):
+                if depth == 1 and width > self.widths[0]:
+                    continue  # Only what is expanded is of a width.
+                (among,) = np.nonzero(fits & (levels <= depth))
+                if not len(among):
+                    continue
+                nodes, expected = np.cumsum(weights[among]), np.cumsum((weights * gains)[among])
+                # A few points of the curve are enough, and cheaper to price.
+                step = -(-len(among) // POINTS)
+                kept = np.arange(step - 1, len(among), step)
+                shape_of = np.full(len(kept), len(shapes))
+                whole = np.full(len(kept), expected[-1])
+                parts.append((shape_of, nodes[kept], expected[kept], whole, kept + 1))
+                shapes.append(_Shape(depth, width))
+                growth.append(tuple(grows.clip(0.0, 1.0).tolist()))
+        none = (np.zeros(0, np.int64), *[np.zeros(0)] * 3, np.zeros(0, np.int64))
+        columns = [np.concatenate(each) for each in zip(none, *parts, strict=True)]
+        self._expected = _Expected(shapes, growth, *columns)
 
-    def _error_of_tokens(self, depth: int, chosen: int, share: float) -> float:
+    def _error_of_tokens(self, shape: _Shape, chosen: int, share: float) -> float:
         """Standard error of the log of the tokens of a step, for the first `chosen` nodes of trees
-        of a depth: by how much drafts differ, and by how much acceptance does."""
-        gains, levels, owners = self._order
-        among = np.nonzero(levels <= depth)[0][:chosen]
+        of a shape: by how much drafts differ, and by how much acceptance does."""
+        gains, levels, widths, owners = self._order
+        among = np.nonzero((levels <= shape.depth) & (widths <= shape.width))[0][:chosen]
         count = len(self._drafts)
         each = np.bincount(owners[among], weights=gains[among], minlength=count)
         of_levels = np.bincount(levels[among] - 1, weights=gains[among]) / count

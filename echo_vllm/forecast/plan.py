@@ -90,6 +90,8 @@ class DraftPlan:
         growth: per depth, how often its nodes are followed by an accepted one; empty if unknown.
         reads_prompts: whether prompts pass the drafter as they are read, so that their requests
             draft from the whole of them; where it rests, they do not.
+        width: nodes of a request that the drafter expands of a level; None leaves it to the policy.
+            Where there are probes nobody has less than the policy's.
     """
 
     max_depth: int | None = None
@@ -102,6 +104,7 @@ class DraftPlan:
     factors: tuple[float, ...] = ()
     reads_prompts: bool = True
     growth: tuple[float, ...] = ()
+    width: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` undoes it."""

@@ -14,6 +14,7 @@ is in the plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -31,6 +32,9 @@ from echo_vllm.policies.elastic import Floor, Profile
 from echo_vllm.transfer import download
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
+
+Sample = tuple[list[float], list[int], list[int]]
+"""Path log-probabilities, depths and least widths of a draft's best candidates."""
 
 DEFAULT_GROWTH = 0.6
 """Without a profile: how often an accepted node has an accepted child."""
@@ -95,17 +99,22 @@ class AutoPolicy(CostAwarePolicy):
         if step.report is None:  # A rest.
             self.forecaster.observe_acceptance([], [])
             return
-        for scores, depths in step.report["samples"]:
-            self.forecaster.observe_draft(scores, depths)
+        for sample in step.report["samples"]:
+            self.forecaster.observe_draft(*sample)
         self.forecaster.observe_acceptance(step.report["predicted"], step.report["accepted"])
 
     # ---- In the worker's process ----
+
+    def frontier_of(self, batch: DraftBatch) -> int:
+        # Every request of a level has as many rows, and a probe shows what the widest trees bring.
+        width = batch.plan.width
+        return self.max_frontier if width is None or len(batch.probes) else width
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         if depth == 1:
             return Expansion(frontier=None, children=None)
         requests, plan = pool.active, batch.plan
-        frontier = pool.best_frontier(depth - 1, self.max_frontier, requests)
+        frontier = pool.best_frontier(depth - 1, self.frontier_of(batch), requests)
         going = torch.ones(len(requests), dtype=torch.bool)
         if plan.max_depth is not None and depth > plan.max_depth:
             going[:] = False
@@ -161,11 +170,8 @@ class AutoPolicy(CostAwarePolicy):
             "samples": [] if pool is None else self.samples(pool, probes),
         }
 
-    def samples(
-        self, pool: CandidatePool, probes: torch.Tensor
-    ) -> list[tuple[list[float], list[int]]]:
-        """Path log-probabilities and depths of the best candidates of each probe that drafted to
-        full depth.
+    def samples(self, pool: CandidatePool, probes: torch.Tensor) -> list[Sample]:
+        """What the forecast remembers of each probe that drafted to full depth.
 
         Of no other request, even if it was drafted as deep: those are the promising ones.
         """
@@ -173,11 +179,39 @@ class AutoPolicy(CostAwarePolicy):
             return []
         best = pool.rows_of(probes, pool.best_first())[:, : self.max_nodes]
         logprobs = pool.rows_of(probes, pool.path_logprobs)
-        deepest = logprobs[:, pool.level_starts[-1]].contiguous()
-        logprobs, depths, deepest = download(logprobs.gather(1, best), pool.depths()[best], deepest)
-        is_full = (deepest > NO_CANDIDATE).tolist()
-        drafts = zip(is_full, logprobs.tolist(), depths.tolist(), strict=True)
-        return [(scores, levels) for full, scores, levels in drafts if full]
+        widths = least_widths(pool, probes, self.forecaster.widths)
+        fields = download(
+            logprobs.gather(1, best),
+            pool.depths()[best],
+            widths.gather(1, best),
+            logprobs[:, pool.level_starts[-1]].contiguous(),
+        )
+        *nodes, deepest = (field.tolist() for field in fields)
+        drafts = zip(*nodes, deepest, strict=True)
+        return [tuple(draft) for *draft, last in drafts if last > NO_CANDIDATE]
+
+
+def least_widths(
+    pool: CandidatePool, requests: torch.Tensor, widths: Sequence[int]
+) -> torch.Tensor:
+    """[A, P] int64: the least of the rising `widths` of the frontier with which the trees of
+    `requests` [A], on the host, would have each candidate; the last one where none of the others
+    would."""
+    scores = pool.rows_of(requests, pool.path_logprobs)
+    parents = pool.rows_of(requests, pool.parents)
+    least = torch.full_like(parents, widths[-1])
+    for width in reversed(widths[:-1]):
+        # Whether a candidate is expanded; the last column stands for the root.
+        expanded = scores.new_zeros(len(scores), pool.num_columns + 1, dtype=torch.bool)
+        expanded[:, -1] = True
+        for depth in range(1, pool.num_levels + 1):
+            level = pool.level(depth)
+            exists = expanded.gather(1, parents[:, level] % expanded.shape[1])
+            least[:, level].masked_fill_(exists, width)
+            there = scores[:, level].masked_fill(~exists, NO_CANDIDATE)
+            best = there.argsort(dim=1, descending=True, stable=True)[:, :width]
+            expanded.scatter_(1, best + level.start, exists.gather(1, best))
+    return least
 
 
 def _growth(profile: DrafterProfile | None, max_depth: int) -> list[float]:

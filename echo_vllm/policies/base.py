@@ -14,9 +14,9 @@ so all ranks decide alike. Nobody outside of `echo_vllm.policies` asks which pol
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +84,20 @@ class DraftBatch:
     def rows(self) -> int:
         """Rows that the next target forward has without any draft."""
         return self.num_decoding + self.plan.prefill_tokens
+
+
+class Level(NamedTuple):
+    """A level that grows next.
+
+    Attributes:
+        depth: of its nodes, 1-based.
+        expansion: how it grows.
+        requests: [A] int64, ascending, on the host: those that it grows for.
+    """
+
+    depth: int
+    expansion: Expansion
+    requests: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,18 @@ class DraftPolicy(ABC):
         Only requests of `pool.active`, at least one, may go on. None ends the drafting. The first
         level always grows.
         """
+
+    def levels(self, pool: CandidatePool, batch: DraftBatch) -> Iterator[Level]:
+        """Every level that grows, in turn; whoever asks appends it (`CandidatePool.grow`) before
+        the next one."""
+        for depth in range(1, self.max_depth + 1):
+            if not pool.stop_at(depth, batch.depth_limits):
+                return
+            expansion = self.expand(depth, pool, batch)
+            if expansion is None:
+                return
+            requests = expansion.requests
+            yield Level(depth, expansion, pool.active if requests is None else requests)
 
     @abstractmethod
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:

@@ -113,6 +113,10 @@ class CostAwarePolicy(DraftPolicy):
 
     # ---- In the worker's process ----
 
+    def frontier_of(self, batch: DraftBatch) -> int:
+        """Nodes of a request that the drafter expands of a level."""
+        return self.max_frontier
+
     def _survival_on(self, device: torch.device) -> SurvivalModel:
         """The model with its table on `device`, where it stays."""
         if self._moved is None or self._moved[:2] != (self.survival, device):
@@ -181,5 +185,6 @@ class CostAwarePolicy(DraftPolicy):
         this pool."""
         cost = batch.plan.cost
         assert cost is not None
-        levels = [size * self.max_frontier for size in pool.level_sizes()[1:]]
+        width = self.frontier_of(batch)
+        levels = [size * width for size in pool.level_sizes()[1:]]
         return cost.step(batch.rows + num_nodes, levels, pool.num_requests)

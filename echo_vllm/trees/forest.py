@@ -215,8 +215,3 @@ class DraftForest:
                 if (parent, tokens[row]) in siblings:
                     raise ValueError(f"{where}: token {tokens[row]} stands twice under one parent")
                 siblings.add((parent, tokens[row]))
-
-
-def is_chain(parents: Sequence[int]) -> bool:
-    """Whether every node is the only child of the node before it (an empty tree is a chain)."""
-    return all(parent == node - 1 for node, parent in enumerate(parents))

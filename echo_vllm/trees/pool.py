@@ -59,6 +59,7 @@ class CandidatePool:
         memo: what a policy has worked out for the columns so far and may find again, with a key
             that says what it depends on; the pool itself only ever grows.
         roots: [R] int, the tokens that the trees grow from; None where nobody asks for them.
+        parent_rows: [C] int64, of every column of the last level the frontier row it hangs under.
         compacts: whether requests that stop leave the frontier, for which the host must know which
             ones they are. On a GPU it would have to wait for that, so there they stay in it
             (`Expansion.going`), unless the policy has to ask the device anyway.
@@ -73,6 +74,7 @@ class CandidatePool:
     active: torch.Tensor
     memo: tuple[object, torch.Tensor] | None = None
     roots: torch.Tensor | None = None
+    parent_rows: torch.Tensor | None = None
     compacts: bool = True
 
     @classmethod
@@ -135,18 +137,19 @@ class CandidatePool:
                 self.active = self.active[going]
         return len(self.active) > 0
 
-    def grow(
-        self, expansion: Expansion, token_ids: torch.Tensor, logprobs: torch.Tensor
-    ) -> torch.Tensor:
+    def rows_above(self, frontier: torch.Tensor) -> torch.Tensor:
+        """[A, W] int64: of `frontier`, columns of the last level, the frontier rows of the level
+        above that they hang under."""
+        assert self.parent_rows is not None
+        return self.parent_rows[frontier - self.level_starts[-1]]
+
+    def grow(self, expansion: Expansion, token_ids: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Append the children of the frontier as the next level.
 
         Args:
             expansion: what the policy asked for.
             token_ids: [A, W, k] int64, the drafter's k best tokens after each frontier node.
             logprobs: [A, W, k] float32, their log-probabilities given the path.
-
-        Returns:
-            [C] or [W * k] int64, the frontier row that each new column hangs under.
         """
         if expansion.requests is not None:
             self.active = expansion.requests
@@ -174,7 +177,7 @@ class CandidatePool:
         self.path_logprobs = torch.cat(
             [self.path_logprobs, self._of_all(scores, NO_CANDIDATE)], dim=1
         )
-        return rows
+        self.parent_rows = rows
 
     def _of_all(self, values: torch.Tensor, missing: float) -> torch.Tensor:
         """`values` [A, C] of the active requests as [R, C] of all."""

@@ -238,7 +238,6 @@ def runner_of(device: torch.device) -> Any:
             static_forward_context={"a": types.SimpleNamespace(kv_cache=there(cache))}
         ),
         drafter=types.SimpleNamespace(_draft_attn_layer_names={"drafter"}),
-        _kv_layout=lambda layer: "nhd",
     )  # fmt: skip
 
 
@@ -268,12 +267,11 @@ def test_masks_are_built_on_the_device_without_waiting() -> None:
 def test_the_commit_moves_what_was_accepted_without_waiting(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echo_vllm.step.v1.runner.MAX_MOVES", most)
+    monkeypatch.setattr("echo_vllm.step.commit.MAX_MOVES", most)
     caches = {}
     for device in (torch.device("cpu"), GPU):
         with pretended_gpu() as waits:
             runner = runner_of(device)
-            runner._commit_group = bind(runner, "_commit_group")
             cache = runner.compilation_config.static_forward_context["a"].kv_cache
             before = (held(cache) if device == GPU else cache).clone()
             rows = bind(runner, "_tree_rows")(FOREST, 4)

@@ -4,17 +4,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
+import openai
 import pytest
 from pydantic import TypeAdapter
 
 from echo_vllm.config import EchoConfigError
 from echo_vllm.policies import make_policy, parse_section
 from echo_vllm.policies.registry import policy_names, section_type
+from tests.conftest import ServerFactory
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner
 from tests.engine.test_exactness import check_forests, greedy, tiny_engine, tiny_prompts
+from tests.server.metrics import Metrics
 
 MODULE = """
 from __future__ import annotations
@@ -74,7 +79,7 @@ topn = brushes:BrushPolicy
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What an installer leaves in a folder of the path."""
     (tmp_path / "brushes.py").write_text(MODULE)
     info = tmp_path / "brushes-1.0.dist-info"
@@ -82,7 +87,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brushes\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRY_POINTS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "brushes", raising=False)
+    monkeypatch.delitem(sys.modules, "brushes", raising=False)
+    return tmp_path
 
 
 @pytest.mark.usefixtures("package")
@@ -138,3 +144,24 @@ def test_it_generates_what_plain_decoding_does(tiny: TinyModel) -> None:
     assert policy.steps > 16, "the scheduler's policy made no plans"
     assert policy.accepted == count["spec_decode_num_accepted_tokens"] > 0
     assert count["spec_decode_num_draft_tokens"] == 5 * count["spec_decode_num_drafts"]
+
+
+@pytest.mark.full
+def test_a_server_serves_with_it(
+    package: Path, server: ServerFactory, demo_target: Path, demo_head: Path
+) -> None:
+    served = server(
+        demo_target,
+        *("--speculative-config", json.dumps(echo(demo_head, 5, policy="brush", rest=4))),
+        *("--served-model-name", "demo", "--max-model-len", "256", "--enforce-eager"),
+        env={"PYTHONPATH": str(package)},
+    )
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=120) as client:
+        answer = client.completions.create(
+            model="demo", prompt="The capital of France is", max_tokens=32, temperature=0
+        )
+    assert "Paris" in answer.choices[0].text
+    count = Metrics.read(served)
+    drafts = count.total("spec_decode_num_drafts_total")
+    assert count.total("spec_decode_num_draft_tokens_total") == 5 * drafts > 0
+    assert count.total("spec_decode_num_accepted_tokens_total") > 0

@@ -47,7 +47,8 @@ def remember(found: Forecaster, accept: float) -> None:
             for score in (sure**depth, sure**depth / 3):
                 scores.append(math.log(score))
                 depths.append(depth)
-        found.observe_draft(scores, depths)
+        # Both children hang under the best node of the level above.
+        found.observe_draft(scores, depths, [1] * len(depths))
 
 
 def cost(free: float, drafter: float = 0.02) -> Costs:
@@ -72,7 +73,7 @@ def test_nothing_is_drafted_before_costs_are_known_and_little_before_drafts_are(
     assert plan.max_depth == 0
     assert plan.probes > 0
     for _ in range(ENOUGH):
-        empty.observe_draft([-0.1, -0.2, -0.3], [1, 2, 3])
+        empty.observe_draft([-0.1, -0.2, -0.3], [1, 2, 3], [1, 1, 1])
     assert empty.plan(Load(1, 0), cost(64)).max_depth == 3
 
 
@@ -162,8 +163,8 @@ def test_better_prompts_are_noticed_once_the_memory_is_of_them(requests: int) ->
         plan = found.plan(Load(requests, waiting=48 * requests), curve)
         if plan.max_depth:
             return
-        for scores, depths in itertools.islice(better, min(plan.probes, requests)):
-            found.observe_draft(scores.tolist(), depths.tolist())
+        for draft in itertools.islice(better, min(plan.probes, requests)):
+            found.observe_draft(*(x.tolist() for x in draft))
     pytest.fail(f"still resting after {most} steps")
 
 
@@ -383,8 +384,8 @@ def test_errors_fall_with_what_was_seen() -> None:
         survival=SurvivalModel.default(4), max_depth=4, frontier=2, k_max=None, online=True
     )
     many = forecaster(0.6, online=True)
-    for scores, depths in list(many._drafts)[:ENOUGH]:
-        few.observe_draft(scores.tolist(), depths.tolist())
+    for draft in list(many._drafts)[:ENOUGH]:
+        few.observe_draft(*(x.tolist() for x in draft))
     for _ in range(400):
         many.observe_acceptance([10.0, 4.0, 2.0, 1.0], [10, 4, 2, 1])
     assert many.forecast(load, costs).error < 0.6 * few.forecast(load, costs).error

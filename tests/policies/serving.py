@@ -220,13 +220,7 @@ class Serving:
         pool = CandidatePool.empty(batch.num_requests)
         alive = torch.zeros(batch.num_requests, 0, dtype=torch.bool)
         levels = []
-        for depth in range(1, policy.max_depth + 1):
-            if not pool.stop_at(depth, batch.depth_limits):
-                break
-            expansion = policy.expand(depth, pool, batch)
-            if expansion is None:
-                break
-            active = pool.active if expansion.requests is None else expansion.requests
+        for _, expansion, active in policy.levels(pool, batch):
             if expansion.frontier is None:
                 above = torch.ones(len(active), 1, dtype=torch.bool)
             else:

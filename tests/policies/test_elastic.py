@@ -200,12 +200,8 @@ def super_tree(width_at: str, k_max: int) -> list[set[tuple[int, ...]]]:
         [[[0.60 / 0.81, 0.10 / 0.81]], [[0.10 / 0.42, 0.02 / 0.42]]],
     ]
     pool, batch = CandidatePool.empty(3), DraftBatch.of(3)
-    for depth, logprobs in enumerate(levels, 1):
-        expansion = policy.expand(depth, pool, batch)
-        if expansion is None:
-            break
-        rows = logprobs[: len(pool.active if expansion.requests is None else expansion.requests)]
-        chances = torch.tensor(rows)
+    for depth, expansion, requests in policy.levels(pool, batch):
+        chances = torch.tensor(levels[depth - 1][: len(requests)])
         pool.grow(expansion, 10 * depth + torch.arange(2).expand(chances.shape), chances.log())
     return nodes_of(policy.select(pool, batch))
 

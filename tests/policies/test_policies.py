@@ -39,15 +39,9 @@ def grow(
     batch = DraftBatch.of(num_requests) if batch is None else batch
     pool = CandidatePool.empty(num_requests, compacts=compacts)
     paths: list[list[tuple[int, ...]]] = [[] for _ in range(num_requests)]
-    for depth in range(1, policy.max_depth + 1):
-        if not pool.stop_at(depth, batch.depth_limits):
-            break
-        expansion = policy.expand(depth, pool, batch)
-        if expansion is None:
-            break
+    for _, expansion, active in policy.levels(pool, batch):
         tokens, logprobs = [], []
-        active = (pool.active if expansion.requests is None else expansion.requests).tolist()
-        for i, r in enumerate(active):
+        for i, r in enumerate(active.tolist()):
             columns = [None] if expansion.frontier is None else expansion.frontier[i].tolist()
             rows = [
                 table_drafter(seed, r, () if c is None else paths[r][c]).topk(policy.num_ranks)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_vllm.trees.forest import ROOT, DraftForest, is_chain
+from echo_vllm.trees.forest import ROOT, DraftForest
 
 
 @st.composite
@@ -117,11 +117,3 @@ def test_validate_names_what_is_broken(
     )
     with pytest.raises(ValueError, match=message):
         forest.validate(max_nodes=3, max_depth=2)
-
-
-def test_a_chain_is_told_from_a_tree() -> None:
-    assert is_chain([])
-    assert is_chain([ROOT])
-    assert is_chain([ROOT, 0, 1])
-    assert not is_chain([ROOT, ROOT])
-    assert not is_chain([ROOT, 0, 0])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_vllm.trees.forest import DraftForest, is_chain
+from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.store import TreeStore
 from tests.trees.test_forest import forests
 
@@ -28,7 +28,7 @@ def test_any_prefix_in_any_order_comes_back(forest: DraftForest, data: st.DataOb
     taken = store.take(slots, np.array(sizes, np.int64))
     for field in FIELDS:
         assert torch.equal(getattr(taken, field), getattr(expected, field)), field
-    chains = [is_chain(parents) for _, parents in expected.trees()]
+    chains = [parents == list(range(-1, len(parents) - 1)) for _, parents in expected.trees()]
     assert store.are_chains(slots, np.array(sizes, np.int64)).tolist() == chains
     order = np.array(data.draw(st.permutations(range(count))), np.int64)
     again = store.take(slots[order], np.array(sizes, np.int64)[order])

@@ -178,13 +178,7 @@ class RecordedDrafter:
         source = torch.empty(len(samples), 0, dtype=torch.int64)
         k = policy.num_ranks
         level_rows: list[int] = []
-        for depth in range(1, policy.max_depth + 1):
-            if not pool.stop_at(depth, batch.depth_limits):
-                break
-            expansion = policy.expand(depth, pool, batch)
-            if expansion is None:
-                break
-            active = pool.active if expansion.requests is None else expansion.requests
+        for depth, expansion, active in policy.levels(pool, batch):
             if expansion.frontier is None:
                 nodes = torch.full((len(active), 1), ROOT)
                 above = torch.zeros(len(active), 1)

@@ -26,9 +26,6 @@ logger = init_logger(f"vllm.{__name__}")
 class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
     """The CPU runner with trees."""
 
-    def _kv_layout(self, layer: Any) -> str:
-        return str(layer.isa)
-
 
 class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
     """vLLM's CPU worker with `EchoCPUModelRunner`."""

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -17,9 +15,6 @@ from echo_vllm.step.v1.worker import EchoWorkerMixin
 
 class EchoGPUModelRunner(EchoRunnerMixin, GPUModelRunner):
     """The V1 GPU runner with trees."""
-
-    def _kv_layout(self, layer: Any) -> str:
-        return "nhd"  # or HND: the strides say which
 
 
 class EchoWorker(EchoWorkerMixin, Worker):

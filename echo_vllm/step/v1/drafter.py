@@ -25,12 +25,7 @@ from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 from echo_vllm.config import EchoConfigError
 from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
-from echo_vllm.step.attention.tree import (
-    MASK_WORD_BITS,
-    DraftScratch,
-    TreeAttention,
-    num_mask_words,
-)
+from echo_vllm.step.frontier import Frontier, LevelRows
 from echo_vllm.step.head_limits import limit_head
 from echo_vllm.transfer import upload
 from echo_vllm.trees.forest import DraftForest
@@ -251,119 +246,81 @@ class EchoProposer(EagleProposer):
             roots: [R] int32, the tokens that the trees grow from.
             batch: what the policy is told.
         """
-        policy, device = self.policy, output.device
-        num_requests = output.shape[0]
-        capacity = max(1, (policy.max_depth - 1) * policy.max_frontier)
-        scratch = DraftScratch(num_requests * capacity)
-        words = num_mask_words(capacity)
-        pool = CandidatePool.empty(num_requests, device)
+        policy, frontier = self.policy, Frontier(features, self.policy)
+        pool = CandidatePool.empty(len(output), output.device)
         pool.roots = roots
-        active = pool.active
-        # Per candidate: the frontier row of the level above that it hangs under.
-        level_parents = torch.zeros(0, dtype=torch.int64, device=device)
-        # Per frontier row of the last expanded level: what it may see, and its features.
-        seen = torch.zeros(num_requests, 1, words, dtype=torch.int64, device=device)
-        above = features.unsqueeze(1)
-        used = 0
-        for depth in range(1, policy.max_depth + 1):
-            if not pool.stop_at(depth, batch.depth_limits):
-                break
-            expansion = policy.expand(depth, pool, batch)
-            if expansion is None:
-                break
-            going = pool.active if expansion.requests is None else expansion.requests
-            if len(going) < len(active):
-                kept = pool.on_device(torch.searchsorted(active, going))
-                seen, above, active = seen[kept], above[kept], going
+        for depth, expansion, requests in policy.levels(pool, batch):
+            frontier.keep(requests)
             if expansion.frontier is not None:
-                level = pool.level(depth - 1)
-                in_level = expansion.frontier - level.start
-                width = in_level.shape[1]
-                parents = level_parents[in_level]
-                seen = seen.gather(1, parents.unsqueeze(2).expand(-1, -1, words)).clone()
-                slots = torch.arange(used, used + width, device=device)
-                seen[:, slots - used, slots // MASK_WORD_BITS] |= (
-                    torch.ones_like(slots) << slots % MASK_WORD_BITS
+                output = self.expand_level(
+                    frontier,
+                    frontier.advance(pool.rows_above(expansion.frontier)),
+                    pool.rows_of(requests, pool.token_ids).gather(1, expansion.frontier),
+                    positions=pool.rows_of(requests, last_positions) + (depth - 1),
+                    context_lens=pool.rows_of(requests, context_lens),
+                    block_table=pool.rows_of(requests, block_table),
                 )
-                used += width
-                hidden = above.gather(1, parents.unsqueeze(2).expand(-1, -1, above.shape[2]))
-                self.report.level_rows.append(len(active) * width)
-                output, features = self._forward_level(
-                    token_ids=pool.rows_of(active, pool.token_ids).gather(1, expansion.frontier),
-                    hidden=hidden,
-                    seen=seen,
-                    first_rows=pool.on_device(active * capacity),
-                    slots=slots,
-                    num_slots=used,
-                    positions=pool.rows_of(active, last_positions) + (depth - 1),
-                    context_lens=pool.rows_of(active, context_lens),
-                    block_table=pool.rows_of(active, block_table),
-                    scratch=scratch,
-                )
-                above = features.view(len(active), width, -1)
             tokens, logprobs = self._top_tokens(output, policy.num_ranks)
-            shape = (len(active), output.shape[0] // len(active), policy.num_ranks)
-            level_parents = pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
+            shape = (len(requests), frontier.width, policy.num_ranks)
+            pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
         forest = policy.select(pool, batch)
         self.report.pool = pool
         self.report.forest = forest
         self.report.probes = batch.probes
         return forest
 
-    def _forward_level(
+    def expand_level(
         self,
-        *,
+        frontier: Frontier,
+        level: LevelRows,
         token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        seen: torch.Tensor,
-        first_rows: torch.Tensor,
-        slots: torch.Tensor,
-        num_slots: int,
+        *,
         positions: torch.Tensor,
         context_lens: torch.Tensor,
         block_table: torch.Tensor,
-        scratch: DraftScratch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One drafter forward over the frontier [A, W] of every active request.
+    ) -> torch.Tensor:
+        """One drafter forward over a level.
 
-        A frontier of more rows than the engine's largest batch runs in several forwards: rows of
-        one level do not see each other. `first_rows` [A] is where each request's scratch rows
-        begin, `slots` [W] where in them this level goes, `num_slots` how many are filled then.
+        A level of more rows than the engine's largest batch runs in several forwards: its rows do
+        not see each other.
+
+        Args:
+            frontier: that `level` is of; learns the features.
+            level: of A requests with W rows.
+            token_ids: [A, W].
+            positions: [A], of every row of a request.
+            context_lens: [A] int32, tokens in the drafter's paged cache that are seen.
+            block_table: [A, max blocks] int32.
+
+        Returns:
+            [A * W, hidden], what the drafter's head reads.
         """
         num_requests, width = token_ids.shape
+        self.report.level_rows.append(num_requests * width)
         step = max(1, self.max_num_tokens // width)
         outputs = []
         for start in range(0, num_requests, step):
             part = slice(start, min(start + step, num_requests))
-            count = part.stop - part.start
-            row_start = torch.arange(count + 1, dtype=torch.int32, device=slots.device) * width
-            flat_positions = positions[part].to(torch.int64).repeat_interleave(width)
-            flat_positions.clamp_(max=self.max_draft_len - 1)
-            tree = TreeAttention(
-                block_table=block_table[part],
-                context_lens=context_lens[part],
-                query_start=row_start[:-1],
-                row_start=row_start,
-                suffix_start=first_rows[part].to(torch.int32),
-                suffix_len=torch.full_like(row_start[1:], num_slots),
-                mask=seen[part].reshape(count * width, -1),
-                positions=flat_positions,
-                scratch=scratch,
-                scratch_rows=(first_rows[part].unsqueeze(1) + slots).flatten(),
+            of_rows = positions[part].to(torch.int64).repeat_interleave(width)
+            of_rows.clamp_(max=self.max_draft_len - 1)
+            tree = level.attention(
+                block_table=block_table, context_lens=context_lens, positions=of_rows, part=part
             )
             metadata = TreeAttentionMetadata(tree=tree, rest=None)
             outputs.append(
                 self._forward(
                     token_ids[part].flatten().to(torch.int32),
-                    flat_positions,
-                    hidden[part].flatten(0, 1),
+                    of_rows,
+                    level.hidden[part].flatten(0, 1),
                     dict.fromkeys(self._draft_attn_layer_names, metadata),
                     None,  # Nothing goes to the paged cache.
                 )
             )
-        if len(outputs) == 1:
-            return outputs[0]
-        return torch.cat([o for o, _ in outputs]), torch.cat([f for _, f in outputs])
+        output, features = (
+            outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
+        )
+        frontier.ran(features)
+        return output
 
     def _forward(
         self,

@@ -15,7 +15,7 @@ import torch
 
 from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
 from echo_vllm.policies import DraftBatch, DraftPolicy
-from echo_vllm.step.attention.tree import MASK_WORD_BITS, DraftScratch, num_mask_words
+from echo_vllm.step.frontier import Frontier
 from echo_vllm.trees.drawn import DrawnPool
 from echo_vllm.trees.draws import Draws, Sampling, draw_children
 from echo_vllm.trees.forest import ROOT, DraftForest
@@ -51,16 +51,10 @@ def draw_trees(
     """
     policy, device = proposer.policy, output.device
     num_requests, k = output.shape[0], policy.num_ranks
-    capacity = max(1, (policy.max_depth - 1) * policy.max_frontier)
-    scratch = DraftScratch(num_requests * capacity)
-    first_rows = torch.arange(num_requests, device=device) * capacity
-    words = num_mask_words(capacity)
+    frontier = Frontier(features, policy)
     pool = DrawnPool(root_keys)
     parents = torch.full((num_requests, 1), ROOT, device=device)
-    # Per parent of the level above: what it may see, and its features.
-    seen = torch.zeros(num_requests, 1, words, dtype=torch.int64, device=device)
-    above = features.unsqueeze(1)
-    level_start = used = 0
+    level_start = 0
     for depth in range(1, policy.max_depth + 1):
         going = torch.ones(num_requests, dtype=torch.bool)
         if batch.depth_limits is not None:
@@ -70,29 +64,16 @@ def draw_trees(
             if not going.any():
                 break
             parents = policy.drawn_parents(depth, pool).to(device)
-            width = parents.shape[1]
             under = (parents - level_start) // k
-            level_start += k * above.shape[1]
-            seen = seen.gather(1, under.unsqueeze(2).expand(-1, -1, words)).clone()
-            slots = torch.arange(used, used + width, device=device)
-            seen[:, slots - used, slots // MASK_WORD_BITS] |= (
-                torch.ones_like(slots) << slots % MASK_WORD_BITS
-            )
-            used += width
-            proposer.report.level_rows.append(num_requests * width)
-            output, features = proposer._forward_level(
-                token_ids=pool.tokens_of(parents),
-                hidden=above.gather(1, under.unsqueeze(2).expand(-1, -1, above.shape[2])),
-                seen=seen,
-                first_rows=first_rows,
-                slots=slots,
-                num_slots=used,
+            level_start += k * frontier.width
+            output = proposer.expand_level(
+                frontier,
+                frontier.advance(under),
+                pool.tokens_of(parents),
                 positions=last_positions + (depth - 1),
                 context_lens=context_lens,
                 block_table=block_table,
-                scratch=scratch,
             )
-            above = features.view(num_requests, width, -1)
         elif not going.any():
             break
         logits = proposer.draft_logits(output).float()

@@ -42,6 +42,7 @@ from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.step.clock import clock_of
+from echo_vllm.step.commit import commit_paths, target_layers
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.drawn import DrawnRequests
 from echo_vllm.step.stats import StepStats
@@ -61,10 +62,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
 else:
     _Runner = object
-
-
-MAX_MOVES = 8192
-"""Slots that one call of `ops.commit_kv` moves on a GPU at most."""
 
 
 @dataclass
@@ -527,45 +524,24 @@ class EchoRunnerMixin(_Runner):
         return np.zeros(len(slots), np.bool_) if self.drawn is None else self.drawn.draws[slots]
 
     def _commit(self, step: Step, verdict: Verdict) -> None:
-        """Move the accepted paths' keys and values to where a chain would have left them.
-
-        All places of all paths are asked for, whatever was accepted, so that nobody has to know;
-        `ops.commit_kv` skips the negative slots of those that have nothing to move.
-        """
+        """Move the accepted paths' keys and values to where a chain would have left them."""
         if step.rows is None:
             return
         accepted = verdict.accepted_rows[: step.rows.num_requests, 1:]
         if accepted.device.type == "cpu" and not (accepted > 0).any():
             return
-        accepted = upload(accepted, self.device).to(torch.int64)
-        places = torch.arange(1, accepted.shape[1] + 1, device=accepted.device)
-        first = self.query_start_loc.gpu[: len(accepted)].to(torch.int64).unsqueeze(1)
-        moves = (accepted > 0) & (accepted != places)
-        source = (first + accepted.clamp(min=0)).flatten()
-        target = (first + torch.where(moves, places, 0)).flatten()
-        stay = ~moves.flatten()
-        # Requests share no slots, so they may be moved in several calls.
-        part = max(1, MAX_MOVES // max(1, accepted.shape[1])) * accepted.shape[1]
-        for gid, groups in enumerate(self.attn_groups):
-            slots = self.input_batch.block_table[gid].slot_mapping.gpu
-            sources = slots[source].masked_fill(stay, -1)
-            targets = slots[target].masked_fill(stay, -1)
-            for group in groups:
-                for start in range(0, len(sources), part):
-                    stop = start + part
-                    self._commit_group(group, sources[start:stop], targets[start:stop])
-
-    def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
-        draft_layers = self.drafter._draft_attn_layer_names
-        context = self.compilation_config.static_forward_context
-        layers = [context[name] for name in group.layer_names if name not in draft_layers]
-        if layers:
-            caches = [layer.kv_cache for layer in layers]
-            ops.commit_kv(caches, source, target, caches[0].shape[2], self._kv_layout(layers[0]))
-
-    def _kv_layout(self, layer: Any) -> str:
-        """The layout of a layer's paged cache, by its name in `ops.commit_kv`."""
-        raise NotImplementedError
+        drafter = self.drafter._draft_attn_layer_names
+        layers = self.compilation_config.static_forward_context
+        tables = self.input_batch.block_table
+        commit_paths(
+            upload(accepted, self.device).to(torch.int64),
+            self.query_start_loc.gpu[: len(accepted)].to(torch.int64),
+            (
+                (tables[gid].slot_mapping.gpu, target_layers(group, drafter, layers))
+                for gid, groups in enumerate(self.attn_groups)
+                for group in groups
+            ),
+        )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM lets partial prefills draw and then rewinds their generators, which CPU generators

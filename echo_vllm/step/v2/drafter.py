@@ -22,12 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
-from echo_vllm.step.attention.tree import (
-    MASK_WORD_BITS,
-    DraftScratch,
-    TreeAttention,
-    num_mask_words,
-)
+from echo_vllm.step.frontier import Frontier, LevelRows
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
 from echo_vllm.trees.pool import CandidatePool
 
@@ -164,80 +159,40 @@ class TreeSpeculator(EagleSpeculator):
         Returns:
             tokens [R, n] int64 and parents [R, n] int32, parents first.
         """
-        policy, device = self.policy, output.device
-        num_reqs = output.shape[0]
-        batch = DraftBatch.of(num_reqs)
-        capacity = max(1, (policy.max_depth - 1) * policy.max_frontier)
-        scratch = DraftScratch(num_reqs * capacity)
-        words = num_mask_words(capacity)
-        first_rows = torch.arange(num_reqs, device=device) * capacity
-        pool = CandidatePool.empty(num_reqs, device, compacts=False)
-        level_parents = torch.zeros(0, dtype=torch.int64, device=device)
-        seen = torch.zeros(num_reqs, 1, words, dtype=torch.int64, device=device)
-        above = features.unsqueeze(1)
-        used = 0
-        for depth in range(1, policy.max_depth + 1):
-            expansion = policy.expand(depth, pool, batch)
-            if expansion is None:
-                break
+        policy, frontier = self.policy, Frontier(features, self.policy)
+        pool = CandidatePool.empty(len(output), output.device, compacts=False)
+        for depth, expansion, requests in policy.levels(pool, DraftBatch.of(len(output))):
             if expansion.frontier is not None:
-                in_level = expansion.frontier - pool.level(depth - 1).start
-                width = in_level.shape[1]
-                parents = level_parents[in_level]
-                seen = seen.gather(1, parents.unsqueeze(2).expand(-1, -1, words)).clone()
-                slots = torch.arange(used, used + width, device=device)
-                seen[:, slots - used, slots // MASK_WORD_BITS] |= (
-                    torch.ones_like(slots) << slots % MASK_WORD_BITS
+                output = self._expand_level(
+                    frontier,
+                    frontier.advance(pool.rows_above(expansion.frontier)),
+                    pool.token_ids.gather(1, expansion.frontier),
+                    depth,
+                    context_lens,
                 )
-                used += width
-                output, below = self._forward_level(
-                    token_ids=pool.token_ids.gather(1, expansion.frontier),
-                    hidden=above.gather(1, parents.unsqueeze(2).expand(-1, -1, above.shape[2])),
-                    seen=seen,
-                    first_rows=first_rows,
-                    slots=slots,
-                    num_slots=used,
-                    depth=depth,
-                    context_lens=context_lens,
-                    scratch=scratch,
-                )
-                above = below.view(num_reqs, width, -1)
             tokens, logprobs = self._top_tokens(output, policy.num_ranks)
-            shape = (num_reqs, output.shape[0] // num_reqs, policy.num_ranks)
-            level_parents = pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
+            shape = (len(requests), frontier.width, policy.num_ranks)
+            pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
         return pool.tree_of(policy.columns(pool))
 
-    def _forward_level(
+    def _expand_level(
         self,
-        *,
+        frontier: Frontier,
+        level: LevelRows,
         token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        seen: torch.Tensor,
-        first_rows: torch.Tensor,
-        slots: torch.Tensor,
-        num_slots: int,
         depth: int,
         context_lens: torch.Tensor,
-        scratch: DraftScratch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One drafter forward over the frontier [R, W]; see `_grow_trees`."""
+    ) -> torch.Tensor:
+        """One drafter forward over a level of `token_ids` [R, W]; see `_grow_trees`."""
         num_reqs, width = token_ids.shape
-        row_start = torch.arange(num_reqs + 1, dtype=torch.int32, device=slots.device) * width
         positions = context_lens.to(torch.int64) - 1 + (depth - 1)
         positions = positions.clamp(max=self.max_model_len - 1).repeat_interleave(width)
         metadata: dict[str, Any] = {}
         for gid, groups in enumerate(self.attn_groups):
-            tree = TreeAttention(
+            tree = level.attention(
                 block_table=self.block_tables.input_block_tables[gid][:num_reqs],
                 context_lens=context_lens,
-                query_start=row_start[:-1],
-                row_start=row_start,
-                suffix_start=first_rows.to(torch.int32),
-                suffix_len=torch.full_like(row_start[1:], num_slots),
-                mask=seen.reshape(num_reqs * width, -1),
                 positions=positions,
-                scratch=scratch,
-                scratch_rows=(first_rows.unsqueeze(1) + slots).flatten(),
             )
             for group in groups:
                 of_group = TreeAttentionMetadata(tree=tree, rest=None)
@@ -251,10 +206,11 @@ class TreeSpeculator(EagleSpeculator):
             output, features = self.model(
                 input_ids=token_ids.flatten().to(torch.int32),
                 positions=positions,
-                hidden_states=hidden.flatten(0, 1),
+                hidden_states=level.hidden.flatten(0, 1),
                 inputs_embeds=None,
             )
-        return output, features
+        frontier.ran(features)
+        return output
 
     def _top_tokens(self, output: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best tokens after each row, in the target's vocabulary, and their

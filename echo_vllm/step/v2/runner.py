@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from echo_vllm import ops
+from echo_vllm.step.commit import commit_paths, target_layers
 from echo_vllm.step.v2.drafter import TreeSpeculator
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots, fixed_policy, scheduled_trees
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Runner
 else:
     _Runner = object
-
-MAX_MOVES = 8192
-"""Slots that one call of `ops.commit_kv` moves on a GPU at most."""
 
 
 class TreeVerifier:
@@ -138,39 +136,19 @@ class EchoRunnerV2Mixin(_Runner):
             self.trees = None
 
     def commit(self, input_batch: InputBatch, trees: ScheduledTrees) -> None:
-        """Move the accepted paths' keys and values to where a chain would have left them.
-
-        All places of all paths are asked for, whatever was accepted, so that nobody has to know;
-        `ops.commit_kv` skips the negative slots of those that have nothing to move.
-        """
+        """Move the accepted paths' keys and values to where a chain would have left them."""
         if trees.rows is None:
             return
         assert trees.accepted_rows is not None
-        accepted = trees.accepted_rows[: trees.num_trees, 1:].to(torch.int64)
-        places = torch.arange(1, accepted.shape[1] + 1, device=accepted.device)
-        first = trees.rows.row_start[:-1].to(torch.int64).unsqueeze(1)
-        moves = (accepted > 0) & (accepted != places)
-        source = (first + accepted.clamp(min=0)).flatten()
-        target = (first + torch.where(moves, places, 0)).flatten()
-        stay = ~moves.flatten()
-        part = max(1, MAX_MOVES // accepted.shape[1]) * accepted.shape[1]
-        for gid, groups in enumerate(self.attn_groups):
-            slots = self.block_tables.slot_mappings[gid]
-            sources = slots[source].masked_fill(stay, -1)
-            targets = slots[target].masked_fill(stay, -1)
-            for group in groups:
-                for start in range(0, len(sources), part):
-                    stop = start + part
-                    self._commit_group(group, sources[start:stop], targets[start:stop])
-
-    def _commit_group(self, group: Any, source: torch.Tensor, target: torch.Tensor) -> None:
-        drafters = self.speculator.draft_attn_layer_names
-        context = self.compilation_config.static_forward_context
-        layers = [context[name] for name in group.layer_names if name not in drafters]
-        if layers:
-            caches = [layer.kv_cache for layer in layers]
-            ops.commit_kv(caches, source, target, caches[0].shape[2], self._kv_layout(layers[0]))
-
-    def _kv_layout(self, layer: Any) -> str:
-        """The layout of a layer's paged cache, by its name in `ops.commit_kv`."""
-        raise NotImplementedError
+        assert self.speculator is not None
+        drafter = self.speculator.draft_attn_layer_names
+        layers = self.compilation_config.static_forward_context
+        commit_paths(
+            trees.accepted_rows[: trees.num_trees, 1:].to(torch.int64),
+            trees.rows.row_start[:-1].to(torch.int64),
+            (
+                (self.block_tables.slot_mappings[gid], target_layers(group, drafter, layers))
+                for gid, groups in enumerate(self.attn_groups)
+                for group in groups
+            ),
+        )

@@ -22,15 +22,9 @@ from echo_vllm.step.v2.runner import EchoRunnerV2Mixin
 class EchoGPUModelRunnerV2(EchoRunnerV2Mixin, GPUModelRunner):
     """The V2 runner with trees."""
 
-    def _kv_layout(self, layer: Any) -> str:
-        return "nhd"  # or HND: the strides say which
-
 
 class EchoCPUModelRunnerV2(EchoRunnerV2Mixin, cpu_model_runner.CPUModelRunner):
     """The V2 runner on a CPU with trees."""
-
-    def _kv_layout(self, layer: Any) -> str:
-        return str(layer.isa)
 
 
 class EchoWorkerV2Mixin(EchoWorkerMixin):
