@@ -63,6 +63,12 @@ def profile_table(
 ) -> str:
     """One row a stage, one column a configuration, in hundredths of the first one's step."""
     steps = {name: seconds_per_step(samples, name, concurrency) for name in configurations}
+    for name in configurations:
+        if not steps[name]:
+            return (
+                f"{name} never had {concurrency} requests decoding in one step: raise --tokens, or "
+                "ask for fewer at once."
+            )
     whole = sum(steps[configurations[0]].values())
 
     def row(stage: str, seconds: Sequence[float]) -> list[str]:
@@ -97,8 +103,6 @@ def main() -> int:
     if PLAIN.name in failures:
         return 1  # The progress line has said why; there is nothing to compare with.
     shown = [c.name for c in configurations if c.name not in failures]
-    tables = [profile_table(samples, shown, c) for c in options.concurrency]
-    print("\n\n".join(tables))
     if options.json:
         report = {
             "command": ["python", "-m", "benchmarks.step_profile", *sys.argv[1:]],
@@ -108,6 +112,8 @@ def main() -> int:
             "samples": [asdict(sample) for sample in samples],
         }
         atomic.write_json(options.json, report)
+    tables = [profile_table(samples, shown, c) for c in options.concurrency]
+    print("\n\n".join(tables))
     return 1 if failures else 0
 
 

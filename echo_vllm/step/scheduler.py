@@ -72,6 +72,8 @@ class EchoScheduler(Scheduler):
         self._allowed: dict[str, AllowedTree] = {}
         """Of running requests with a grammar and a draft."""
         self._turnover = Turnover()
+        self._lasts: dict[str, int] = {}
+        """See `_last`."""
         profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
         if draws_of(spec.echo):
@@ -144,11 +146,13 @@ class EchoScheduler(Scheduler):
         """What the policy is told for the drafting at the end of this step."""
         num_decoding, prefill_tokens = self._next_load(output)
         self._turnover.step(len(output.scheduled_new_reqs))
-        decoding = [r for r in self.running if r.num_tokens <= r.num_computed_tokens]
-        left = np.array([self._left(request) for request in self.running], np.int64)
+        # [running, 3]: the last token, those that are there, those behind this step.
+        facts = [(self._last(r), r.num_tokens, r.num_computed_tokens) for r in self.running]
+        last, there, computed = np.array(facts, np.int64).reshape(-1, 3).T
+        left = abs(last) - there
         # This step's token is not there yet, and after a path comes a bonus token.
-        depths = [self._left(request) - 2 for request in decoding if self._takes_trees(request)]
-        at_least = np.bincount(np.clip(depths, 0, MAX_DEPTH).astype(np.int64), minlength=2)
+        depths = np.clip(left[(there <= computed) & (last > 0)] - 2, 0, MAX_DEPTH)
+        at_least = np.bincount(depths, minlength=2)
         at_least = np.cumsum(at_least[:0:-1])[::-1]
         return Load(
             num_decoding,
@@ -159,15 +163,18 @@ class EchoScheduler(Scheduler):
             ahead=self._turnover.ahead(left, len(self.waiting), self.max_num_running_reqs),
         )
 
-    def _left(self, request: Any) -> int:
-        """Tokens that a request may still generate."""
-        most = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
-        left: int = most - request.num_output_tokens
-        return left
-
-    @staticmethod
-    def _takes_trees(request: Any) -> bool:
-        return not request.resumable and takes_trees(request.sampling_params)
+    def _last(self, request: Any) -> int:
+        """Tokens, prompt and answer, that a request may have; negative if it takes no trees."""
+        last = self._lasts.get(request.request_id)
+        if last is None:
+            prompt = request.num_prompt_tokens
+            last = prompt + min(request.max_tokens, self.max_model_len - prompt)
+            if request.resumable:  # More input may come.
+                return -last
+            self._lasts[request.request_id] = (
+                last if takes_trees(request.sampling_params) else -last
+            )
+        return self._lasts[request.request_id]
 
     def _next_load(self, output: Any) -> tuple[int, int]:
         """Requests that the next step will decode, and prompt tokens that it will prefill.
@@ -282,7 +289,8 @@ class EchoScheduler(Scheduler):
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.status is not RequestStatus.FINISHED_ABORTED:
             used = request.num_output_tokens
-            self._turnover.ended(used, used + self._left(request))
+            self._turnover.ended(used, abs(self._last(request)) - request.num_prompt_tokens)
+        self._lasts.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _learn(self, stats: StepStats) -> None:
