@@ -348,7 +348,7 @@ class Forecaster:
         if self._is_drafting or was_attempt:
             # An attempt that ends has shown what it could: then what is likely decides.
             optimism = 0.0 if was_attempt and not self._drafting else bound
-            goes_on = self._pays(load, costs, optimism)
+            goes_on = self._pays(load, costs, best, optimism)
             if was_attempt and not self._drafting:
                 self._attempt_until = 0
                 self._drafting = goes_on
@@ -361,14 +361,14 @@ class Forecaster:
             return
         if best.gain <= -bound:
             return
-        if self._pays(load, costs, -bound):
+        if self._pays(load, costs, best, -bound):
             self._drafting, self._attempt_steps = True, ATTEMPT_STEPS[0]
         elif self._step >= self._next_attempt:
             lost = ATTEMPT * step * max(0.0, math.expm1(-best.gain))
             if self._attempts.buys(lost + self._catch_up(load.waiting, load, costs)):
                 self._attempt_until = self._step + ATTEMPT
 
-    def _pays(self, load: Load, costs: Costs, optimism: float) -> bool:
+    def _pays(self, load: Load, costs: Costs, best: Forecast, optimism: float) -> bool:
         """Whether to draft now makes the tokens up to the horizon in less time than to rest now, if
         later it is always done what is best then.
 
@@ -377,8 +377,12 @@ class Forecaster:
         of a drafter that is up to date (`current`) or not (`behind`).
 
         Args:
+            best: forecast for the load.
             optimism: by how much drafting is taken for faster than it is forecast, in log(speed).
         """
+        missed_now = self._catch_up(load.waiting, load, costs)
+        if missed_now <= 0 and best.gain + optimism > 0:
+            return True  # It is faster now, and later it helps to be up to date.
         loads = [*(load.ahead or [load.num_decoding] * (len(AHEAD) - 1))]
         loads[0] = load.num_decoding
         plain, drafting = self._seconds_a_token(loads, load, costs)
@@ -389,7 +393,7 @@ class Forecaster:
             length = AHEAD[i + 1] - AHEAD[i]
             rest, draft = length * plain[i] + behind, length * drafting[i] + current
             if i == 0:
-                return bool(self._catch_up(load.waiting, load, costs) + draft < rest)
+                return bool(missed_now + draft < rest)
             missed = load.waiting / load.able
             missed = min(max(self._behind, missed), missed + AHEAD[i])
             catch_up = self._catch_up(missed * able * loads[i], load, costs)

@@ -289,8 +289,8 @@ def test_the_price_of_catching_up_is_paid_out_of_the_same_steps() -> None:
         tokens = next(n for n in range(9, 10**7, 7) if costs.trees.catch_up(n) > share * plain_s)
         found = forecaster(0.7)
         found._behind = tokens / 8  # A later begin is no better.
-        found._best(Load(8), costs)
-        assert found._pays(Load(8, waiting=tokens), costs, 0.0) == (share < least)
+        load = Load(8, waiting=tokens)
+        assert found._pays(load, costs, found.forecast(load, costs), 0.0) == (share < least)
 
 
 def test_it_waits_for_the_end_of_requests_that_are_not_worth_catching_up_with() -> None:
@@ -334,7 +334,8 @@ def test_the_decision_is_the_best_of_all_ways_through_the_horizon() -> None:
             ways = [least_seconds(found, load, costs, way, waiting == 0) for way in (True, False)]
             if abs(ways[0] / ways[1] - 1) > 1e-9:
                 answers.append(bool(ways[0] < ways[1]))
-                assert found._pays(load, costs, 0.0) == answers[-1], (load, ways)
+                best = found.forecast(load, costs)
+                assert found._pays(load, costs, best, 0.0) == answers[-1], (load, ways)
     assert min(answers.count(True), answers.count(False)) > 20
 
 
