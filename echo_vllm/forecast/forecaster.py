@@ -78,6 +78,9 @@ DOUBT = 3.0
 TRIALS = 16
 """Trials at about one load, at most (`Forecaster._trial`)."""
 
+TRIAL_ROWS = (16, 2)
+"""Rows of a trial at most: so many, or so many times those of the step without drafts."""
+
 LARGER = 1.25
 """How many times as many nodes make a trial while something is drafted anyway."""
 
@@ -174,6 +177,12 @@ class Account:
         self._saved = 0.0
         self._steps = 0
         return True
+
+
+def _trial_rows(load: Load) -> int:
+    """Rows of a trial at most."""
+    least, times = TRIAL_ROWS
+    return max(load.rows + least, times * load.rows)
 
 
 class Forecaster:
@@ -287,15 +296,19 @@ class Forecaster:
         now = self._best(load, costs) if load.prefill_tokens else best
         if (trial := self._trial(load, costs, now)) is not None:
             doubted, other = trial
-            return replace(
+            plan = replace(
                 plan,
-                max_depth=other.depth,
-                width=other.width,
+                max_rows=_trial_rows(load),
                 price=other.speed,
                 cost=doubted.trees,
                 reads_prompts=self._is_drafting,
                 growth=self._growth(other),
             )
+            if self._is_drafting:
+                return replace(plan, max_depth=other.depth, width=other.width)
+            # A few requests show as much, and all would have to catch up.
+            self._turn += 1
+            return replace(plan, probes=min(MOST_PROBES, load.able))
         plan = replace(
             plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth(now)
         )
@@ -430,7 +443,8 @@ class Forecaster:
         A rest shows nothing of what drafting costs, and small trees nothing of large ones, so
         curves that were measured too high would keep up what they are the reason of. What no step
         has shown is doubted, by a factor that falls from `DOUBT` to nothing over the second half of
-        `TRIALS` trials, each of which teaches the curves what forwards of such sizes take.
+        `TRIALS` trials, each of which teaches the curves what forwards of such sizes take; once
+        they have shown that it is not much less, nothing is doubted any more.
         """
         octave = load.num_decoding.bit_length()
         num_trials = self._num_trials.get(octave, 0)
@@ -438,8 +452,11 @@ class Forecaster:
             return None
         self._next_trial = self._step + TRIAL_STEPS
         doubted = costs.doubted(load.rows, DOUBT ** min(1.0, 2 - 2 * num_trials / TRIALS))
-        other = self.forecast(load, doubted)
+        other = self.forecast(load, doubted, _trial_rows(load) - load.rows)
         if other.gain <= BOUND * other.error:
+            return None
+        if costs.is_confirmed(load.rows + load.able * other.nodes):
+            self._num_trials[octave] = TRIALS
             return None
         if self._is_drafting:
             is_more = (other.depth, other.width) > (best.depth, best.width)
@@ -459,13 +476,14 @@ class Forecaster:
             self._known[key] = self.forecast(load, costs)
         return self._known[key]
 
-    def forecast(self, load: Load, costs: Costs) -> Forecast:
-        """The best depth and number of nodes for a load, by the remembered drafts."""
+    def forecast(self, load: Load, costs: Costs, most: float = math.inf) -> Forecast:
+        """The best depth and number of nodes, `most` of the batch, by the remembered drafts."""
         self._renew(load)
         requests = load.num_decoding
         plain = requests / costs.plain.plain_step(requests, load.prefill_tokens)
         points = self._expected
         (speeds,) = self._speeds(np.array([float(requests)]), load, costs, load.prefill_tokens)
+        speeds[load.able * points.nodes > most] = 0.0
         i = int(np.argmax(speeds)) if len(speeds) else 0
         if not len(speeds) or speeds[i] <= 0:
             return Forecast(0, self.frontier, 0.0, 0.0, plain)

@@ -53,6 +53,13 @@ REFRESH = 48
 """Observations of a curve after which it is worked out again, at the latest."""
 
 
+CONFIRMS = 4
+"""Observations that can confirm what was measured."""
+
+CLOSE = 1.25
+"""Times as much as what is observed may be what was measured, if it is to be confirmed."""
+
+
 class RunningMedian:
     """The median of the last `window` numbers.
 
@@ -79,6 +86,11 @@ class RunningMedian:
         if len(self._sorted) % 2:
             return self._sorted[middle]
         return (self._sorted[middle - 1] + self._sorted[middle]) / 2
+
+    @property
+    def confirms(self) -> bool:
+        """Of logarithms of ratios: whether they are not much below 0."""
+        return self.seen >= CONFIRMS and self.median() > -math.log(CLOSE)
 
     def error(self) -> float:
         """Standard error of the median, of numbers that are as spread as their middle half says;
@@ -127,6 +139,10 @@ class CurveCorrection:
     def errors(self) -> dict[int, float]:
         """By octave of the count (as `math.frexp` has it), the standard error of the curve."""
         return {octave + 1: _error(ratios) for octave, (_, ratios) in self._bins.items()}
+
+    def confirmed(self) -> frozenset[int]:
+        """Octaves, as of `errors`, where the curve is not much too high."""
+        return frozenset(o + 1 for o, (_, ratios) in self._bins.items() if ratios.confirms)
 
     def corrected(self) -> CostCurve:
         """The curve times the factor, monotone again."""
@@ -209,6 +225,8 @@ class OnlineCost:
         self._catch_up = CurveCorrection(base.catch_up)
         # Of draftings, beyond what they are thought to take.
         self._draft_beyond = RunningMedian()
+        # The same, beyond what start-up measured.
+        self._draft_ratios = RunningMedian()
         # Of steps without and with trees.
         self._other = (RunningMedian(), RunningMedian())
         self._draft_fixed = FixedPart()
@@ -233,6 +251,7 @@ class OnlineCost:
         if _log_ratio(seconds, predicted) is None:
             return
         taken = seconds / self.pace
+        self._draft_ratios.add(math.log(taken / predicted))
         self._draft_beyond.add(math.log(taken / self._current.draft(level_rows, committed)))
         self._draft_fixed.observe(predicted, taken)
         # Never all of it: the fixed part is a median, and some draftings take less.
@@ -281,6 +300,8 @@ class OnlineCost:
                 errors=self._verify.errors(),
                 surcharge_error=max(map(_error, self._beyond)),
                 draft_error=_error(self._draft_beyond),
+                confirmed=self._verify.confirmed(),
+                draft_confirmed=self._draft_ratios.confirms,
             )
         return self._costs
 

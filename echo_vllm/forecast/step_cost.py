@@ -134,6 +134,9 @@ class Costs:
         errors: by octave of rows, the standard error of a target forward's time.
         surcharge_error: of what trees take beyond their rows.
         draft_error: of a drafting's time.
+        confirmed: octaves of rows of which steps have shown that a target forward does not take
+            much less than start-up measured.
+        draft_confirmed: whether draftings have shown the same.
     """
 
     plain: StepCost
@@ -141,6 +144,8 @@ class Costs:
     errors: Mapping[int, float] = field(default_factory=dict, compare=False)
     surcharge_error: float = UNMEASURED
     draft_error: float = UNMEASURED
+    confirmed: frozenset[int] = field(default_factory=frozenset, compare=False)
+    draft_confirmed: bool = field(default=False, compare=False)
 
     def error(self, plain_rows: float, rows: float, draft_share: float) -> float:
         """Standard error of how much longer a step with trees takes than one without.
@@ -165,6 +170,11 @@ class Costs:
         rows."""
         error = self.errors.get(math.frexp(rows)[1], UNMEASURED)
         return max(error, self.draft_error) < UNMEASURED
+
+    def is_confirmed(self, rows: float) -> bool:
+        """Whether neither drafting nor a target forward of about so many rows, or of more, can be
+        believed to take much less than was measured."""
+        return self.draft_confirmed and max(self.confirmed, default=0) >= math.frexp(rows)[1]
 
     def doubted(self, rows: float, factor: float) -> Self:
         """The same if drafting, and what a target forward takes beyond one of `rows` rows, were

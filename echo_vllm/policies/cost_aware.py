@@ -171,6 +171,8 @@ class CostAwarePolicy(DraftPolicy):
         most = int(exists.sum())
         if (limit := self.batch_limit(batch.load)) is not None:
             most = min(most, limit)
+        if batch.plan.max_rows is not None:
+            most = min(most, max(0, int(batch.plan.max_rows) - batch.rows))
         if batch.plan.cost is None:
             return most
         rest = scores[exists & (tiers > 0)].sort(descending=True).values

@@ -128,6 +128,16 @@ def test_the_decision_does_not_flap(name: str, sure: float) -> None:
     assert sum(a != b for a, b in itertools.pairwise(found)) <= FLIPS
 
 
+@pytest.mark.parametrize("name", ["two-cores", "steep", "dear-drafter"])
+def test_a_new_server_finds_out_cheaply_that_drafting_does_not_pay(name: str) -> None:
+    """From the first step on: trials of a few requests, until they have confirmed the costs."""
+    true = MACHINES[name]
+    run = Serving(auto(true), true, Prompts(0.6), 32, lengths=[128] * 32, comes_again=True).run(300)
+    plain = 32 / float(true.plain_step(32))
+    assert run.share_drafting(last=300) < 0.01
+    assert run.expected_tokens / run.expected_seconds > 0.975 * plain
+
+
 def closest(true: StepCost, prompts: Prompts) -> int:
     """The first load at which drafting gains less than 2 %."""
     for requests in (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192):
@@ -160,12 +170,13 @@ def test_at_rest_probes_take_less_than_half_a_percent_of_the_time(
 
 
 def test_better_prompts_are_noticed_after_a_rest() -> None:
-    """Within 2000 steps, in which probes renew the memory of 16 drafts."""
+    """Within 3000 steps, in which probes renew the memory of 16 drafts: each takes three steps' time
+    with so dear a drafter, and an attempt that came too early doubles the time to the next."""
     true = machine(32, 0.5, 0.6)
     run = Serving(auto(true), true, Prompts(0.03), 4).run(400)
     assert run.share_drafting(last=100) < 0.05
     run.ask(Prompts(0.85))
-    run.run(2000)
+    run.run(3000)
     assert run.share_drafting(last=100) > 0.9
 
 
