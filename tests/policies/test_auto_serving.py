@@ -170,7 +170,7 @@ def test_at_rest_probes_take_less_than_half_a_percent_of_the_time(
 
 
 def test_better_prompts_are_noticed_after_a_rest() -> None:
-    """Within 3000 steps, in which probes renew the memory of 16 drafts: each takes three steps' time
+    """Within 3000 steps, in which probes renew the memory of 16 drafts: each takes as long as three
     with so dear a drafter, and an attempt that came too early doubles the time to the next."""
     true = machine(32, 0.5, 0.6)
     run = Serving(auto(true), true, Prompts(0.03), 4).run(400)
