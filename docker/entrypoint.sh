@@ -10,4 +10,5 @@ mkdir -p "${TMPDIR:-/tmp}"
 if (($#)); then
   exec vllm serve "$@"
 fi
-exec /opt/echo-vllm/scripts/serve.sh
+vllm=$(command -v vllm)
+PREFIX=${vllm%/bin/vllm} exec /opt/echo-vllm/scripts/serve.sh

@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 #
-# Builds the CPU image, or tries what it must do, with the engine that is there. Called by
+# Builds an image, or tries what the CPU image must do, with the engine that is there. Called by
 # `make image` and `make image-test`.
 #
 #   scripts/image.sh build|test
 #
-# Environment: ENGINE (docker, podman or buildah: the first that works), IMAGE (echo-vllm),
-# PYTHON_IMAGE (another base with Python 3.11 to 3.13 and pip), IMAGE_ARGS (more options of the
-# build, such as -v and --build-arg for a proxy or a package index), PORT of the test.
+# Environment: ENGINE (docker, podman or buildah: the first that works), VARIANT (cpu; cuda builds on
+# vLLM's own image), IMAGE (echo-vllm, or echo-vllm:cuda), PYTHON_IMAGE (cpu: another base with Python
+# 3.11 to 3.13 and pip), VLLM_IMAGE (cuda: another image that holds vLLM), IMAGE_ARGS (more options of
+# the build, such as -v and --build-arg for a proxy or a package index), PORT of the test.
 #
 # With buildah the test enters the image's files with chroot, as root, and mounts them read-only:
 # what an engine adds (network, memory limits, its own health checks) is not tried then.
@@ -17,7 +18,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly IMAGE=${IMAGE:-echo-vllm} PORT=${PORT:-8012}
+case ${VARIANT:=cpu} in
+  cpu) dockerfile=docker/Dockerfile default_image=echo-vllm ;;
+  cuda) dockerfile=docker/Dockerfile.cuda default_image=echo-vllm:cuda ;;
+  *) printf "[image] error: VARIANT must be cpu or cuda, got '%s'\n" "$VARIANT" >&2 && exit 1 ;;
+esac
+readonly IMAGE=${IMAGE:-$default_image} PORT=${PORT:-8012}
 readonly HEALTH_S=900 LIMIT_S=30 # to the first healthy answer; from SIGTERM to the end
 
 say() { printf '[image] %s\n' "$*"; }
@@ -44,8 +50,9 @@ build() {
   [[ $engine == buildah ]] && command=(buildah bud --layers --isolation chroot --format docker)
   [[ $engine == podman ]] && command+=(--format docker)
   # shellcheck disable=SC2086  # IMAGE_ARGS holds several options
-  "${command[@]}" -f docker/Dockerfile -t "$IMAGE" \
-    ${PYTHON_IMAGE:+--build-arg PYTHON_IMAGE="$PYTHON_IMAGE"} ${IMAGE_ARGS:-} .
+  "${command[@]}" -f "$dockerfile" -t "$IMAGE" \
+    ${PYTHON_IMAGE:+--build-arg PYTHON_IMAGE="$PYTHON_IMAGE"} \
+    ${VLLM_IMAGE:+--build-arg VLLM_IMAGE="$VLLM_IMAGE"} ${IMAGE_ARGS:-} .
   say "$IMAGE: $(image_bytes | awk '{printf "%.2f GB", $1 / 1e9}')"
 }
 
@@ -74,7 +81,8 @@ start() { # start ARGUMENT...: the entrypoint, as the image's user, with a read-
     mount -o remount,ro,bind "$root"
     mount -t proc proc "$root/proc"
     mount --bind /dev "$root/dev"
-    mount -t tmpfs -o uid=1000,gid=1000 tmpfs "$root/cache"
+    mount -t tmpfs -o "uid=$(chroot "$root" id -u echo),gid=$(chroot "$root" id -g echo)" \
+      tmpfs "$root/cache"
     mapfile -t settings < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep =)
     inside "$@" &
     pid=$!
@@ -132,6 +140,8 @@ clean_up() {
 }
 
 run_test() {
+  ! (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null ||
+    die "something listens on port $PORT already: stop it, or choose another with PORT=8012"
   trap clean_up EXIT
   say "starting $IMAGE with $engine"
   start

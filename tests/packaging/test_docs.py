@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import yaml
@@ -49,6 +50,18 @@ def test_the_values_for_production_stack_hold_configurations_that_we_take() -> N
         assert config["method"] == "echo"
         nodes = config["num_speculative_tokens"]
         parse_section(config["echo"], num_speculative_tokens=nodes)
+
+
+def test_pods_run_as_the_user_of_the_images() -> None:
+    """Who owns /cache there, and may write to volumes here."""
+    values = yaml.safe_load((ROOT / "docker" / "helm" / "values.yaml").read_text())
+    spec = values["servingEngineSpec"]
+    wanted = {spec["containerSecurityContext"]["runAsUser"], spec["securityContext"]["fsGroup"]}
+    for name in ("Dockerfile", "Dockerfile.cuda"):
+        image = (ROOT / "docker" / name).read_text()
+        [made] = re.findall(r"useradd .*--uid (\d+) echo", image)
+        used = re.findall(r"^USER (\d+)$", image, re.MULTILINE)
+        assert {int(made), *map(int, used)} == wanted, name
 
 
 def test_compose_mounts_files_that_there_are() -> None:
