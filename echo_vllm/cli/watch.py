@@ -231,11 +231,13 @@ def _milliseconds(value: float) -> str:
 
 
 def _bars(title: str, counts: Mapping[float, float]) -> Panel:
+    """A bar a bucket, up to the last that has any."""
     most = max(counts.values(), default=0.0)
+    last = max((limit for limit, count in counts.items() if count), default=0.0)
     rows = {
         f"{limit:.0f}": "█" * round(BAR * count / most) + f" {count:.0f}"
         for limit, count in counts.items()
-        if most
+        if limit <= last
     }
     return _figures(title, rows or {"none": ""})
 

@@ -11,6 +11,7 @@ a stop string, which only the front end sees.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,8 @@ class EchoStatLogger(AggregateStatLoggerBase):
         self.max_depth = spec.echo.max_depth
         self._reset()
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
-        gauge = prometheus_client.Gauge
+        # As vLLM's own, for when several processes write (PROMETHEUS_MULTIPROC_DIR).
+        gauge = functools.partial(prometheus_client.Gauge, multiprocess_mode="mostrecent")
         depths = list(range(1, self.max_depth + 1))
         metrics: dict[str, Any] = {
             "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
