@@ -80,7 +80,9 @@ start() { # start ARGUMENT...: the entrypoint, as the image's user, with a read-
     mount --bind "$root" "$root"
     mount -o remount,ro,bind "$root"
     mount -t proc proc "$root/proc"
-    mount --bind /dev "$root/dev"
+    # Private, or the memory that its processes share would lie over this machine's.
+    mount --bind --make-private /dev "$root/dev"
+    mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
     mount -t tmpfs -o "uid=$(chroot "$root" id -u echo),gid=$(chroot "$root" id -g echo)" \
       tmpfs "$root/cache"
     mapfile -t settings < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep =)
@@ -130,7 +132,7 @@ clean_up() {
   set +e
   if [[ $engine == buildah && -n $container ]]; then
     [[ -n $pid ]] && kill -KILL -- "-$pid" 2>/dev/null
-    umount --lazy "$root/cache" "$root/dev" "$root/proc" "$root" 2>/dev/null
+    umount --lazy "$root/cache" "$root/dev/shm" "$root/dev" "$root/proc" "$root" 2>/dev/null
     buildah umount "$container" >/dev/null 2>&1
     buildah rm "$container" >/dev/null
   elif [[ -n $container ]]; then
