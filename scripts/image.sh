@@ -80,6 +80,7 @@ start() { # start ARGUMENT...: the entrypoint, as the image's user, with a read-
     mount --bind "$root" "$root"
     mount -o remount,ro,bind "$root"
     mount -t proc proc "$root/proc"
+    mount -t sysfs -o ro sysfs "$root/sys" # lscpu reads it, by which vLLM counts cores
     # Private, or the memory that its processes share would lie over this machine's.
     mount --bind --make-private /dev "$root/dev"
     mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
@@ -132,7 +133,7 @@ clean_up() {
   set +e
   if [[ $engine == buildah && -n $container ]]; then
     [[ -n $pid ]] && kill -KILL -- "-$pid" 2>/dev/null
-    umount --lazy "$root/cache" "$root/dev/shm" "$root/dev" "$root/proc" "$root" 2>/dev/null
+    umount --lazy "$root/cache" "$root/dev/shm" "$root/dev" "$root/sys" "$root/proc" "$root" 2>/dev/null
     buildah umount "$container" >/dev/null 2>&1
     buildah rm "$container" >/dev/null
   elif [[ -n $container ]]; then
