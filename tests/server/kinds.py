@@ -141,7 +141,9 @@ async def structured(client: openai.AsyncOpenAI, prompt: str) -> str:
 
 async def to_the_end_of_the_model(client: openai.AsyncOpenAI, prompt: str) -> str:
     extra = {"truncate_prompt_tokens": MAX_MODEL_LEN - 8}
-    answer = await complete(client, " ".join([prompt] * 200), max_tokens=8, extra=extra)
+    # Words enough, however short the prompt: each is a token at least.
+    words = (prompt.split() * MAX_MODEL_LEN)[:MAX_MODEL_LEN]
+    answer = await complete(client, " ".join(words), max_tokens=8, extra=extra)
     assert answer.usage.total_tokens == MAX_MODEL_LEN
     assert answer.choices[0].finish_reason == "length"
     return "whole"
