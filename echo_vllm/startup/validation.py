@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 
 from echo_vllm import ops
 from echo_vllm.config import (
+    SECTION,
     EchoConfig,
     EchoConfigError,
     check_num_nodes,
@@ -32,6 +33,7 @@ from echo_vllm.config import (
 )
 from echo_vllm.ops import attention_table, dispatch
 from echo_vllm.policies import parse_section, policy_class
+from echo_vllm.policies.registry import field_names
 from echo_vllm.startup.head import (
     FIELD,
     Head,
@@ -201,6 +203,10 @@ def _check_field(name: str, value: object) -> None:
 
     fields = SpeculativeConfig.__pydantic_fields__
     known = [field for field in (*PASSED_ON, *FIXED) if field in fields]
+    if name not in known and name.replace("-", "_") in field_names():
+        raise EchoConfigError(
+            f"speculative_config.{name} is a field of {SECTION}, got {show(value)}; move it there."
+        )
     if name not in known:
         raise EchoConfigError(
             f"speculative_config.{show_name(name)} is not a known field, got {show(value)}"

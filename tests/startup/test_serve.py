@@ -132,6 +132,12 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "speculative_config.num_speculative_token is not a known field, got 4; did you mean "
         "num_speculative_tokens?; remove it.",
     ),
+    "beside-the-section": (
+        {"policy": "topn"},
+        [],
+        'speculative_config.policy is a field of speculative_config.echo, got "topn"; move it '
+        "there.",
+    ),
     "bool-for-int": (
         {"num_speculative_tokens": True},
         [],
