@@ -139,8 +139,8 @@ class EchoConfig(BaseModel):
         default="best",
         description=(
             "For requests with a temperature, children of a node are the drafter's best tokens "
-            "(`best`) or tokens drawn from its distribution (`drawn`; policies `chain`, `static`, "
-            '`topn` and `echo`). `auto` draws where the policy can. Default "best".'
+            "(`best`) or tokens drawn from its distribution (`drawn`; not with `evict` and "
+            '`graft`). `auto` draws where the policy can. Default "best".'
         ),
     )
     linear: LinearLayers = Field(

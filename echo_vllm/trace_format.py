@@ -88,6 +88,8 @@ class TraceRequest:
         level_starts: [D], the first candidate of each depth, depth 1 first.
         selected: [n], the nodes that were verified, in the order of the tree.
         accepted: [a], the accepted path, the root's child first.
+        drawn: whether the candidates were drawn. `logprobs` are then the logarithms of the accepted
+            tokens that were expected of their slots, before they were drawn (docs/drawn.md).
     """
 
     id: str
@@ -97,6 +99,7 @@ class TraceRequest:
     level_starts: Sequence[int]
     selected: Sequence[int]
     accepted: Sequence[int]
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         for name in ("parents", "level_starts", "selected", "accepted"):
@@ -158,6 +161,7 @@ class TraceRequest:
             "level_starts": self.level_starts,
             "selected": self.selected,
             "accepted": self.accepted,
+            **({"drawn": True} if self.drawn else {}),
         }
 
 

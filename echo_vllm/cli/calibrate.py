@@ -8,6 +8,7 @@ import gzip
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,10 @@ from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K, num_candidates
 
 if TYPE_CHECKING:
     from echo_vllm.forecast import StepCost
+    from echo_vllm.forecast.drafter_profile import DrawnProfile
+    from echo_vllm.forecast.forecaster import Kind
     from echo_vllm.offline.calibrate.fit import Calibration
+    from echo_vllm.offline.calibrate.samples import Samples
     from echo_vllm.trace_format import TraceHeader
 
 
@@ -46,10 +50,18 @@ def calibrate(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="An HTML file with the plots.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="A recorded trace, instead of running the engine.")
+        list[Path] | None,
+        typer.Option(
+            help="A recorded trace, instead of running the engine; a second one with drawn "
+            "candidates."
+        ),
     ] = None,
     save_trace: Annotated[
-        Path | None, typer.Option(help="Keep the recorded trace (.jsonl or .jsonl.gz).")
+        Path | None,
+        typer.Option(
+            help="Keep the recorded trace (.jsonl or .jsonl.gz), and that of drawn candidates "
+            "beside it as NAME.drawn.jsonl."
+        ),
     ] = None,
     costs: Annotated[
         Path | None,
@@ -64,6 +76,13 @@ def calibrate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for a prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0,
+    drawn_temperature: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Temperature of a second run, with drawn candidates; 0: none.",
+        ),
+    ] = 1.0,
     max_depth: Annotated[int, typer.Option(min=1, max=MAX_DEPTH, help="Levels of a tree.")] = 6,
     top_k: Annotated[int, typer.Option(min=1, max=MAX_TOP_K, help="Children of a node.")] = 4,
     concurrency: Annotated[
@@ -80,34 +99,49 @@ def calibrate(
         if path is not None and not path.absolute().parent.is_dir():
             fail(f"{path} cannot be written: make the folder {path.parent} first")
     cost = None if costs is None else read_step_cost("--costs", costs)
-    if trace is None and not prompts:
+    if not trace and not prompts:
         fail("--prompts is missing; give a JSON-lines file, or a recorded trace with --trace")
-    if trace is not None and (prompts or save_trace is not None):
+    if trace and (prompts or save_trace is not None):
         fail("--trace takes the place of a run; leave out --prompts and --save-trace")
     with tempfile.TemporaryDirectory(prefix="echo-calibrate-") as folder:
-        what = None
-        if trace is None:
+        what, traces = None, trace or []
+        if not traces:
             assert prompts
             lines = read_prompts(prompts)[:num_prompts]
-            trace = Path(folder) / "trace.jsonl.gz"
-            count, _ = record_prompts(
-                model,
-                _speculation(drafter, trace, max_depth, top_k),
-                lines,
-                max_tokens=tokens,
-                concurrency=concurrency,
-                temperature=temperature,
-                dtype=dtype,
-                max_model_len=max_model_len,
-            )
-            if save_trace is not None:
-                _keep(trace, save_trace)
+            runs = [("best", temperature, save_trace)]
+            if drawn_temperature > 0:
+                runs.append(("drawn", drawn_temperature, _beside(save_trace)))
+            for candidates, heat, kept in runs:
+                path = Path(folder) / f"{candidates}.jsonl.gz"
+                count, _ = record_prompts(
+                    model,
+                    _speculation(drafter, path, max_depth, top_k, candidates),
+                    lines,
+                    max_tokens=tokens,
+                    concurrency=concurrency,
+                    temperature=heat,
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                )
+                if kept is not None:
+                    _keep(path, kept)
+                traces.append(path)
             what = (
                 f"{', '.join(path.name for path in prompts)}: {count} prompts, up to {tokens} "
                 f"tokens each, temperature {temperature:g}"
             )
-        calibration, cost = _fit(trace, model, drafter, what, cost, concurrency, delta)
+        drawn = _fit_drawn(traces, model, drafter, drawn_temperature if what else None)
+        calibration, cost = _fit(traces[0], model, drafter, what, cost, concurrency, delta, drawn)
     _write(calibration, output, report, cost)
+
+
+def _beside(trace: Path | None) -> Path | None:
+    """Where the trace of drawn candidates is kept if the other one is kept there."""
+    if trace is None:
+        return None
+    packed = ".gz" if trace.name.endswith(".gz") else ""
+    plain = Path(trace.name.removesuffix(packed))
+    return trace.with_name(f"{plain.stem}.drawn{plain.suffix}{packed}")
 
 
 def _known_costs(header: TraceHeader) -> StepCost | None:
@@ -140,10 +174,12 @@ def _known_costs(header: TraceHeader) -> StepCost | None:
     return newest[2]
 
 
-def _speculation(drafter: str, trace: Path, max_depth: int, top_k: int) -> dict[str, Any]:
+def _speculation(
+    drafter: str, trace: Path, max_depth: int, top_k: int, candidates: str
+) -> dict[str, Any]:
     """Trees that verify the whole pool, or the best MAX_NODES of it."""
     pool = num_candidates(max_depth, top_k, top_k)
-    if pool > MAX_NODES:
+    if pool > MAX_NODES and candidates == "best":
         note(
             f"note: the drafter makes {pool} candidates a tree; the best {MAX_NODES} of them "
             "are verified"
@@ -156,6 +192,7 @@ def _speculation(drafter: str, trace: Path, max_depth: int, top_k: int) -> dict[
             "policy": "topn",
             "max_depth": max_depth,
             "top_k": top_k,
+            "candidates": candidates,
             "trace": str(trace),
         },
     }
@@ -174,18 +211,20 @@ def _keep(recorded: Path, wanted: Path) -> None:
         fail(f"--save-trace {wanted} cannot be written ({error.strerror or error})")
 
 
-def _fit(
-    trace: Path,
-    model: str,
-    drafter: str,
-    prompts: str | None,
-    cost: StepCost | None,
-    concurrency: int,
-    delta: float,
-) -> tuple[Calibration, StepCost | None]:
-    """Returns the calibration, and the step cost that its thresholds weigh."""
-    from echo_vllm.offline.calibrate.fit import fit
-    from echo_vllm.offline.calibrate.gates import GateCosts
+def _fit_drawn(
+    traces: Sequence[Path], model: str, drafter: str, temperature: float | None
+) -> DrawnProfile | None:
+    """What the traces say of drawn candidates; None without any."""
+    from echo_vllm.offline.calibrate.fit import fit_drawn
+
+    if len(traces) < 2:
+        return None
+    _, samples = _samples(traces[1], model, drafter, "drawn")
+    return fit_drawn(samples, temperature)
+
+
+def _samples(trace: Path, model: str, drafter: str, kind: Kind) -> tuple[TraceHeader, Samples]:
+    """The header of a trace, and its trees."""
     from echo_vllm.offline.calibrate.samples import collect
     from echo_vllm.trace_format import TraceError, read_trace
 
@@ -193,7 +232,7 @@ def _fit(
         header, steps = read_trace(trace)
         _check_names(header, model, drafter)
         with errors.status("reading the trace"):
-            samples = collect(steps, header.num_speculative_tokens)
+            samples = collect(steps, header.num_speculative_tokens, kind=kind)
     except TraceError as error:
         fail(str(error))
     except ValueError as error:
@@ -203,6 +242,24 @@ def _fit(
             f"warning: {samples.skipped} of {samples.skipped + samples.num_trees} trees were "
             "cut before they were verified and do not count"
         )
+    return header, samples
+
+
+def _fit(
+    trace: Path,
+    model: str,
+    drafter: str,
+    prompts: str | None,
+    cost: StepCost | None,
+    concurrency: int,
+    delta: float,
+    drawn: DrawnProfile | None,
+) -> tuple[Calibration, StepCost | None]:
+    """Returns the calibration, and the step cost that its thresholds weigh."""
+    from echo_vllm.offline.calibrate.fit import fit
+    from echo_vllm.offline.calibrate.gates import GateCosts
+
+    header, samples = _samples(trace, model, drafter, "best")
     if samples.partial and header.num_speculative_tokens < MAX_NODES:
         note(
             f"warning: {samples.partial} trees had more candidates than the "
@@ -232,6 +289,7 @@ def _fit(
             prompts=prompts or f"{trace.name}, recorded on {header.created}",
             delta=delta,
             costs=loads,
+            drawn=drawn,
         )
     return calibration, cost
 
@@ -252,7 +310,7 @@ def _write(
     calibration: Calibration, output: Path, report: Path | None, cost: StepCost | None
 ) -> None:
     from echo_vllm.forecast import fit_hinge
-    from echo_vllm.offline.calibrate.page import rows_of, write_report
+    from echo_vllm.offline.calibrate.page import rows_of, rows_of_drawn, write_report
 
     written = [output]
     try:
@@ -270,11 +328,16 @@ def _write(
             written.append(report)
     except OSError as error:
         fail(f"{error.filename or output} cannot be written ({error.strerror or error})")
-    header, rows = rows_of(calibration)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
     out = Console(highlight=False)
-    out.print(table)
+    out.print(_table(*rows_of(calibration)))
+    if (drawn := calibration.profile.drawn) is not None:
+        out.print(_table(*rows_of_drawn(drawn), title="Drawn candidates"))
     out.print(Text(f"Gates maximise {calibration.profile.objective}."))
     out.print(Text(f"Wrote {' and '.join(map(str, written))}."), soft_wrap=True)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str | None = None) -> Table:
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -234,7 +234,7 @@ def replay(
     from echo_vllm.offline.trace.comparison import TABLES, compare
     from echo_vllm.offline.trace.comparison import markdown as as_markdown
     from echo_vllm.offline.trace.contenders import parse_contender
-    from echo_vllm.offline.trace.recorded import RecordedDrafter, fully_verified
+    from echo_vllm.offline.trace.recorded import RecordedDrafter, fully_verified, replayable
     from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
@@ -247,7 +247,7 @@ def replay(
         step_cost, notes = _cost(cost)
         chosen = [parse_contender(text, known) for text in policy] if policy else None
         header, steps = read_trace(trace, whole=False)
-        drafter = RecordedDrafter(fully_verified(steps))
+        drafter = RecordedDrafter(fully_verified(replayable(steps)))
         notes = [
             f"{drafter.num_samples} request-steps of {drafter.answers.max() + 1} answers of "
             f"{header.model} with {header.drafter}, contexts of {drafter.contexts.min()} to "
@@ -351,11 +351,12 @@ def _shares(comparison: Comparison, title: str) -> Table:
 
 def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
     from echo_vllm.offline.trace.exact import recorded_policy, replay_exact
+    from echo_vllm.offline.trace.recorded import replayable
     from echo_vllm.trace_format import read_trace
 
     with _errors_shown():
         header, steps = read_trace(trace, whole=False)
-        report = replay_exact(steps, recorded_policy(header, profile))
+        report = replay_exact(replayable(steps), recorded_policy(header, profile))
     _out.print(
         Text(
             f"{report.steps} steps decided again, {report.incomplete} incomplete; trees: "

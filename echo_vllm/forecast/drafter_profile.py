@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -35,6 +37,22 @@ MAX_KNOTS = 24
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_curve(logprobs: tuple[float, ...], probs: tuple[float, ...]) -> None:
+    if len(logprobs) != len(probs):
+        raise ValueError("survival_logprobs and survival_probs must be equally long")
+    if any(a >= b for a, b in pairwise(logprobs)):
+        raise ValueError("survival_logprobs must ascend")
+    if any(a > b for a, b in pairwise(probs)):
+        raise ValueError("survival_probs must not fall")
+    if probs[0] < 0 or probs[-1] > 1:
+        raise ValueError("survival_probs must be between 0 and 1")
+
+
+def _check_depths(depths: Sequence[DepthProfile | DrawnDepth]) -> None:
+    if [each.depth for each in depths] != list(range(1, len(depths) + 1)):
+        raise ValueError("depths must be 1, 2, 3, ... in order")
 
 
 class DepthProfile(_Frozen):
@@ -72,15 +90,52 @@ class DepthProfile(_Frozen):
     def _check(self) -> Self:
         if self.is_gate != (self.tau is not None):
             raise ValueError("a depth has a tau if and only if it is a gate")
-        if len(self.survival_logprobs) != len(self.survival_probs):
-            raise ValueError("survival_logprobs and survival_probs must be equally long")
-        if any(a >= b for a, b in pairwise(self.survival_logprobs)):
-            raise ValueError("survival_logprobs must ascend")
-        if any(a > b for a, b in pairwise(self.survival_probs)):
-            raise ValueError("survival_probs must not fall")
-        if self.survival_probs[0] < 0 or self.survival_probs[-1] > 1:
-            raise ValueError("survival_probs must be between 0 and 1")
+        _check_curve(self.survival_logprobs, self.survival_probs)
         return self
+
+
+class DrawnDepth(_Frozen):
+    """What is known about one depth of trees of drawn candidates.
+
+    The survival curve is as that of `DepthProfile`; a slot's input is the logarithm of the accepted
+    tokens that are expected of it before it is drawn, from what its parent promises and from its
+    place in the order of drawing (`forecast.gains`).
+    """
+
+    depth: int = Field(ge=1, description="1 for the children of the root.")
+    samples: int = Field(ge=1, description="Slots of this depth that were verified.")
+    acceptance: float = Field(
+        ge=0, le=1, description="Share of the trees in which a node of this depth was accepted."
+    )
+    survival_logprobs: tuple[float, ...] = Field(min_length=1, max_length=MAX_KNOTS)
+    survival_probs: tuple[float, ...] = Field(min_length=1, max_length=MAX_KNOTS)
+    ece_before: float = Field(ge=0, le=1, description="Of the expectation itself, held out.")
+    ece_after: float = Field(ge=0, le=1, description="Of the survival curve, held out.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_curve(self.survival_logprobs, self.survival_probs)
+        return self
+
+
+class DrawnProfile(_Frozen):
+    """What is known about trees of drawn candidates."""
+
+    temperature: float | None = Field(
+        gt=0, description="At which they were drawn and verified; null if that is not known."
+    )
+    depths: tuple[DrawnDepth, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_depths(self.depths)
+        return self
+
+    def survival(self) -> SurvivalModel:
+        """The calibrated probability that a slot's child is accepted."""
+        from echo_vllm.forecast.survival import SurvivalModel
+
+        return SurvivalModel([(d.survival_logprobs, d.survival_probs) for d in self.depths])
 
 
 class DrafterProfile(_Frozen):
@@ -96,11 +151,13 @@ class DrafterProfile(_Frozen):
     delta: float = Field(ge=0, le=1, description="AUC above which a depth may become a gate.")
     objective: str = Field(description="What the thresholds tau maximise.")
     depths: tuple[DepthProfile, ...] = Field(min_length=1)
+    drawn: DrawnProfile | None = Field(
+        default=None, description="Of drawn candidates; null where they were not measured."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if [d.depth for d in self.depths] != list(range(1, len(self.depths) + 1)):
-            raise ValueError("depths must be 1, 2, 3, ... in order")
+        _check_depths(self.depths)
         return self
 
     def gates(self) -> dict[int, float]:
@@ -167,16 +224,13 @@ class DrafterProfile(_Frozen):
 
 def _dump(content: dict[str, object]) -> str:
     """JSON with one line a field, so that profiles can be compared by eye and by diff."""
-    depths = content.pop("depths")
-    assert isinstance(depths, list)
-    head = json.dumps(content, indent=2)[:-2]
-    rows = ",\n".join(
-        "    {\n"
-        + ",\n".join(f"      {json.dumps(k)}: {json.dumps(_round(v))}" for k, v in row.items())
-        + "\n    }"
-        for row in depths
-    )
-    return f'{head},\n  "depths": [\n{rows}\n  ]\n}}\n'
+    text = json.dumps(_round(content), indent=2)
+    # A curve's knots stand on one line.
+    return re.sub(r"\[\n([^\[\]{}]+?)\n\s+\]", _on_one_line, text) + "\n"
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return f"[{', '.join(part.strip() for part in match[1].split(','))}]"
 
 
 def _round(value: object) -> object:
@@ -185,4 +239,6 @@ def _round(value: object) -> object:
         return float(f"{value:.9g}") if math.isfinite(value) else value
     if isinstance(value, list):
         return [_round(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _round(item) for name, item in value.items()}
     return value

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from echo_vllm.forecast.step_cost import Costs
 from echo_vllm.forecast.survival import OnlineSurvival, SurvivalModel
 
 Floats = NDArray[np.float64]
+
+Kind = Literal["best", "drawn"]
+"""Of candidates: the drafter's best tokens, or tokens drawn from its distribution."""
 
 MEMORY = 128
 """Drafts that are remembered."""
@@ -109,6 +112,7 @@ class Forecast:
         speed: tokens per second with that.
         plain: tokens per second of plain decoding.
         error: standard error of log(speed / plain).
+        least: what the last of the nodes is worth, in accepted tokens.
     """
 
     depth: int
@@ -117,6 +121,7 @@ class Forecast:
     speed: float
     plain: float
     error: float = 0.0
+    least: float = 1.0
 
     @property
     def gain(self) -> float:
@@ -185,6 +190,32 @@ def _trial_rows(load: Load) -> int:
     return max(load.rows + least, times * load.rows)
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What is known of one kind of candidates.
+
+    Attributes:
+        survival: calibrated probability of acceptance, by score and depth.
+        online: what serving has shown of it; None: it is not followed.
+    """
+
+    survival: SurvivalModel
+    online: OnlineSurvival | None
+
+    def factors(self) -> tuple[float, ...]:
+        """Per depth, accepted over predicted acceptance lately."""
+        return () if self.online is None else tuple(self.online.factors())
+
+    def probability(self, scores: Floats, depths: NDArray[np.int64]) -> Floats:
+        """[n], of nodes of these scores and depths [n], with the factors of now."""
+        model = self.survival
+        if factors := self.factors():
+            model = model.with_factors(torch.tensor(factors))
+        found = model.probability(torch.from_numpy(scores), torch.from_numpy(depths))
+        result: Floats = found.double().numpy()
+        return result
+
+
 class Forecaster:
     """Decides the `DraftPlan` of every step for policy `auto`."""
 
@@ -196,23 +227,32 @@ class Forecaster:
         frontier: int,
         k_max: int | None,
         online: bool,
+        drawn: SurvivalModel | None = None,
     ) -> None:
         """
         Args:
             survival: calibrated probability of acceptance of a candidate.
+            drawn: the same of a slot of drawn candidates, by what is expected of it; None where
+                there are none.
             max_depth: of one request's tree.
             frontier: nodes of one request that a drafter forward expands.
             k_max: the most nodes of the batch, prompt tokens included; None for no such limit.
             online: whether to follow observed acceptance.
         """
-        self.survival = survival
         self.max_depth = max_depth
         self.frontier = frontier
         self.widths = tuple(sorted({frontier, *(1 << i for i in range(frontier.bit_length()))}))
         """Those that are weighed."""
         self.k_max = k_max
-        self.online = OnlineSurvival(max_depth) if online else None
-        self._drafts: deque[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]
+        models: dict[Kind, SurvivalModel] = {"best": survival}
+        if drawn is not None:
+            models["drawn"] = drawn
+        self._kinds = {
+            kind: Calibrated(model, OnlineSurvival(max_depth) if online else None)
+            for kind, model in models.items()
+        }
+        self._follows = online
+        self._drafts: deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Kind]]
         self._drafts = deque(maxlen=MEMORY)
         self._drafting = False
         self._step = 0
@@ -233,33 +273,44 @@ class Forecaster:
         self._order: tuple[NDArray[Any], ...] = ()
         self._known: dict[tuple[object, ...], Forecast] = {}
 
-    def observe_draft(self, scores: list[float], depths: list[int], widths: list[int]) -> None:
-        """Remember a draft to full depth with all of the frontier: of its best nodes the path
-        log-probabilities, the depths, and which of `self.widths` each needs at least."""
+    def observe_draft(
+        self, scores: list[float], depths: list[int], widths: list[int], kind: Kind = "best"
+    ) -> None:
+        """Remember a draft to full depth with all of the frontier: of its best nodes the scores
+        (nats), the depths, and which of `self.widths` each needs at least."""
         self._drafts.append(
-            (np.array(scores, np.float32), np.array(depths, np.int64), np.array(widths, np.int64))
+            (
+                np.array(scores, np.float32),
+                np.array(depths, np.int64),
+                np.array(widths, np.int64),
+                kind,
+            )
         )
         for _ in range(2):
             if not self._is_drafting and len(self._drafts) > RESTING_MEMORY:
                 self._drafts.popleft()
 
-    def observe_acceptance(self, predicted: list[float], accepted: list[int]) -> None:
+    def observe_acceptance(
+        self, predicted: list[float], accepted: list[int], kind: Kind = "best"
+    ) -> None:
         """Learn from a verification.
 
         Args:
             predicted: per depth, the sum of the calibrated probabilities of all verified nodes.
             accepted: per depth, how many of them were accepted.
+            kind: of the nodes.
         """
-        if self.online is None:
+        online = self._kinds[kind].online
+        if online is None:
             return
         if predicted:
-            self.online.update(predicted, accepted)
+            online.update(predicted, accepted)
         else:
-            self.online.forget()
+            online.forget()
 
-    def factors(self) -> tuple[float, ...]:
+    def factors(self, kind: Kind = "best") -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
-        return () if self.online is None else tuple(self.online.factors())
+        return self._kinds[kind].factors() if kind in self._kinds else ()
 
     @property
     def _is_drafting(self) -> bool:
@@ -276,6 +327,8 @@ class Forecaster:
             prefill_tokens=load.prefill_tokens,
             cost=None if costs is None else costs.trees,
             factors=self.factors(),
+            drawn_factors=self.factors("drawn"),
+            least_worth=1.0,
         )
         if costs is None:
             return plan  # Nothing can be weighed yet.
@@ -300,6 +353,8 @@ class Forecaster:
                 plan,
                 max_rows=_trial_rows(load),
                 price=other.speed,
+                nodes=other.nodes,
+                least_worth=other.least,
                 cost=doubted.trees,
                 reads_prompts=self._is_drafting,
                 growth=self._growth(other),
@@ -321,7 +376,14 @@ class Forecaster:
             lost = step * max(0.0, math.expm1(now.gain))
             if not is_attempt and self._plain_steps.buys(lost):
                 return plan
-            plan = replace(plan, max_depth=now.depth, width=now.width, price=now.speed)
+            plan = replace(
+                plan,
+                max_depth=now.depth,
+                width=now.width,
+                price=now.speed,
+                nodes=now.nodes,
+                least_worth=now.least,
+            )
         if probes := self._due_probes(load, costs, plan, is_attempt):
             self._turn += 1
             plan = replace(plan, probes=probes)
@@ -448,7 +510,7 @@ class Forecaster:
         """
         octave = load.num_decoding.bit_length()
         num_trials = self._num_trials.get(octave, 0)
-        if self.online is None or num_trials == TRIALS or self._step < self._next_trial:
+        if not self._follows or num_trials == TRIALS or self._step < self._next_trial:
             return None
         self._next_trial = self._step + TRIAL_STEPS
         doubted = costs.doubted(load.rows, DOUBT ** min(1.0, 2 - 2 * num_trials / TRIALS))
@@ -498,7 +560,10 @@ class Forecaster:
             costs.error(load.rows, rows, drafting),
             UNKNOWN,
         )
-        return Forecast(shape.depth, shape.width, nodes, speed, plain, error)
+        gains, levels, widths, _, _ = self._order
+        among = (levels <= shape.depth) & (widths <= shape.width)
+        least = float(gains[among][int(points.chosen[i]) - 1])
+        return Forecast(shape.depth, shape.width, nodes, speed, plain, error, least)
 
     def _seconds_a_token(
         self, loads: list[float], load: Load, costs: Costs
@@ -552,17 +617,18 @@ class Forecaster:
         self._known = {}
         count = len(self._drafts)
         scores, levels, widths = (
-            np.concatenate(parts) for parts in zip(*self._drafts, strict=True)
+            np.concatenate(parts) for parts in list(zip(*self._drafts, strict=True))[:3]
         )
-        owners = np.repeat(np.arange(count), [len(scores) for scores, _, _ in self._drafts])
-        model = self.survival
-        if factors := self.factors():
-            model = model.with_factors(torch.tensor(factors))
-        survival = model.probability(torch.from_numpy(scores), torch.from_numpy(levels))
-        order = np.argsort(-survival.numpy(), kind="stable")
-        gains = survival.double().numpy()[order]
-        levels, widths = levels[order], widths[order]
-        self._order = gains, levels, widths, owners[order]
+        sizes = [len(scores) for scores, *_ in self._drafts]
+        owners = np.repeat(np.arange(count), sizes)
+        is_drawn = np.repeat([kind == "drawn" for *_, kind in self._drafts], sizes)
+        gains = np.zeros(len(scores))
+        for kind, each in self._kinds.items():
+            own = is_drawn == (kind == "drawn")
+            gains[own] = each.probability(scores[own], levels[own])
+        order = np.argsort(-gains, kind="stable")
+        gains, levels, widths = gains[order], levels[order], widths[order]
+        self._order = gains, levels, widths, owners[order], is_drawn[order]
         # Requests that may not have a level have no nodes there.
         shares = load.shares(self.max_depth)
         weights = (shares / max(shares[0], 1e-9))[levels - 1] / count
@@ -595,14 +661,17 @@ class Forecaster:
     def _error_of_tokens(self, shape: _Shape, chosen: int, share: float) -> float:
         """Standard error of the log of the tokens of a step, for the first `chosen` nodes of trees
         of a shape: by how much drafts differ, and by how much acceptance does."""
-        gains, levels, widths, owners = self._order
+        gains, levels, widths, owners, is_drawn = self._order
         among = np.nonzero((levels <= shape.depth) & (widths <= shape.width))[0][:chosen]
         count = len(self._drafts)
         each = np.bincount(owners[among], weights=gains[among], minlength=count)
-        of_levels = np.bincount(levels[among] - 1, weights=gains[among]) / count
         variance = float(each.var()) / count
-        if self.online is not None:
-            errors = np.array(self.online.errors())[: len(of_levels)]
+        for kind, known in self._kinds.items():
+            if known.online is None:
+                continue
+            own = among[is_drawn[among] == (kind == "drawn")]
+            of_levels = np.bincount(levels[own] - 1, weights=gains[own]) / count
+            errors = np.array(known.online.errors())[: len(of_levels)]
             variance += float(((of_levels * errors) ** 2).sum())
-        mean = float(of_levels.sum())
+        mean = float(each.sum()) / count
         return share * math.sqrt(variance) / (1 + share * mean)

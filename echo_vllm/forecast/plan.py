@@ -88,6 +88,9 @@ class DraftPlan:
         cost: predicted times of forwards, None if unknown.
         factors: per depth, accepted over predicted acceptance lately; empty if unknown.
         growth: per depth, how often its nodes are followed by an accepted one; empty if unknown.
+        nodes: nodes that a request which drafts is expected to have; 0 if unknown.
+        least_worth: accepted tokens that a slot of drawn candidates must be expected to add.
+        drawn_factors: `factors`, of drawn candidates.
         reads_prompts: whether prompts pass the drafter as they are read, so that their requests
             draft from the whole of them; where it rests, they do not.
         width: nodes of a request that the drafter expands of a level; None leaves it to the policy.
@@ -105,6 +108,9 @@ class DraftPlan:
     reads_prompts: bool = True
     growth: tuple[float, ...] = ()
     width: int | None = None
+    nodes: float = 0.0
+    least_worth: float = 0.0
+    drawn_factors: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` undoes it."""
@@ -112,6 +118,7 @@ class DraftPlan:
             **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cost"},
             "factors": list(self.factors),
             "growth": list(self.growth),
+            "drawn_factors": list(self.drawn_factors),
             "cost": self.cost.to_dict() if self.cost else None,
         }
 
@@ -123,6 +130,7 @@ class DraftPlan:
                 **values,
                 "factors": tuple(values["factors"]),
                 "growth": tuple(values.get("growth", ())),
+                "drawn_factors": tuple(values.get("drawn_factors", ())),
                 "cost": StepCost.from_dict(cost) if cost else None,
             }
         )

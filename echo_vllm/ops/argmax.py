@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The maximum of each row, faster than torch finds it on a CPU."""
+"""The greatest values of each row, faster than torch finds them on a CPU."""
 
 from __future__ import annotations
 
@@ -25,3 +25,35 @@ def argmax_of_rows(logits: torch.Tensor, block: int = 1024) -> torch.Tensor:
     # Past the end the last column stands again; the first of equal ones is taken.
     columns = (first + torch.arange(block)).clamp(max=num_columns - 1)
     return columns.gather(1, logits.gather(1, columns).argmax(1, keepdim=True)).squeeze(1)
+
+
+def best_of_rows(
+    values: torch.Tensor, count: int, block: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` greatest values of each row, as `values.topk(count, 1)` gives them; of equal ones
+    any.
+
+    They are looked for in the blocks with the greatest maxima: sorting is what takes the time.
+
+    Args:
+        values: [rows, V] float, without NaN.
+        count: at least 1; where V is less, so many.
+        block: columns.
+
+    Returns:
+        values [rows, min(count, V)], falling, and their places, int64.
+    """
+    num_columns = values.shape[1]
+    count = min(count, num_columns)
+    whole = num_columns // block * block
+    if whole // block <= count:
+        best = values.topk(count, dim=1)
+        return best.values, best.indices
+    blocks = torch.unflatten(values[:, :whole], 1, (-1, block))
+    first = blocks.amax(2).topk(count, dim=1).indices.unsqueeze(2) * block
+    columns = (first + torch.arange(block, device=values.device)).flatten(1)
+    if whole < num_columns:
+        rest = torch.arange(whole, num_columns, device=values.device)
+        columns = torch.cat([columns, rest.expand(len(values), -1)], dim=1)
+    best = values.gather(1, columns).topk(count, dim=1)
+    return best.values, columns.gather(1, best.indices)

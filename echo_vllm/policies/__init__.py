@@ -7,10 +7,11 @@ this package or of another one. A policy is one file with everything that is sai
 sees vLLM.
 """
 
-from echo_vllm.policies.base import DraftBatch, DraftPolicy, Observation
+from echo_vllm.policies.base import Cut, DraftBatch, DraftPolicy, Observation
 from echo_vllm.policies.registry import draws_of, make_policy, parse_section, policy_class
 
 __all__ = [
+    "Cut",
     "DraftBatch",
     "DraftPolicy",
     "Observation",

@@ -10,10 +10,15 @@ that the level is expected to add are worth more than the time that drafting and
 takes, at the current price of a second in tokens; a level is drafted if all requests that go on
 pay together for what it costs whoever goes on. Whether to draft at all, and down to which level,
 is in the plan.
+
+Of drawn candidates nothing may be chosen by what was drawn, so the forecast chooses: of the drafts
+that it remembers it takes as many nodes as pay, and what the last of them is worth is what a slot
+must be worth now. Depth is each request's own matter: it pays for its share of a level.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Self
@@ -23,13 +28,14 @@ import torch
 from pydantic import Field
 
 from echo_vllm.forecast.drafter_profile import DrafterProfile
-from echo_vllm.forecast.forecaster import Forecaster
+from echo_vllm.forecast.forecaster import PROBED_NODES, Forecaster, Kind
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.survival import SurvivalModel
-from echo_vllm.policies.base import DraftBatch, Observation
+from echo_vllm.policies.base import Cut, DraftBatch, Observation
 from echo_vllm.policies.cost_aware import CostAwareConfig, CostAwarePolicy
 from echo_vllm.policies.elastic import Floor, Profile
-from echo_vllm.transfer import download
+from echo_vllm.transfer import download, upload
+from echo_vllm.trees.drawn import NO_SLOT, DrawnLevel, DrawnPool, Survival
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
 
@@ -67,6 +73,7 @@ class AutoPolicy(CostAwarePolicy):
     )
     learns = True
     may_rest = True
+    draws = True
 
     def __init__(
         self, config: AutoConfig, max_nodes: int, profile: DrafterProfile | None = None
@@ -81,12 +88,18 @@ class AutoPolicy(CostAwarePolicy):
             floor=config.floor,
         )
         self.growth = _growth(profile, config.max_depth)
+        self.drawn_model = (
+            SurvivalModel.default(config.max_depth)
+            if profile is None or profile.drawn is None
+            else profile.drawn.survival()
+        )
         self.forecaster = Forecaster(
             survival=self.survival,
             max_depth=self.max_depth,
             frontier=self.max_frontier,
             k_max=self.k_max,
             online=self.online,
+            drawn=self.drawn_model,
         )
 
     # ---- In the scheduler's process ----
@@ -96,12 +109,17 @@ class AutoPolicy(CostAwarePolicy):
 
     def observe(self, step: Observation) -> None:
         super().observe(step)
-        if step.report is None:  # A rest.
-            self.forecaster.observe_acceptance([], [])
-            return
-        for sample in step.report["samples"]:
-            self.forecaster.observe_draft(*sample)
-        self.forecaster.observe_acceptance(step.report["predicted"], step.report["accepted"])
+        reports: dict[Kind, dict[str, Any] | None] = {
+            "best": step.report,
+            "drawn": step.drawn_report,
+        }
+        for kind, report in reports.items():
+            if report is None:  # A rest, or nobody draws.
+                self.forecaster.observe_acceptance([], [], kind)
+                continue
+            for sample in report["samples"]:
+                self.forecaster.observe_draft(*sample, kind=kind)
+            self.forecaster.observe_acceptance(report["predicted"], report["accepted"], kind)
 
     # ---- In the worker's process ----
 
@@ -158,15 +176,8 @@ class AutoPolicy(CostAwarePolicy):
     ) -> dict[str, Any]:
         """Per depth how many nodes were accepted and how many the calibration predicts of those
         verified; and what the forecast remembers of a drafting (`samples`)."""
-        depths = verified.depths.to(torch.int64)
-        num_levels = int(depths.max()) if len(depths) else 0
-        predicted = torch.zeros(num_levels).index_add_(
-            0, depths - 1, self.survival.probability(verified.path_logprobs, depths)
-        )
-        reached = num_accepted.unsqueeze(1) > torch.arange(num_levels)
         return {
-            "predicted": predicted.tolist(),
-            "accepted": reached.sum(0).tolist(),
+            **counted(self.survival, verified, num_accepted),
             "samples": [] if pool is None else self.samples(pool, probes),
         }
 
@@ -179,7 +190,8 @@ class AutoPolicy(CostAwarePolicy):
             return []
         best = pool.rows_of(probes, pool.best_first())[:, : self.max_nodes]
         logprobs = pool.rows_of(probes, pool.path_logprobs)
-        widths = least_widths(pool, probes, self.forecaster.widths)
+        parents = pool.rows_of(probes, pool.parents)
+        widths = least_widths(logprobs, parents, pool.level_starts, self.forecaster.widths)
         fields = download(
             logprobs.gather(1, best),
             pool.depths()[best],
@@ -190,28 +202,110 @@ class AutoPolicy(CostAwarePolicy):
         drafts = zip(*nodes, deepest, strict=True)
         return [tuple(draft) for *draft, last in drafts if last > NO_CANDIDATE]
 
+    # ---- Drawn candidates ----
+
+    @property
+    def drawn_ranks(self) -> int:
+        """A few draws are worth more than twice as many best tokens."""
+        return self.max_frontier
+
+    def drawn_cut(self, batch: DraftBatch) -> Cut:
+        limit, nodes = self.batch_limit(batch.load), self.max_nodes
+        if limit is not None:
+            nodes = min(nodes, limit // max(1, batch.num_requests))
+        return Cut(nodes, batch.plan.least_worth, self.floor, PROBED_NODES)
+
+    def drawn_rows(self, batch: DraftBatch, num_requests: int) -> int:
+        """What is expected, but where there is a hard limit what there may be."""
+        nodes = self.drawn_cut(batch).max_nodes
+        expected = nodes if self.k_max is not None else min(nodes, math.ceil(batch.plan.nodes))
+        return num_requests * expected
+
+    def drawn_survival(self, batch: DraftBatch, device: torch.device) -> Survival:
+        model = self.drawn_model.to(device)
+        if batch.plan.drawn_factors:
+            factors = upload(torch.tensor(batch.plan.drawn_factors), device)
+            model = model.with_factors(factors)
+        return model.probability
+
+    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        """Whoever's best node promises as many tokens as a request's share of the level costs."""
+        plan, depth = batch.plan, level.depth + 1
+        going = torch.ones(len(level.requests), dtype=torch.bool)
+        if plan.max_depth is not None and depth > plan.max_depth:
+            going[:] = False
+        elif plan.cost is not None and plan.price > 0:
+            rows = batch.num_requests * self.frontier_of(batch)
+            seconds = float(plan.cost.draft_level(rows)) / batch.num_requests
+            growth = (plan.growth or self.growth)[depth - 2]
+            (best,) = download(level.promises.amax(1))
+            # Nor can a child be worth more than its parent promises.
+            going = (best * growth > plan.price * seconds) & (best >= plan.least_worth)
+        if len(batch.probes):
+            going |= torch.isin(level.requests, batch.probes)
+        return going
+
+    def report_drawn(
+        self,
+        *,
+        verified: DraftForest,
+        num_accepted: torch.Tensor,
+        pool: DrawnPool | None,
+        probes: torch.Tensor,
+    ) -> dict[str, Any]:
+        samples = []
+        if pool is not None and pool.depth == self.max_depth:
+            # Those that drafted to full depth; see `samples`.
+            full = probes[torch.isin(probes, pool.active)]
+            promises, parents = pool.promises_of(full)
+            columns, scores, depths = pool.best(full, self.max_nodes)
+            needed = least_widths(promises, parents, pool.level_starts, self.forecaster.widths)
+            fields = download(scores, depths, needed.gather(1, columns))
+            for own, levels, widths in zip(*fields, strict=True):
+                exists = own > NO_SLOT
+                samples.append(tuple(x[exists].tolist() for x in (own, levels, widths)))
+        return {**counted(self.drawn_model, verified, num_accepted), "samples": samples}
+
 
 def least_widths(
-    pool: CandidatePool, requests: torch.Tensor, widths: Sequence[int]
+    scores: torch.Tensor, parents: torch.Tensor, level_starts: Sequence[int], widths: Sequence[int]
 ) -> torch.Tensor:
-    """[A, P] int64: the least of the rising `widths` of the frontier with which the trees of
-    `requests` [A], on the host, would have each candidate; the last one where none of the others
-    would."""
-    scores = pool.rows_of(requests, pool.path_logprobs)
-    parents = pool.rows_of(requests, pool.parents)
+    """[A, P] int64: the least of the rising `widths` of the frontier with which the trees of A
+    requests would have each candidate; the last one where none of the others would.
+
+    Args:
+        scores: [A, P] float32, by which the nodes of a level are expanded.
+        parents: [A, P] int64, columns, or ROOT.
+        level_starts: the first column of every level.
+        widths: as said.
+    """
     least = torch.full_like(parents, widths[-1])
+    num_columns = scores.shape[1]
     for width in reversed(widths[:-1]):
         # Whether a candidate is expanded; the last column stands for the root.
-        expanded = scores.new_zeros(len(scores), pool.num_columns + 1, dtype=torch.bool)
+        expanded = scores.new_zeros(len(scores), num_columns + 1, dtype=torch.bool)
         expanded[:, -1] = True
-        for depth in range(1, pool.num_levels + 1):
-            level = pool.level(depth)
+        for start, stop in pairwise([*level_starts, num_columns]):
+            level = slice(start, stop)
             exists = expanded.gather(1, parents[:, level] % expanded.shape[1])
             least[:, level].masked_fill_(exists, width)
             there = scores[:, level].masked_fill(~exists, NO_CANDIDATE)
             best = there.argsort(dim=1, descending=True, stable=True)[:, :width]
-            expanded.scatter_(1, best + level.start, exists.gather(1, best))
+            expanded.scatter_(1, best + start, exists.gather(1, best))
     return least
+
+
+def counted(
+    survival: SurvivalModel, verified: DraftForest, num_accepted: torch.Tensor
+) -> dict[str, Any]:
+    """Per depth how many verified nodes were accepted and how many the calibration predicts."""
+    depths = verified.depths.to(torch.int64)
+    num_levels = int(depths.max()) if len(depths) else 0
+    predicted = torch.zeros(num_levels).index_add_(
+        0, depths - 1, survival.probability(verified.path_logprobs, depths)
+    )
+    reached = num_accepted.unsqueeze(1) > torch.arange(num_levels)
+    return {"predicted": predicted.tolist(), "accepted": reached.sum(0).tolist()}
 
 
 def _growth(profile: DrafterProfile | None, max_depth: int) -> list[float]:

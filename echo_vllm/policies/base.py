@@ -27,7 +27,7 @@ from echo_vllm.forecast import Costs, StepCost
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.gains import usual_acceptance
 from echo_vllm.forecast.plan import DraftPlan, Load
-from echo_vllm.trees.drawn import DrawnPool, OpenLevel
+from echo_vllm.trees.drawn import DrawnLevel, DrawnPool, OpenLevel, Survival
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
 
@@ -115,6 +115,7 @@ class Observation:
         level_rows: rows of each further drafter forward.
         report: what the worker's policy said (`DraftPolicy.report`); None after a rest, of which
             it is not asked.
+        drawn_report: the same of drawn candidates (`DraftPolicy.report_drawn`).
     """
 
     rows: int = 0
@@ -125,6 +126,24 @@ class Observation:
     committed: int = 0
     level_rows: Sequence[int] = ()
     report: dict[str, Any] | None = None
+    drawn_report: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where trees of drawn candidates end. All numbers are known before anything is drawn.
+
+    Attributes:
+        max_nodes: the most nodes of one request.
+        least_worth: slots that are worth less are not verified.
+        floor: slots of greatest worth of each request that are, whatever they are worth.
+        probed: the same of a probe.
+    """
+
+    max_nodes: int
+    least_worth: float = 0.0
+    floor: int = 0
+    probed: int = 0
 
 
 class DraftPolicy(ABC):
@@ -232,29 +251,60 @@ class DraftPolicy(ABC):
 
     # ---- Drawn candidates, where `draws`: slots are given out before their tokens are drawn. ----
 
-    def drawn_nodes(self, batch: DraftBatch) -> int:
-        """Nodes that each request of a batch may have, known before anything is drawn.
+    @property
+    def drawn_ranks(self) -> int:
+        """Children of a node that are drawn at most (k)."""
+        return self.num_ranks
+
+    def drawn_cut(self, batch: DraftBatch) -> Cut:
+        """Where the trees of a batch end, known before anything is drawn.
 
         Args:
             batch: all requests that draft, those with the best candidates among them.
         """
-        return self.max_nodes
+        return Cut(self.max_nodes)
 
-    def going(self, depth: int, pool: DrawnPool, batch: DraftBatch) -> torch.Tensor:
-        """[R] bool: which requests may have nodes of the level `depth`, at least 2.
+    def drawn_rows(self, batch: DraftBatch, num_requests: int) -> int:
+        """Nodes that the best candidates' requests must reckon with in the target's forward, for
+        `num_requests` of the batch whose candidates are drawn; known before anything is drawn."""
+        return num_requests * self.drawn_cut(batch).max_nodes
 
-        A request's own nodes may be asked, and no other's: how many nodes one request has must
-        not depend on what is drawn for another, because a token budget compares them.
+    def drawn_survival(self, batch: DraftBatch, device: torch.device) -> Survival | None:
+        """Calibration of what slots are expected to be worth; None takes it as it is."""
+        return None
+
+    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        """[A] bool, on the host: which of the level's requests may have nodes below it.
+
+        What is said of a request follows from its own nodes, and from no other's: how many nodes it
+        has must not depend on what is drawn for others, because a token budget compares them. And
+        it follows from what its best node promises: a sum over nodes would let the token of one
+        decide about slots that come before it.
+
+        Args:
+            level: the deepest one.
+            batch: the requests whose candidates are drawn.
         """
-        return torch.ones(pool.num_requests, dtype=torch.bool)
+        return torch.ones(len(level.requests), dtype=torch.bool)
 
-    def drawn_parents(self, depth: int, pool: DrawnPool) -> torch.Tensor:
-        """[R, W] int64, the columns to draw the level `depth`, at least 2, under."""
-        return pool.best_parents(self.max_frontier)
+    def drawn_parents(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        """[A, W] int64, the columns of the level to draw children under."""
+        return level.best(self.frontier_of(batch))
 
     def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
-        """[R, W] int64: children that each parent gets, `num_ranks` at most."""
-        return torch.full(level.parents.shape, self.num_ranks, device=level.parents.device)
+        """[A, W] int64: children that each parent gets, `drawn_ranks` at most."""
+        return torch.full(level.parents.shape, self.drawn_ranks, device=level.parents.device)
+
+    def report_drawn(
+        self,
+        *,
+        verified: DraftForest,
+        num_accepted: torch.Tensor,
+        pool: DrawnPool | None,
+        probes: torch.Tensor,
+    ) -> dict[str, Any] | None:
+        """`report`, of requests whose candidates are drawn; the probes are of their batch."""
+        return None
 
     @property
     def num_nodes(self) -> int:

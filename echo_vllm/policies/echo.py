@@ -33,10 +33,10 @@ from echo_vllm import ops
 from echo_vllm.forecast import StepCost, budget_rows
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
-from echo_vllm.policies.base import DraftBatch, DraftPolicy
+from echo_vllm.policies.base import Cut, DraftBatch, DraftPolicy
 from echo_vllm.policies.elastic import Floor, GatedConfig
 from echo_vllm.transfer import download
-from echo_vllm.trees.drawn import DrawnPool
+from echo_vllm.trees.drawn import DrawnLevel
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
 
@@ -184,17 +184,16 @@ class EchoPolicy(DraftPolicy):
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
         return pool.take_ragged(columns, cu_nodes)
 
-    def drawn_nodes(self, batch: DraftBatch) -> int:
+    def drawn_cut(self, batch: DraftBatch) -> Cut:
         """An equal part of the budget: one that went by promise would tie a request's nodes to what
         is drawn for others."""
-        return min(self.max_nodes, self.budget(batch) // max(1, batch.num_requests))
+        return Cut(min(self.max_nodes, self.budget(batch) // max(1, batch.num_requests)))
 
-    def going(self, depth: int, pool: DrawnPool, batch: DraftBatch) -> torch.Tensor:
-        """A gate asks how probably the best node of its level is reached."""
-        if depth - 1 not in self.gates:
-            return super().going(depth, pool, batch)
-        best = pool.reaches(pool.best_parents(1)).squeeze(1)
-        return download(best > self.gates[depth - 1])[0]
+    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        """A gate asks what the best node of its level promises."""
+        if level.depth not in self.gates:
+            return super().going(level, batch)
+        return download(level.promises.amax(1) > self.gates[level.depth])[0]
 
     def _is_depth(self, pool: CandidatePool) -> torch.Tensor:
         """[R, P] bool: the best node of a level that passed its gate, or an ancestor of one."""

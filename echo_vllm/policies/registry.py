@@ -173,20 +173,15 @@ def _check_candidates(config: EchoConfig, policy: type[DraftPolicy]) -> None:
     """Refuse drawn candidates where there can be none.
 
     Raises:
-        EchoConfigError: the policy has no drawn candidates, or a trace is asked for.
+        EchoConfigError: the policy has no drawn candidates.
     """
-    where, value = f"{SECTION}.candidates", show(config.candidates)
+    where = f"{SECTION}.candidates"
     if config.candidates == "drawn" and not policy.draws:
         names = either([name for name, each in BUILT_IN.items() if each.draws])
         raise EchoConfigError(
             f"{where} drawn needs a policy that gives out nodes before their tokens are drawn, "
             f'got policy {config.policy}; set it to "auto" or "best", or {SECTION}.policy to '
             f"{names}."
-        )
-    if config.trace is not None and draws_of(config):
-        raise EchoConfigError(
-            f'{where} must be "best" with {SECTION}.trace, which has no place for drawn '
-            f"candidates, got {value}; remove one of the two."
         )
 
 

@@ -25,7 +25,7 @@ from echo_vllm.config import (
 )
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.policies.base import DraftBatch, DraftPolicy
-from echo_vllm.trees.drawn import DrawnPool, OpenLevel
+from echo_vllm.trees.drawn import DrawnLevel, OpenLevel
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
 
@@ -167,9 +167,9 @@ class FixedShapePolicy(DraftPolicy):
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         return pool.take(self.columns(pool))
 
-    def drawn_parents(self, depth: int, pool: DrawnPool) -> torch.Tensor:
-        parents, _ = self._drawn[depth - 1]
-        return torch.tensor(parents).expand(pool.num_requests, -1)
+    def drawn_parents(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        parents, _ = self._drawn[level.depth]
+        return torch.tensor(parents).expand(len(level.requests), -1)
 
     def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
         _, widths = self._drawn[level.depth - 1]

@@ -507,11 +507,16 @@ def check_features(vllm_config: VllmConfig) -> None:
                 "unset the variable, or set it to 0",
             )
         assert vllm_config.speculative_config is not None
-        policy = vllm_config.speculative_config.echo.policy
-        if not policy_class(policy).has_fixed_size:
+        section = vllm_config.speculative_config.echo
+        if not policy_class(section.policy).has_fixed_size:
             refuse(
-                f"Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) and policy {policy}",
+                f"Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) and policy {section.policy}",
                 "unset the variable, or choose a policy with trees of a fixed size, such as topn",
+            )
+        if section.candidates == "drawn":
+            refuse(
+                "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) and candidates drawn",
+                'unset the variable, or set candidates to "auto" or "best"',
             )
     if _is_switched_on("VLLM_BATCH_INVARIANT"):
         refuse("VLLM_BATCH_INVARIANT=1", "unset the variable")

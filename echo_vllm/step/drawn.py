@@ -78,10 +78,18 @@ class DrawnRequests:
             own = values[slots]
             return upload(torch.from_numpy(own), device) if (own != neutral).any() else None
 
-        temperature = upload(torch.from_numpy(self._temperature[slots]), device)
         return Sampling(
-            temperature, given(self._top_k, _ANY), given(self._top_p, 1), given(self._min_p, 0)
+            given(self._temperature, 1),
+            given(self._top_k, _ANY),
+            given(self._top_p, 1),
+            given(self._min_p, 0),
+            torch.from_numpy(self._is_truncated(slots)),
         )
+
+    def _is_truncated(self, slots: Ints) -> NDArray[np.bool_]:
+        """[R] bool, which of the requests in `slots` ask for top-k or top-p."""
+        found: NDArray[np.bool_] = (self._top_k[slots] != _ANY) | (self._top_p[slots] != 1)
+        return found
 
     def root_keys(self, slots: Ints, positions: Ints, device: torch.device) -> torch.Tensor:
         """[R] int64, see `draws.root_keys`: `positions` are those of the tokens to come."""
@@ -91,13 +99,15 @@ class DrawnRequests:
 
     def put(self, slots: Ints, pool: DrawnPool, forest: DraftForest) -> None:
         """Keep what the trees of `forest`, taken from `pool`, need for their verification."""
-        rows, numbers = download(*pool.rows_of(forest))
+        rows, numbers = pool.rows_of(forest)
+        # Of the distributions only those that a tree still has children of.
+        used, places = rows[rows >= 0].unique(return_inverse=True)
+        rows[rows >= 0] = places
         owner, place = owners(forest.cu_nodes.diff().numpy().astype(np.int64) + 1)
         self._draft_rows[slots] = -1
         self._draft_rows[slots[owner], place] = rows.numpy()
         self._uniforms[slots[owner], place] = numbers.numpy()
-        probs = pool.draft_probs()
-        self._probs.update(dict.fromkeys(slots.tolist(), probs))
+        self._probs.update(dict.fromkeys(slots.tolist(), pool.draft_probs(used)))
 
     def verify(
         self,
@@ -146,10 +156,11 @@ class DrawnRequests:
         own_slots = slots[requests[row_owner]]
         probs, draft_rows = self._drawn_from(own_slots, row_place, vocab, device)
         max_depth = others.accepted_rows.shape[1] - 1
+        values, rows = self._processed(logits, sampling, rows, requests[row_owner], slots)
         accepted, counts, last = download(
             *ops.sample_path(
-                self._processed(logits, sampling, rows, requests[row_owner], slots),
-                upload(torch.arange(len(rows), dtype=torch.int32), device),
+                values,
+                upload(torch.from_numpy(rows.astype(np.int32)), device),
                 probs,
                 upload(draft_rows, device),
                 self._draft_ids,
@@ -209,24 +220,37 @@ class DrawnRequests:
         rows: Ints,
         owner: Ints,
         slots: Ints,
-    ) -> torch.Tensor:
-        """[len(rows), V] float32: temperature, min-p, top-k and top-p, in vLLM's order."""
-        device = logits.device
-        min_p = self._min_p[slots[owner]]
-        pieces = []
-        for start in range(0, len(rows), MAX_SAMPLED_ROWS):
-            part = slice(start, start + MAX_SAMPLED_ROWS)
-            index = upload(torch.from_numpy(owner[part]), device)
-            temperature = upload(torch.from_numpy(self._temperature[slots[owner[part]]]), device)
-            values = logits[upload(torch.from_numpy(rows[part]), device)].float()
-            values = values.div_(temperature.unsqueeze(1))
+    ) -> tuple[torch.Tensor, Ints]:
+        """Temperature, min-p, top-k and top-p, in vLLM's order, of `rows` [n] of the logits.
+
+        Nobody reads these rows again, so where they are float32 they are changed where they are: a
+        copy of all would cost more than the walk, which reads few of them.
+
+        Returns:
+            [m, V] float32, and in which of its rows the n are.
+        """
+        if logits.dtype != torch.float32:
+            logits = logits[upload(torch.from_numpy(rows), logits.device)].float()
+            rows = np.arange(len(rows))
+        device, own = logits.device, slots[owner]
+        temperature = np.ones(len(logits), np.float32)
+        temperature[rows] = self._temperature[own]
+        if (temperature != 1).any():
+            logits.div_(upload(torch.from_numpy(temperature), device).unsqueeze(1))
+        min_p = self._min_p[own]
+        cut = np.flatnonzero(self._is_truncated(own) | (min_p > 0))
+        for start in range(0, len(cut), MAX_SAMPLED_ROWS):
+            part = cut[start : start + MAX_SAMPLED_ROWS]
+            places = upload(torch.from_numpy(rows[part]), device)
+            requests = upload(torch.from_numpy(owner[part]), device)
+            values = logits[places]
             if min_p[part].any():
                 least = upload(torch.from_numpy(min_p[part]), device).log().unsqueeze(1)
                 values.masked_fill_(values < values.amax(1, keepdim=True) + least, float("-inf"))
-            top_k = None if sampling.top_k is None else sampling.top_k[index]
-            top_p = None if sampling.top_p is None else sampling.top_p[index]
-            pieces.append(apply_top_k_top_p(values, top_k, top_p))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            top_k = None if sampling.top_k is None else sampling.top_k[requests]
+            top_p = None if sampling.top_p is None else sampling.top_p[requests]
+            logits[places] = apply_top_k_top_p(values, top_k, top_p)
+        return logits, rows
 
 
 def _places(draft_offsets: torch.Tensor, vocab: int) -> torch.Tensor:

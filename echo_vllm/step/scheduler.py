@@ -10,6 +10,7 @@ ranks, so ranks never disagree.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -275,7 +276,16 @@ class EchoScheduler(Scheduler):
         stats.rested = plan.max_depth == 0 and not plan.probes and not stats.nodes
         stats.plan_depth, stats.plan_price = plan.max_depth, plan.price
         stats.plan_rows = plan.max_rows or 0.0
-        stats.expected = (stats.report or {}).get("predicted", [])
+        stats.expected = [
+            sum(of_kinds)
+            for of_kinds in itertools.zip_longest(
+                *(
+                    (report or {}).get("predicted", [])
+                    for report in (stats.report, stats.drawn_report)
+                ),
+                fillvalue=0.0,
+            )
+        ]
         gap = stats.idle_s if stats.idle_s < LONGEST_GAP_S else 0.0
         stats.spent_s = stats.verify_s + stats.draft_s + gap
         costs = self._policy.costs()
@@ -295,7 +305,7 @@ class EchoScheduler(Scheduler):
 
     def _learn(self, stats: StepStats) -> None:
         self._waiting = stats.waiting
-        step = Observation(report=stats.report)
+        step = Observation(report=stats.report, drawn_report=stats.drawn_report)
         if stats.cost is not None:  # The first step, which is like no other.
             self._policy.set_cost(StepCost.from_dict(stats.cost))
         else:
@@ -310,7 +320,8 @@ class EchoScheduler(Scheduler):
                 level_rows=stats.level_rows,
             )
         self._policy.observe(step)
-        stats.cost = stats.report = None  # The front end needs neither.
+        # The front end needs none of them.
+        stats.cost = stats.report = stats.drawn_report = None
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's statistics and ours, both of the tokens that requests really got.

@@ -35,6 +35,7 @@ class _Draft:
     logprobs: list[float]
     level_starts: list[int]
     selected: list[int]
+    drawn: bool
 
 
 class TraceRecorder:
@@ -100,24 +101,37 @@ class TraceRecorder:
                 "depth_limits": _listed(batch.depth_limits),
             },
         }
-        if report.pool is None or report.forest is None:
+        forest = report.forest
+        if forest is None or not forest.num_nodes:
             return
-        pool, forest = report.pool.on_host(), report.forest
         assert forest.columns is not None
         cu = forest.cu_nodes.tolist()
-        for i, req_id in enumerate(req_ids):
-            exists = pool.path_logprobs[i] > NO_CANDIDATE
-            # Index -1, the root, finds the last entry.
-            place = torch.cat([exists.cumsum(0) - 1, torch.tensor([ROOT])])
-            size = int(exists.sum())
-            starts = [int(exists[:start].sum()) for start in pool.level_starts]
-            self._drafts[req_id] = _Draft(
-                context_lens[i] + 1,
-                place[pool.parents[i, exists]].tolist(),
-                pool.path_logprobs[i, exists].tolist(),
-                [start for start in starts if start < size],
-                place[forest.columns[cu[i] : cu[i + 1]]].tolist(),
-            )
+        drawn = report.drawn_places
+        is_best = torch.ones(len(req_ids), dtype=torch.bool)
+        is_best[drawn] = False
+        kinds = []
+        if report.pool is not None:
+            pool = report.pool.on_host()
+            best = (pool.path_logprobs, pool.parents, pool.level_starts)
+            kinds.append((is_best.nonzero().squeeze(1), best, False))
+        if report.drawn_pool is not None:
+            slots = (*report.drawn_pool.candidates(), report.drawn_pool.level_starts)
+            kinds.append((drawn, slots, True))
+        for places, (scores, parents, level_starts), is_drawn in kinds:
+            for row, i in enumerate(places.tolist()):
+                exists = scores[row] > NO_CANDIDATE
+                # Index -1, the root, finds the last entry.
+                place = torch.cat([exists.cumsum(0) - 1, torch.tensor([ROOT])])
+                size = int(exists.sum())
+                starts = [int(exists[:start].sum()) for start in level_starts]
+                self._drafts[req_ids[i]] = _Draft(
+                    context_lens[i] + 1,
+                    place[parents[row, exists]].tolist(),
+                    scores[row, exists].tolist(),
+                    [start for start in starts if start < size],
+                    place[forest.columns[cu[i] : cu[i + 1]]].tolist(),
+                    is_drawn,
+                )
 
     def verified(
         self,
@@ -154,6 +168,7 @@ class TraceRecorder:
                     level_starts=draft.level_starts,
                     selected=draft.selected[: sizes[i]],
                     accepted=[draft.selected[row - 1] for row in path],
+                    drawn=draft.drawn,
                 )
             )
         self._drafts.clear()

@@ -5,28 +5,36 @@
 Whether a drawn token is verified must not depend on the token itself, nor on what hangs below it
 (docs/drawn.md). So a level is grown in two steps. `DrawnPool.open` gives an `OpenLevel`: the worth
 of every slot, from the parents and from expectations alone. A policy sees no more than that when
-it says how many children each parent gets. Only then `fill` takes the draws; from then on their
-scores decide who gets children, never who stays. The forest is the slots of greatest worth, in
-which a slot is never worth more than the one above it or an earlier sibling: the order of falling
-worth is an order in which all of it could have been drawn one by one, so cutting by it anywhere is
-sound, as long as where to cut does not follow from slots behind the cut.
+it says how many children each parent gets. Only then `fill` takes the draws; from then on what they
+promise (`DrawnLevel`) decides who gets children, never who stays.
+
+The forest is the slots of greatest worth. Cutting by worth anywhere is sound, as long as where to
+cut does not follow from slots behind the cut, because all that is decided about a slot is decided
+by slots that come earlier in the order of falling worth. Two rules make it so: a slot is never
+worth more than its parent promises or than an earlier sibling is worth, and a node never promises
+more than its slot was worth. Whatever a token promises, it can move nothing that comes before it.
 
 The counterpart for certain candidates is `pool.CandidatePool`. Nothing here knows a policy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from echo_vllm import ops
-from echo_vllm.transfer import download
+from echo_vllm.transfer import download, upload
 from echo_vllm.trees.draws import Draws, Stream, uniforms
 from echo_vllm.trees.forest import ROOT, DraftForest
 
 NO_SLOT = float("-inf")
 """Worth of a column that holds no node."""
+
+Survival = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From scores [..., n] float32 in nats and depths [n] int64 to probabilities [..., n] float32 that
+do not fall with the score (`forecast.survival.SurvivalModel.probability`)."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +43,70 @@ class OpenLevel:
 
     Attributes:
         depth: of the children, from 1.
-        parents: [R, W] int64, columns of the pool, or ROOT.
-        reaches: [R, W] float32 in 0..1, how probably each parent is on the accepted path, given its
-            token; 0 where there is no such parent.
-        worths: [R, W, k] float32, accepted tokens that each parent's first to k-th child is
-            expected to add; not above the parent's own, nor above that of the sibling before.
+        parents: [A, W] int64, columns of the pool, or ROOT; of the active requests.
+        reaches: [A, W] float32 in 0..1, how probably each parent is on the accepted path, given its
+            token, before calibration; 0 where there is no such parent.
+        expected: [A, W, k] float32 in 0..1, accepted tokens that each parent's first to k-th child
+            is expected to add, before calibration.
+        worths: [A, W, k] float32 in 0..1, the same after calibration; not above what the parent
+            promises, nor above that of the sibling before.
     """
 
     depth: int
     parents: torch.Tensor
     reaches: torch.Tensor
+    expected: torch.Tensor
     worths: torch.Tensor
 
 
-class DrawnPool:
-    """All drawn candidates of R requests, level after level; P columns a request."""
+@dataclass(frozen=True)
+class DrawnLevel:
+    """What may be known of the deepest level when children are given to its nodes.
 
-    def __init__(self, root_keys: torch.Tensor) -> None:
-        """Args: root_keys: [R] int64, of `draws.root_keys`; the pool lives on their device."""
+    A node promises what its token makes it worth, but never more than its slot was worth before:
+    so much that a token may say for its own children, and no more against other slots.
+
+    Attributes:
+        depth: of the nodes.
+        requests: [A] int64, on the host, the active requests.
+        first: the column of the first node.
+        promises: [A, C] float32 in 0..1, of the columns from `first` on; 0 where there is no node.
+    """
+
+    depth: int
+    requests: torch.Tensor
+    first: int
+    promises: torch.Tensor
+
+    def best(self, width: int) -> torch.Tensor:
+        """[A, min(width, C)] int64, the columns that promise most, ties by column."""
+        order = self.promises.argsort(dim=1, descending=True, stable=True)
+        return order[:, :width] + self.first
+
+
+class DrawnPool:
+    """All drawn candidates of R requests, level after level; P columns a request.
+
+    Attributes:
+        active: [A] int64, on the host, ascending: the requests that the next level is drawn for.
+    """
+
+    def __init__(self, root_keys: torch.Tensor, survival: Survival | None = None) -> None:
+        """
+        Args:
+            root_keys: [R] int64, of `draws.root_keys`; the pool lives on their device.
+            survival: calibration of expected acceptance, by score (its logarithm) and depth; None
+                takes expectations as they are.
+        """
         requests, device = len(root_keys), root_keys.device
+        self._survival = survival
+        self.active = torch.arange(requests)
         # The first column is the root, so that ROOT is the place before the first node's.
         self._keys = root_keys.unsqueeze(1)
         self._reaches = torch.ones(requests, 1, device=device)
+        self._expected = torch.ones(requests, 1, device=device)
         self._worths = torch.ones(requests, 1, device=device)
+        self._promises = torch.ones(requests, 1, device=device)
         self._rows = torch.full((requests, 1), -1, dtype=torch.int32, device=device)
         self._parents = torch.empty(requests, 0, dtype=torch.int64, device=device)
         self._token_ids = torch.empty(requests, 0, dtype=torch.int64, device=device)
@@ -73,32 +122,31 @@ class DrawnPool:
         """Levels that are filled."""
         return len(self._starts) - 2
 
-    def best_parents(self, width: int) -> torch.Tensor:
-        """[R, min(width, level)] int64, the columns of the deepest level to draw children under:
-        those that are most probably reached, ties by column."""
-        level = slice(self._starts[-2] + 1, self._starts[-1] + 1)
-        order = self._reaches[:, level].argsort(dim=1, descending=True, stable=True)
-        return order[:, :width] + self._starts[-2]
+    def go_on(self, requests: torch.Tensor) -> None:
+        """Leave out of all further levels the active requests that are not in `requests` ([A'], on
+        the host, ascending)."""
+        self.active = requests
+
+    def deepest(self) -> DrawnLevel:
+        """The level to draw children under."""
+        first, stop = self._starts[-2:]
+        promises = self._of_active(self._promises)[:, first + 1 : stop + 1]
+        return DrawnLevel(self.depth, self.active, first, promises)
 
     def keys_of(self, parents: torch.Tensor) -> torch.Tensor:
-        """[R, W] int64, the keys of nodes [R, W], for `draws.draw_children`."""
-        return self._keys.gather(1, parents + 1)
+        """[A, W] int64, the keys of nodes [A, W], for `draws.draw_children`."""
+        return self._of_active(self._keys).gather(1, parents + 1)
 
     def tokens_of(self, parents: torch.Tensor) -> torch.Tensor:
-        """[R, W] int64, the target's tokens of nodes [R, W], none of which may be the root."""
-        return self._token_ids.gather(1, parents)
-
-    def reaches(self, parents: torch.Tensor) -> torch.Tensor:
-        """[R, W] float32 in 0..1, how probably each of the nodes [R, W] is on the accepted path,
-        given all tokens drawn so far; 0 where there is no node."""
-        return self._reaches.gather(1, parents + 1)
+        """[A, W] int64, the target's tokens of nodes [A, W], none of which may be the root."""
+        return self._of_active(self._token_ids).gather(1, parents)
 
     def open(self, parents: torch.Tensor, gains: torch.Tensor) -> OpenLevel:
         """The level below `parents`, before anything is drawn.
 
         Args:
-            parents: [R, W] int64, of the deepest level, each at most once; ROOT for the first one.
-            gains: [R, W, k] float32 in 0..1, the probability that a parent's r-th child is the
+            parents: [A, W] int64, of the deepest level, each at most once; ROOT for the first one.
+            gains: [A, W, k] float32 in 0..1, the probability that a parent's r-th child is the
                 accepted one, given that the parent is (`forecast.gains.expected_gains`).
 
         Raises:
@@ -109,10 +157,14 @@ class DrawnPool:
                 f"parents must be columns {self._starts[-2]} to {self._starts[-1] - 1} of the "
                 f"deepest level, got {parents.min()} to {parents.max()}"
             )
-        reaches = self._reaches.gather(1, parents + 1)
-        limits = self._worths.gather(1, parents + 1).clamp(min=0.0).unsqueeze(2)
-        worths = torch.minimum(reaches.unsqueeze(2) * gains, limits).cummin(dim=2).values
-        return OpenLevel(self.depth + 1, parents, reaches, worths)
+        reaches, above, promises = (
+            self._of_active(values).gather(1, parents + 1)
+            for values in (self._reaches, self._expected, self._promises)
+        )
+        expected = torch.minimum(reaches.unsqueeze(2) * gains, above.unsqueeze(2))
+        expected = expected.cummin(dim=2).values
+        worths = torch.minimum(self._calibrated(expected, self.depth + 1), promises.unsqueeze(2))
+        return OpenLevel(self.depth + 1, parents, reaches, expected, worths.cummin(dim=2).values)
 
     def fill(
         self,
@@ -126,11 +178,11 @@ class DrawnPool:
 
         Args:
             level: of the last `open`.
-            widths: [R, W] int64, children that each parent gets, made from `level` and what was
+            widths: [A, W] int64, children that each parent gets, made from `level` and what was
                 known before it.
-            draws: of the R * W parents, with k children each.
-            target_ids: [R * W, k] int64, their tokens in the target's vocabulary.
-            reaches: [R * W, k] float32, the probability that each child is the accepted one, given
+            draws: of the A * W parents, with k children each.
+            target_ids: [A * W, k] int64, their tokens in the target's vocabulary.
+            reaches: [A * W, k] float32, the probability that each child is the accepted one, given
                 that its parent is (`forecast.gains.reaches_of`).
 
         Raises:
@@ -155,33 +207,66 @@ class DrawnPool:
         first_row = sum(len(probs) for probs in self._draft_probs)
         rows = torch.arange(first_row, first_row + requests * width, device=device)
         rows = rows.view(requests, width).to(torch.int32)
-        self._rows.scatter_(1, level.parents + 1, rows)
+        active = upload(self.active, device)
+        self._rows[active.unsqueeze(1), level.parents + 1] = rows
         self._draft_probs.append(draws.probs)
-        own = level.reaches.unsqueeze(2) * reaches.view(shape)
-        for name, new in (
-            ("_keys", draws.keys.view(shape)),
-            ("_reaches", own.masked_fill(~exists, 0.0)),
-            ("_worths", level.worths.masked_fill(~exists, NO_SLOT)),
-            ("_rows", rows.new_full(shape, -1)),
-            ("_parents", level.parents.unsqueeze(2).expand(shape)),
-            ("_token_ids", target_ids.view(shape)),
+        own = (level.reaches.unsqueeze(2) * reaches.view(shape)).masked_fill(~exists, 0.0)
+        worths = level.worths.masked_fill(~exists, NO_SLOT)
+        promises = torch.minimum(self._calibrated(own, level.depth), level.worths)
+        for name, new, nothing in (
+            ("_keys", draws.keys.view(shape), 0),
+            ("_reaches", own, 0.0),
+            ("_expected", level.expected.masked_fill(~exists, 0.0), 0.0),
+            ("_worths", worths, NO_SLOT),
+            ("_promises", promises.masked_fill(~exists, 0.0), 0.0),
+            ("_rows", rows.new_full(shape, -1), -1),
+            ("_parents", level.parents.unsqueeze(2).expand(shape), ROOT),
+            ("_token_ids", target_ids.view(shape), 0),
         ):
-            setattr(self, name, torch.cat([getattr(self, name), new.flatten(1)], 1))
+            values = getattr(self, name)
+            if requests < self.num_requests:
+                columns = values.new_full((self.num_requests, width * k), nothing)
+                new = columns.index_copy_(0, active, new.flatten(1).to(values.dtype))
+            setattr(self, name, torch.cat([values, new.flatten(1)], 1))
         self._starts.append(self._parents.shape[1])
 
-    def take(self, budget: int, max_per_request: int, least_worth: float = 0.0) -> DraftForest:
+    def _of_active(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [R, ...] of the active requests."""
+        if len(self.active) == self.num_requests:
+            return values
+        return values[upload(self.active, values.device)]
+
+    def _calibrated(self, expected: torch.Tensor, depth: int) -> torch.Tensor:
+        """Probabilities [A, W, k] of a depth, after calibration."""
+        if self._survival is None:
+            return expected
+        depths = torch.full((1,), depth, device=expected.device)
+        return self._survival(expected.log().unsqueeze(-1), depths).squeeze(-1)
+
+    def take(
+        self,
+        budget: int,
+        max_per_request: int,
+        least_worth: float = 0.0,
+        floors: torch.Tensor | None = None,
+    ) -> DraftForest:
         """The slots of greatest worth, as a forest whose nodes fall in worth.
 
         Any prefix of a request's nodes may be verified instead of all of them. `path_logprobs` are
-        the logarithms of the slots' worths.
+        the logarithms of what was expected of the slots before calibration.
 
         Args:
             budget: nodes of the batch, known before this drafting.
             max_per_request: nodes of one request.
             least_worth: slots of less are left out; known before this drafting, as a price is.
+            floors: [R] int64, how many slots of each request stay whatever they are worth; known
+                before this drafting. None for none.
         """
         worths = self._worths[:, 1:]
-        worths = worths.masked_fill(~(worths >= least_worth), NO_SLOT)
+        stays = worths >= least_worth
+        if floors is not None:
+            stays |= self._ranks() < floors.unsqueeze(1)
+        worths = worths.masked_fill(~stays, NO_SLOT)
         tiers = torch.zeros(worths.shape, dtype=torch.int32, device=worths.device)
         columns, cu_nodes = ops.select_budget(worths, tiers, self._parents, budget, max_per_request)
         owner = torch.searchsorted(
@@ -198,30 +283,94 @@ class DrawnPool:
             self._token_ids[owner, columns].to(torch.int32),
             position[owner, above + 1].to(torch.int32),
             torch.searchsorted(level_starts, columns, right=True).to(torch.int32),
-            worths[owner, columns].log(),
+            self._expected[owner, columns + 1].log(),
             cu_nodes,
             columns,
         )
         return DraftForest(*fields)
 
-    def draft_probs(self) -> torch.Tensor:
-        """[m, V_draft] float32, q of all rows that children were drawn from, for `sample_path`."""
-        return torch.cat(self._draft_probs)
+    def _ranks(self) -> torch.Tensor:
+        """[R, P] int64, every slot's place in the order of falling worth, ties by column."""
+        order = self._worths[:, 1:].argsort(dim=1, descending=True, stable=True)
+        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        return torch.empty_like(order).scatter_(1, order, places)
 
-    def rows_of(self, forest: DraftForest) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `ops.sample_path` wants for a forest of this pool, or for a prefix of one.
+    @property
+    def level_starts(self) -> list[int]:
+        """The first column of every level."""
+        return self._starts[1:-1]
+
+    def best(
+        self, requests: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The slots of greatest worth, [n, min(count, P)] each.
+
+        Args:
+            requests: [n] int64, on the host, whose.
+            count: slots of each.
 
         Returns:
-            draft_rows: [K + R] int32, rows of `draft_probs`.
-            uniforms: [K + R] float64.
+            columns: int64.
+            scores: float32, what was expected of each, as `path_logprobs` of `take`; -inf: no slot.
+            depths: int64.
+        """
+        own = upload(requests, self._keys.device)
+        columns = self._worths[own, 1:].argsort(dim=1, descending=True, stable=True)[:, :count]
+        scores = self._expected[own, 1:].gather(1, columns).log()
+        starts = torch.tensor(self.level_starts, device=columns.device)
+        return columns, scores, torch.searchsorted(starts, columns.contiguous(), right=True)
+
+    def promises_of(self, requests: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What all nodes of `requests` ([n], on the host) promise and their parents, [n, P]."""
+        own = upload(requests, self._keys.device)
+        return self._promises[own, 1:], self._parents[own]
+
+    def candidates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots, for a record, on the host.
+
+        Returns:
+            scores: [R, P] float32, nats, as `path_logprobs` of `take`; NO_SLOT: there is none.
+            parents: [R, P] int64, columns, or ROOT.
+        """
+        exists = self._worths[:, 1:] > NO_SLOT
+        scores = self._expected[:, 1:].log().masked_fill(~exists, NO_SLOT)
+        scores, parents = download(scores, self._parents)
+        return scores, parents
+
+    def draft_probs(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, V_draft] float32, q of `rows` ([n] int64, on the host, ascending), which `rows_of`
+        names."""
+        parts, first = [], 0
+        for probs in self._draft_probs:
+            own = rows[(rows >= first) & (rows < first + len(probs))] - first
+            first += len(probs)
+            if len(own):
+                parts.append(probs[upload(own, probs.device)])
+        return torch.cat(parts) if parts else self._draft_probs[0][:0]
+
+    def rows_of(self, forest: DraftForest) -> tuple[torch.Tensor, torch.Tensor]:
+        """What decides about a forest of this pool, or about a prefix of one: per row of its trees
+        (the root, then the nodes of each request)
+
+        Returns:
+            rows: [K + R] int64, the row of q that its children were drawn from; -1 without
+                children in the forest.
+            uniforms: [K + R] float64, for `ops.sample_path`.
+
+        Both are on the host.
         """
         assert forest.columns is not None, "a forest that was taken from a pool knows its columns"
         sizes = forest.cu_nodes.diff().long() + 1
         owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        starts = sizes.cumsum(0) - sizes
         places = torch.zeros(len(owner), dtype=torch.int64)
-        is_root = torch.ones(len(owner), dtype=torch.bool)
-        is_root[1:] = owner.diff() > 0
-        places[~is_root] = forest.columns + 1
-        owner, places = owner.to(self._keys.device), places.to(self._keys.device)
-        keys = self._keys[owner, places]
-        return self._rows[owner, places], uniforms(keys, Stream.ACCEPT)
+        is_node = torch.ones(len(owner), dtype=torch.bool)
+        is_node[starts] = False
+        places[is_node] = forest.columns + 1
+        is_parent = torch.zeros(len(owner), dtype=torch.bool)
+        is_parent[starts[owner[is_node]] + 1 + forest.parents] = True
+        device = self._keys.device
+        requests, columns = upload(owner, device), upload(places, device)
+        numbers = uniforms(self._keys[requests, columns], Stream.ACCEPT)
+        rows, numbers = download(self._rows[requests, columns], numbers)
+        return rows.long().masked_fill(~is_parent, -1), numbers

@@ -18,12 +18,14 @@ from enum import IntEnum
 
 import torch
 
+from echo_vllm.transfer import upload
+
 NUCLEUS = 256
 """Tokens among which the ends of top-k and top-p are looked for. A wider q than the request's own
 is as exact as any other q, and sorting a vocabulary takes longer than what that would gain."""
 
-SUMMED_AT_ONCE = 1 << 24
-"""Probabilities whose running sums are in memory at once, 128 MiB."""
+BLOCK = 128
+"""Tokens that are summed together: a draw looks for the block first, then inside of it."""
 
 EXHAUSTED = 1e-12
 """Share of q's mass below which nothing is left to draw."""
@@ -43,16 +45,33 @@ class Sampling:
     """How the rows of a drafting are sampled, one entry a row.
 
     Attributes:
-        temperature: [rows] float32; 0: the row's best tokens are taken instead of draws.
+        temperature: [rows] float32, above 0; None where all are 1.
         top_k: [rows] int64, at least 1; None where no row asks for it.
         top_p: [rows] float32 in (0, 1]; None as above.
         min_p: [rows] float32 in [0, 1]; None as above.
+        truncated: [rows] bool, on the host, the rows that ask for top-k or top-p: only these are
+            sorted. None where it may be any.
     """
 
-    temperature: torch.Tensor
+    temperature: torch.Tensor | None = None
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
     min_p: torch.Tensor | None = None
+    truncated: torch.Tensor | None = None
+
+    def of(self, requests: torch.Tensor, width: int) -> Sampling:
+        """The same for `width` rows of each of some rows, `requests` [A] (on the host,
+        ascending)."""
+
+        def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            if len(requests) < len(values):
+                values = values[upload(requests, values.device)]
+            return values.repeat_interleave(width)
+
+        fields = (self.temperature, self.top_k, self.top_p, self.min_p, self.truncated)
+        return Sampling(*map(rows, fields))
 
 
 @dataclass(frozen=True)
@@ -111,34 +130,54 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def draft_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """[rows, V_draft] float32, q: the drafter's distribution at each row's own parameters.
 
-    A row of temperature 0 has that of temperature 1. Ties at the end of top-k and top-p stay in.
+    Ties at the end of top-k and top-p stay in. A row with NaN or a logit of
+    plus infinity is NaN.
 
     Args:
         logits: [rows, V_draft], floating point.
         sampling: of the rows.
     """
-    greedy = (sampling.temperature == 0).unsqueeze(1)
-    scaled = logits.float() / sampling.temperature.unsqueeze(1).masked_fill(greedy, 1.0)
-
-    def cut(bound: torch.Tensor) -> torch.Tensor:
-        bound = bound.masked_fill(greedy, float("-inf"))
-        return scaled.masked_fill(scaled < bound, float("-inf"))
-
+    scaled = logits.float()
+    if sampling.temperature is not None:
+        scaled = scaled / sampling.temperature.unsqueeze(1)
     if sampling.top_k is not None or sampling.top_p is not None:
-        best = scaled.topk(min(NUCLEUS, scaled.shape[1]), dim=1).values
-        end = best.shape[1] - 1
-        if sampling.top_k is not None:
-            last = sampling.top_k.unsqueeze(1) - 1
-            scaled = cut(best.gather(1, last.clamp(max=end)).masked_fill(last > end, float("-inf")))
-        if sampling.top_p is not None:
-            share = (best - scaled.logsumexp(1, keepdim=True)).exp()
-            before = share.cumsum(1) - share
-            last = (before < sampling.top_p.unsqueeze(1)).sum(1, keepdim=True).clamp(min=1) - 1
-            # The nucleus may end behind what was sorted: then nothing is cut.
-            scaled = cut(best.gather(1, last).masked_fill(last == end, float("-inf")))
+        truncated = sampling.truncated
+        if truncated is None:
+            truncated = torch.ones(len(scaled), dtype=torch.bool)
+        rows = upload(truncated.nonzero().squeeze(1), logits.device)
+        some = _truncated(
+            scaled[rows],
+            None if sampling.top_k is None else sampling.top_k[rows],
+            None if sampling.top_p is None else sampling.top_p[rows],
+        )
+        scaled = scaled.index_copy(0, rows, some)
     if sampling.min_p is not None:
-        scaled = cut(scaled.amax(1, keepdim=True) + sampling.min_p.unsqueeze(1).log())
+        least = scaled.amax(1, keepdim=True) + sampling.min_p.unsqueeze(1).log()
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
     return torch.softmax(scaled, 1)
+
+
+def _truncated(
+    scaled: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None
+) -> torch.Tensor:
+    """The rows `scaled` [rows, V_draft] with -inf behind the ends of top-k and top-p."""
+    best = scaled.topk(min(NUCLEUS, scaled.shape[1]), dim=1).values
+    end = best.shape[1] - 1
+
+    def cut(scaled: torch.Tensor, last: torch.Tensor, is_behind: torch.Tensor) -> torch.Tensor:
+        # Where the end is behind what was sorted, nothing is cut.
+        least = best.gather(1, last.clamp(max=end)).masked_fill(is_behind, float("-inf"))
+        return scaled.masked_fill(scaled < least, float("-inf"))
+
+    if top_k is not None:
+        last = top_k.unsqueeze(1) - 1
+        scaled = cut(scaled, last, last > end)
+    if top_p is not None:
+        share = (best - scaled.logsumexp(1, keepdim=True)).exp()
+        before = share.cumsum(1) - share
+        last = (before < top_p.unsqueeze(1)).sum(1, keepdim=True).clamp(min=1) - 1
+        scaled = cut(scaled, last, last == end)
+    return scaled
 
 
 def draw_children(logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sampling) -> Draws:
@@ -156,44 +195,34 @@ def draw_children(logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sa
     """
     probs = draft_distribution(logits, sampling)
     own_keys = child_keys(keys, k)
-    numbers = uniforms(own_keys, Stream.DRAW)
-    # Sums in float64 take twice what q does, so not of all rows at once.
-    step = max(1, SUMMED_AT_ONCE // probs.shape[1])
-    ids = torch.cat(
-        [
-            _draw(probs[first : first + step], numbers[first : first + step])
-            for first in range(0, max(1, len(probs)), step)
-        ]
-    )
-    greedy = (sampling.temperature == 0).unsqueeze(1)
-    best = probs.topk(min(k, probs.shape[1]), dim=1).indices
-    best = torch.nn.functional.pad(best, (0, k - best.shape[1]), value=-1)
-    ids = torch.where(greedy, best, ids)
+    ids = _draw(probs, uniforms(own_keys, Stream.DRAW))
     logprobs = probs.gather(1, ids.clamp(min=0)).log().masked_fill(ids < 0, float("-inf"))
     return Draws(ids, logprobs, own_keys, probs)
 
 
 def _draw(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """[rows, k] int64, tokens drawn from `probs` [rows, V_draft] by `numbers` [rows, k]."""
-    through = probs.cumsum(1, dtype=torch.float64)
-    total = through[:, -1:]
-    left = total.clone()
-    # What is drawn: where its piece of the sum begins and how long it is, by its beginning.
-    begins, masses = total[:, :0], total[:, :0]
+    rows, vocab = probs.shape
+    size = min(BLOCK, vocab)
+    blocks = torch.nn.functional.pad(probs, (0, -vocab % size)).view(rows, -1, size)
+    # Of what is not drawn yet.
+    sums = blocks.sum(2, dtype=torch.float64)
+    least = EXHAUSTED * sums.sum(1, keepdim=True)
+    inside = torch.arange(size, device=probs.device)
     tokens = torch.empty(numbers.shape, dtype=torch.int64, device=probs.device)
     for rank in range(numbers.shape[1]):
+        through = sums.cumsum(1)
+        left = through[:, -1:]
         place = numbers[:, rank : rank + 1] * left
+        block = torch.searchsorted(through, place, right=True).clamp(max=sums.shape[1] - 1)
+        masses = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, size)).squeeze(1).double()
+        ids = block * size + inside
         for drawn in range(rank):
-            begin, mass = begins[:, drawn : drawn + 1], masses[:, drawn : drawn + 1]
-            place = torch.where((place >= begin) & (mass > 0), place + mass, place)
-        found = torch.searchsorted(through, place, right=True).clamp(max=probs.shape[1] - 1)
-        mass = probs.gather(1, found).double()
-        # Rounding can end up on a token without mass, or on a drawn one: rather no child.
-        again = (tokens[:, :rank] == found).any(1, keepdim=True)
-        missing = again | (mass <= 0) | (left <= EXHAUSTED * total)
-        mass = mass.masked_fill(missing, 0.0)
-        tokens[:, rank : rank + 1] = found.masked_fill(missing, -1)
-        left = left - mass
-        begins, order = torch.cat([begins, through.gather(1, found) - mass], 1).sort(dim=1)
-        masses = torch.cat([masses, mass], 1).gather(1, order)
+            masses.masked_fill_(ids == tokens[:, drawn : drawn + 1], 0.0)
+        place = place - (through.gather(1, block) - sums.gather(1, block))
+        found = torch.searchsorted(masses.cumsum(1), place, right=True).clamp(max=size - 1)
+        # Rounding can end up on a token without mass, and a row may be NaN: rather no child.
+        missing = ~((masses.gather(1, found) > 0) & (left > least))
+        tokens[:, rank : rank + 1] = ids.gather(1, found).masked_fill(missing, -1)
+        sums.scatter_(1, block, masses.scatter(1, found, 0.0).sum(1, keepdim=True))
     return tokens

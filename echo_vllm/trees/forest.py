@@ -152,7 +152,7 @@ class DraftForest:
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[torch.Tensor, DraftForest]]) -> DraftForest:
-        """One forest of several, on the host, without `columns`.
+        """One forest of several, on the host; `columns` are those of each one's own pool.
 
         Args:
             parts: the places ([r] int64) of a forest's r trees in the whole, and the forest; each
@@ -160,6 +160,7 @@ class DraftForest:
         """
         owner = torch.cat([places[forest.request_of_node()] for places, forest in parts])
         order = owner.argsort(stable=True)
+        columns = [forest.columns for _, forest in parts if forest.num_nodes]
         cu_nodes = torch.zeros(1 + sum(len(places) for places, _ in parts), dtype=torch.int32)
         cu_nodes[1:] = torch.bincount(owner, minlength=len(cu_nodes) - 1).cumsum(0)
         return cls(
@@ -168,6 +169,7 @@ class DraftForest:
             depths=torch.cat([forest.depths for _, forest in parts])[order],
             path_logprobs=torch.cat([forest.path_logprobs for _, forest in parts])[order],
             cu_nodes=cu_nodes,
+            columns=_joined_columns(columns, order),
         )
 
     def trees(self) -> list[tuple[list[int], list[int]]]:
@@ -215,3 +217,10 @@ class DraftForest:
                 if (parent, tokens[row]) in siblings:
                     raise ValueError(f"{where}: token {tokens[row]} stands twice under one parent")
                 siblings.add((parent, tokens[row]))
+
+
+def _joined_columns(
+    columns: Sequence[torch.Tensor | None], order: torch.Tensor
+) -> torch.Tensor | None:
+    known = [each for each in columns if each is not None]
+    return torch.cat(known)[order] if known and len(known) == len(columns) else None

@@ -32,13 +32,13 @@ SETTINGS = {
     "top-k": Setting({"top_k": 3}),
     "top-p": Setting({"top_p": 0.7}),
     "min-p": Setting({"min_p": 0.15}),
-    # Not drawn: its distribution depends on the path.
+    # Not drawn, beside those that are: its distribution depends on the path.
     "penalties": Setting({"presence_penalty": 0.8, "repetition_penalty": 1.4}),
 }
 GREEDY = Setting({"temperature": 0.0})
 
 EACH = 1000
-"""Samples of a setting and a shape: 28 000 in all."""
+"""Samples of a setting and a shape: 35 000 in all."""
 
 WIDE = [[0], [1], [2], [3], [0, 0], [1, 0], [0, 1]]
 
@@ -59,6 +59,21 @@ def drawn_engine(tiny: TinyModel, num_nodes: int, section: dict[str, Any], **opt
     )
 
 
+@pytest.fixture
+def free_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that costs nothing, so that no clock decides whether `auto` drafts."""
+    from echo_vllm.forecast import CostCurve, StepCost
+    from echo_vllm.policies.cost_aware import CostAwarePolicy
+
+    free = CostCurve((1.0,), (1e-9,))
+    set_cost = CostAwarePolicy.set_cost
+    monkeypatch.setattr(
+        CostAwarePolicy,
+        "set_cost",
+        lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
+    )
+
+
 def greedy_tokens(target_logits: Any) -> tuple[int, ...]:
     output: tuple[int, ...] = ()
     while len(output) < NUM_TOKENS:
@@ -75,6 +90,34 @@ def test_a_ragged_batch_has_the_targets_distribution(
         sampled = sample(llm, [*SETTINGS.values(), GREEDY], EACH)
         found = counters(llm)
     assert found["spec_decode_num_accepted_tokens"] > 0.2 * EACH * len(names), "nothing at stake"
+    assert set(sampled.pop()) == {greedy_tokens(target_logits)}
+    values = {
+        name: p_value(samples, SETTINGS[name], target_logits, tiny.shape.vocab)
+        for name, samples in zip(names, sampled, strict=True)
+    }
+    assert all(p > LEAST_P / len(names) for p in values.values()), values
+
+
+def test_auto_has_the_targets_distribution(
+    free_drafting: None, tiny: TinyModel, target_logits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depth and size of each tree by what a slot must be worth; greedy requests in the batch."""
+    section = {"policy": "auto", "max_depth": 3, "top_k": 2, "width": 3, "k_max": 900}
+    names = list(SETTINGS)
+    with drawn_engine(tiny, 8, {**section, "gamma": 0.002}) as llm:
+        model_runner = runner(llm)
+        put, sizes = model_runner.drawn.put, []
+
+        def watch(slots: Any, pool: Any, forest: Any) -> None:
+            sizes.append(forest.cu_nodes.diff())
+            put(slots, pool, forest)
+
+        monkeypatch.setattr(model_runner.drawn, "put", watch)
+        sampled = sample(llm, [*SETTINGS.values(), GREEDY], EACH)
+        found = counters(llm)
+    nodes = torch.cat(sizes)
+    assert found["spec_decode_num_accepted_tokens"] > 0.1 * EACH * len(names), "nothing at stake"
+    assert len(nodes.unique()) > 4, "trees are of one size"
     assert set(sampled.pop()) == {greedy_tokens(target_logits)}
     values = {
         name: p_value(samples, SETTINGS[name], target_logits, tiny.shape.vocab)
@@ -107,8 +150,8 @@ def plant_a_q_of_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
 
     draft_probs = DrawnPool.draft_probs
 
-    def sharper(pool: DrawnPool) -> torch.Tensor:
-        probs = draft_probs(pool) ** 2
+    def sharper(pool: DrawnPool, rows: torch.Tensor) -> torch.Tensor:
+        probs = draft_probs(pool, rows) ** 2
         return probs / probs.sum(1, keepdim=True)
 
     monkeypatch.setattr(DrawnPool, "draft_probs", sharper)
@@ -127,6 +170,21 @@ def plant_a_node_dropped_by_its_own_score(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(DrawnPool, "take", choosy)
 
 
+def plant_a_slot_that_depends_on_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many children a node has is settled when they are known."""
+    from echo_vllm.trees.drawn import DrawnPool
+
+    fill = DrawnPool.fill
+
+    def late(
+        pool: DrawnPool, level: Any, widths: torch.Tensor, draws: Any, ids: Any, reaches: Any
+    ) -> None:
+        unlikely = (reaches[:, -1] < 0.1).view(widths.shape)
+        fill(pool, level, widths - unlikely.long(), draws, ids, reaches)
+
+    monkeypatch.setattr(DrawnPool, "fill", late)
+
+
 def test_planted_bugs_are_caught(tiny: TinyModel, target_logits: Any) -> None:
     section: dict[str, Any] = {"policy": "topn", "max_depth": 2, "top_k": 3}
     plants: list[Callable[[pytest.MonkeyPatch], None]] = [
@@ -134,6 +192,7 @@ def test_planted_bugs_are_caught(tiny: TinyModel, target_logits: Any) -> None:
         plant_a_residual_that_is_not_updated,
         plant_a_q_of_another_temperature,
         plant_a_node_dropped_by_its_own_score,
+        plant_a_slot_that_depends_on_its_child,
     ]
     values = []
     with drawn_engine(tiny, 6, section) as llm:

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from vllm import SamplingParams
 
 from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.offline.calibrate.samples import collect
 from echo_vllm.offline.trace.exact import recorded_policy, replay_exact
-from echo_vllm.trace_format import read_trace
+from echo_vllm.offline.trace.recorded import replayable
+from echo_vllm.trace_format import TraceError, read_trace
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner
 from tests.engine.test_exactness import check_forests, greedy, tiny_engine, tiny_prompts
@@ -250,6 +254,35 @@ def test_echo_rests_while_there_is_no_budget_and_drafts_when_there_is(
     assert not any(drafting for decoding, drafting in runs[1:] if decoding > 6)
     assert any(drafting for decoding, drafting in runs if decoding <= 3)
     assert found["spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.full
+def test_a_trace_holds_both_kinds_of_candidates(tiny: TinyModel, tmp_path: Path) -> None:
+    """Greedy requests have the best ones, those with a temperature drawn ones."""
+    path = tmp_path / "trace.jsonl"
+    section = {"policy": "topn", "max_depth": 3, "top_k": 2, "candidates": "drawn"}
+    spec = echo(tiny.head, 10, **section, trace=str(path))
+    prompts = tiny_prompts(12)
+    hot = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True, detokenize=False)
+    with tiny_engine(tiny, spec) as llm:
+        generate(llm, prompts, [greedy(30), hot] * 6)
+        found = counters(llm)
+        runner(llm).recorder.close()
+    steps = list(read_trace(path)[1])
+    requests = [request for step in steps for request in step.requests]
+    for request in requests:
+        request.validate()
+    kinds = [request.drawn for request in requests]
+    assert 0.3 < np.mean(kinds) < 0.7
+    # A request is of one kind all the time.
+    assert len({(request.id, request.drawn) for request in requests}) == 12
+    assert sum(len(r.selected) for r in requests) == found["spec_decode_num_draft_tokens"]
+    samples = collect(steps, 10, kind="drawn")
+    expected = np.exp(samples.node_logprob[samples.node_depth == 1]).sum()
+    accepted = samples.node_accepted[samples.node_depth == 1].sum()
+    assert 0.4 < accepted / expected < 2.5, "expectations are of the right size"
+    with pytest.raises(TraceError, match="has drawn candidates, which cannot be chosen again"):
+        list(replayable(steps))
 
 
 @pytest.mark.full

@@ -186,23 +186,38 @@ def test_seeded_samples_under_a_grammar_are_those_of_plain_decoding(prompts: lis
 
 @pytest.mark.full
 def test_samples_under_a_small_grammar_have_the_target_s_distribution() -> None:
-    """Chi-square of plain decoding's answers against ours, over the few answers that exist."""
+    """Chi-square of plain decoding's answers against ours, over the few answers that exist; with
+    drawn candidates for the requests of the batch that have no grammar, too."""
+    from vllm import SamplingParams
+
     grammar: dict[str, Any] = {"regex": "(yes|no|maybe) (yes|no|maybe)"}
     prompts = ["Answer with two words, yes, no or maybe:"] * 400
-    drawn = []
-    for spec in (None, echo(DEMO_HEAD, 8, max_depth=4, top_k=3)):
+    constrained_ones = [constrained(1.5, **grammar)] * len(prompts)
+    free = [SamplingParams(temperature=1.0, max_tokens=12)] * len(prompts)
+    sampled = []
+    for candidates in (None, "best", "drawn"):
+        spec = None
+        if candidates is not None:
+            spec = echo(DEMO_HEAD, 8, max_depth=4, top_k=3, candidates=candidates)
+        asked, each = prompts, constrained_ones
+        if candidates == "drawn":
+            asked = [prompt for prompt in prompts for _ in range(2)]
+            each = [p for pair in zip(constrained_ones, free, strict=True) for p in pair]
         with demo_engine(spec, max_num_seqs=64) as llm:
-            outputs = llm.generate(prompts, constrained(1.5, **grammar), use_tqdm=False)
+            outputs = llm.generate(asked, each, use_tqdm=False)
             if spec is not None:
                 assert counters(llm)["spec_decode_num_accepted_tokens"] > 25
-        drawn.append([output.outputs[0].text for output in outputs])
-    answers = sorted(set(drawn[0]) | set(drawn[1]))
-    table = np.array([[texts.count(answer) for answer in answers] for texts in drawn])
-    often = table.sum(0) >= 10
-    table = np.column_stack([table[:, often], table[:, ~often].sum(1)])
-    table = table[:, table.sum(0) > 0]
-    assert table.shape[1] >= 3, answers
-    assert stats.chi2_contingency(table).pvalue > 0.001
+        texts = [output.outputs[0].text for output in outputs]
+        sampled.append(texts[:: len(texts) // len(prompts)])
+    for ours in sampled[1:]:
+        both = (sampled[0], ours)
+        answers = sorted(set().union(*both))
+        table = np.array([[texts.count(answer) for answer in answers] for texts in both])
+        often = table.sum(0) >= 10
+        table = np.column_stack([table[:, often], table[:, ~often].sum(1)])
+        table = table[:, table.sum(0) > 0]
+        assert table.shape[1] >= 3, answers
+        assert stats.chi2_contingency(table).pvalue > 0.001
 
 
 @pytest.mark.full

@@ -151,14 +151,14 @@ def test_better_prompts_are_noticed_once_the_memory_is_of_them(requests: int) ->
     curve, seen = cost(64, drafter=0.2), forecaster(0.95)
     for _ in range(2000):
         assert (found.plan(Load(requests, waiting=48 * requests), curve).max_depth or 0) == 0
-        found.observe_draft(*(x.tolist() for x in found._drafts[0]))
+        found.observe_draft(*(x.tolist() for x in found._drafts[0][:3]))
     probes = min(
         (n for n in (1, 2, 4, MOST_PROBES) if n <= requests),
         key=lambda n: price_of_probes(curve, requests, n) / n,
     )
     share = price_of_probes(curve, requests, probes) / float(curve.plain.plain_step(requests))
     most = math.ceil((RESTING_MEMORY / probes + 1) * (share / EXPERIMENTS + PROBE_STEPS))
-    better = itertools.cycle(seen._drafts)
+    better = itertools.cycle([draft[:3] for draft in seen._drafts])
     for _ in range(most):
         plan = found.plan(Load(requests, waiting=48 * requests), curve)
         if plan.max_depth:
@@ -386,7 +386,55 @@ def test_errors_fall_with_what_was_seen() -> None:
     )
     many = forecaster(0.6, online=True)
     for draft in list(many._drafts)[:ENOUGH]:
-        few.observe_draft(*(x.tolist() for x in draft))
+        few.observe_draft(*(x.tolist() for x in draft[:3]))
     for _ in range(400):
         many.observe_acceptance([10.0, 4.0, 2.0, 1.0], [10, 4, 2, 1])
     assert many.forecast(load, costs).error < 0.6 * few.forecast(load, costs).error
+
+
+def test_what_a_slot_must_be_worth_is_what_the_last_node_that_pays_is_worth() -> None:
+    """Drawn candidates are not chosen by what was drawn: the forecast chooses for them."""
+    found = forecaster(0.6)
+    least = []
+    for requests in (1, 8, 64):
+        best = found.forecast(Load(requests), cost(32))
+        plan = found.plan(Load(requests), cost(32))
+        assert plan.least_worth == best.least
+        assert plan.nodes == best.nodes
+        # As many of the remembered nodes are worth more as the forecast wants verified.
+        gains, levels, *_ = found._order
+        count = (gains[levels <= best.depth] > best.least).sum() / len(found._drafts)
+        assert count == pytest.approx(best.nodes, abs=0.3)
+        least.append(best.least)
+    assert least == sorted(least), "rows that cost more must be worth more"
+    assert least[0] < least[-1]
+    # At rest a probe verifies no more than its floor.
+    empty = Forecaster(
+        survival=SurvivalModel.default(2), max_depth=2, frontier=1, k_max=None, online=False
+    )
+    assert empty.plan(Load(2), cost(32)).least_worth == 1.0
+
+
+def test_both_kinds_of_candidates_are_calibrated_by_their_own_acceptance() -> None:
+    found = Forecaster(
+        survival=SurvivalModel.default(2),
+        drawn=SurvivalModel([((-4.0, 0.0), (0.01, 0.5))]),
+        max_depth=2,
+        frontier=1,
+        k_max=None,
+        online=True,
+    )
+    for kind in ("best", "drawn"):
+        for _ in range(ENOUGH):
+            found.observe_draft([-0.1, -0.5], [1, 2], [1, 1], kind)
+    for _ in range(200):
+        found.observe_acceptance([5.0], [10], "drawn")
+        found.observe_acceptance([5.0], [5], "best")
+    plan = found.plan(Load(1), cost(64))
+    assert plan.factors[0] == pytest.approx(1.0)
+    assert plan.drawn_factors[0] == pytest.approx(2.0, rel=0.1)
+    gains, levels, _, _, is_drawn = found._order
+    at_root = gains[(levels == 1) & is_drawn], gains[(levels == 1) & ~is_drawn]
+    assert at_root[1] == pytest.approx(math.exp(-0.1), rel=0.01)
+    curve = 0.01 + (4.0 - 0.1) / 4.0 * 0.49
+    assert at_root[0] == pytest.approx(curve * plan.drawn_factors[0], rel=0.01)

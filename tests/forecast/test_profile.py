@@ -59,6 +59,35 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
 
+def test_what_was_measured_of_drawn_candidates_may_be_missing(tmp_path: Path) -> None:
+    """Profiles of before drawn candidates were measured are read as ever."""
+    path = tmp_path / "profile.json"
+    content = profile().model_dump(mode="json")
+    assert content.pop("drawn") is None
+    path.write_text(json.dumps(content))
+    assert DrafterProfile.load(path) == profile()
+    depth = {
+        "depth": 1,
+        "samples": 100,
+        "acceptance": 0.5,
+        "survival_logprobs": [-3.0, -1.0],
+        "survival_probs": [0.125, 0.25],
+        "ece_before": 0.25,
+        "ece_after": 0.0,
+    }
+    path.write_text(json.dumps(content | {"drawn": {"temperature": 1.0, "depths": [depth]}}))
+    loaded = DrafterProfile.load(path)
+    assert loaded.drawn is not None
+    found = loaded.drawn.survival().probability(torch.tensor([-2.0]), torch.tensor([3]))
+    assert found.tolist() == pytest.approx([0.1875])
+    loaded.save(path)
+    assert DrafterProfile.load(path).drawn == loaded.drawn
+    depth["survival_probs"] = [0.5, 0.25]
+    path.write_text(json.dumps(content | {"drawn": {"temperature": 1.0, "depths": [depth]}}))
+    with pytest.raises(EchoConfigError, match="survival_probs must not fall"):
+        DrafterProfile.load(path)
+
+
 def test_the_survival_model_has_the_profiles_curves() -> None:
     found = profile().survival().probability(torch.tensor([-1.0, -1.0]), torch.tensor([1, 2]))
     assert found.tolist() == pytest.approx([0.3, 0.15])

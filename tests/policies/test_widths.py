@@ -42,7 +42,7 @@ def test_the_widest_trees_tell_which_nodes_narrower_ones_have(seed: int) -> None
     whole = grow(policy, REQUESTS, seed)
     widths = policy.forecaster.widths
     assert widths == (1, 2, 4)
-    least = least_widths(whole, torch.arange(REQUESTS), widths)
+    least = least_widths(whole.path_logprobs, whole.parents, whole.level_starts, widths)
     by_width = []
     for width in widths:
         plan = DraftPlan(max_depth=4, width=width)

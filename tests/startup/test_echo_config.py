@@ -165,17 +165,11 @@ SHAPE = "give the nodes as paths of child ranks, such as [[0], [1], [0, 0]]."
             f'{FIELD}.linear must be "auto" or "stock", got "onednn"; set it to one of them.',
         ),
         (
-            {"candidates": "drawn"},
+            {"candidates": "drawn", "policy": "evict"},
             16,
             f"{FIELD}.candidates drawn needs a policy that gives out nodes before their tokens are "
-            f'drawn, got policy auto; set it to "auto" or "best", or {FIELD}.policy to chain, '
-            "static, topn or echo.",
-        ),
-        (
-            {"candidates": "auto", "policy": "topn", "trace": "t.jsonl"},
-            16,
-            f'{FIELD}.candidates must be "best" with {FIELD}.trace, which has no place for drawn '
-            'candidates, got "auto"; remove one of the two.',
+            f'drawn, got policy evict; set it to "auto" or "best", or {FIELD}.policy to chain, '
+            "static, topn, echo or auto.",
         ),
         (
             {"policy": "auto", "online": 1},

@@ -17,7 +17,7 @@ from scipy.stats import chisquare
 from echo_vllm import ops
 from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
 from echo_vllm.ops import AcceptRule
-from echo_vllm.trees.drawn import NO_SLOT, DrawnPool, OpenLevel
+from echo_vllm.trees.drawn import NO_SLOT, DrawnPool, OpenLevel, Survival
 from echo_vllm.trees.draws import Draws, Sampling, draw_children, root_keys
 from echo_vllm.trees.forest import ROOT, DraftForest
 from tests.trees.test_drawn_exactness import Tree, World, children_of, error, prefix_of, shape
@@ -30,7 +30,7 @@ def grow(
 ) -> OpenLevel:
     """One level of random distributions; all slots unless `widths` says how many."""
     roots = torch.full((pool.num_requests, 1), ROOT)
-    parents = pool.best_parents(width) if pool.depth else roots
+    parents = pool.deepest().best(width) if pool.depth else roots
     shape = parents.shape
     logits = 2 * torch.randn(shape.numel(), VOCAB, generator=generator)
     sampling = Sampling(torch.ones(shape.numel()))
@@ -74,9 +74,13 @@ def test_forests_are_trees_in_the_order_of_drawing(data: st.DataObject) -> None:
     for request in range(requests):
         own = int(fewer.cu_nodes[request + 1] - fewer.cu_nodes[request]) + 1
         begin, of_all = int(fewer.cu_nodes[request]), int(forest.cu_nodes[request])
-        for part, whole_rows in ((rows, all_rows), (numbers, all_numbers)):
-            first, second = begin + request, of_all + request
-            assert torch.equal(part[first : first + own], whole_rows[second : second + own])
+        part = slice(begin + request, begin + request + own)
+        whole_part = slice(of_all + request, of_all + request + own)
+        assert torch.equal(numbers[part], all_numbers[whole_part])
+        parents = {parent for _, parent, _ in nodes_of(fewer, request)}
+        for row in range(own):
+            expected = all_rows[whole_part][row] if row - 1 in parents else -1
+            assert rows[part][row] == expected, "a row without children needs no distribution"
 
 
 def nodes_of(forest: DraftForest, request: int) -> list[tuple[int, int, float]]:
@@ -88,7 +92,7 @@ def nodes_of(forest: DraftForest, request: int) -> list[tuple[int, int, float]]:
 def test_an_open_level_knows_nothing_of_its_children() -> None:
     """Whoever decides about slots cannot see what will be in them."""
     names = {field.name for field in dataclasses.fields(OpenLevel)}
-    assert names == {"depth", "parents", "reaches", "worths"}
+    assert names == {"depth", "parents", "reaches", "expected", "worths"}
     levels = []
     for seed in (1, 2):  # the same distributions, other draws
         pool = DrawnPool(root_keys(torch.tensor([seed]), torch.tensor([0])))
@@ -111,6 +115,16 @@ def test_levels_are_opened_and_filled_in_turn() -> None:
         pool.fill(again, torch.ones(1, 1), draws, draws.token_ids, torch.ones(2, 2))
 
 
+def verified_by(
+    pool: DrawnPool, forest: DraftForest
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draft rows, uniforms and q, as `ops.sample_path` wants them."""
+    rows, numbers = pool.rows_of(forest)
+    used, places = rows[rows >= 0].unique(return_inverse=True)
+    rows[rows >= 0] = places
+    return rows.to(torch.int32), numbers, pool.draft_probs(used)
+
+
 def test_a_forest_goes_through_verification() -> None:
     """From draws to accepted tokens: with the target equal to q nothing is ever rejected."""
     generator = torch.Generator().manual_seed(3)
@@ -118,8 +132,7 @@ def test_a_forest_goes_through_verification() -> None:
     for _ in range(2):
         grow(pool, 1, 2, None, generator)
     forest = pool.take(100, 100)
-    rows, numbers = pool.rows_of(forest)
-    probs = pool.draft_probs()
+    rows, numbers, probs = verified_by(pool, forest)
     logits = torch.zeros(len(rows), VOCAB)
     logits[rows >= 0] = probs[rows[rows >= 0].long()].log()
     accepted, counts, _ = ops.sample_path(
@@ -162,7 +175,7 @@ def test_drawn_and_verified_tokens_have_the_targets_distribution(
     pool = DrawnPool(root_keys(torch.arange(requests), torch.full((requests,), 17)))
     for k in (2, 1):
         first = not pool.depth
-        parents = torch.full((requests, 1), ROOT) if first else pool.best_parents(1)
+        parents = torch.full((requests, 1), ROOT) if first else pool.deepest().best(1)
         # Row 0 is what follows the root, row 1 + t what follows token t.
         rows = torch.zeros_like(parents) if first else 1 + pool.tokens_of(parents)
         draws = draw_children(drafter[rows.flatten()], k, pool.keys_of(parents).flatten(), options)
@@ -172,7 +185,7 @@ def test_drawn_and_verified_tokens_have_the_targets_distribution(
         reaches = reaches_of(draws.probs, guess, draws.token_ids)
         pool.fill(level, torch.full((requests, 1), k), draws, draws.token_ids, reaches)
     forest = pool.take(requests * 3, 3)
-    draft_rows, numbers = pool.rows_of(forest)
+    draft_rows, numbers, probs = verified_by(pool, forest)
     sizes = forest.cu_nodes.diff().long() + 1
     starts = forest.cu_nodes[:-1].long() + torch.arange(requests)
     is_root = torch.zeros(len(numbers), dtype=torch.bool)
@@ -180,7 +193,7 @@ def test_drawn_and_verified_tokens_have_the_targets_distribution(
     which = torch.zeros(len(numbers), dtype=torch.int32)
     which[~is_root] = 1 + forest.token_ids
     rows, counts, last = ops.sample_path(
-        target, which, pool.draft_probs(), draft_rows, None,
+        target, which, probs, draft_rows, None,
         torch.full((requests,), AcceptRule.DRAWN, dtype=torch.int32),
         numbers, forest.token_ids, forest.parents, forest.cu_nodes, 2,
     )  # fmt: skip
@@ -208,48 +221,67 @@ def test_drawn_and_verified_tokens_have_the_targets_distribution(
 Cut = Callable[[DrawnPool], DraftForest]
 
 
-def pool_of(world: World, tree: Tree, others: list[float]) -> tuple[DrawnPool, list[int]]:
-    """The pool of two levels that drew `tree` for its first request: two children of the root, and
-    one of each of them. Further requests have one node each, whose worth is given.
+Frontier = Callable[[DrawnPool], torch.Tensor]
 
-    Returns it and the column of each of the tree's nodes.
-    """
+
+def all_of_them(pool: DrawnPool) -> torch.Tensor:
+    return torch.tensor([[0, 1]]).expand(pool.num_requests, -1)
+
+
+def most_promising(pool: DrawnPool) -> torch.Tensor:
+    return pool.deepest().best(1)
+
+
+def pool_of(
+    world: World,
+    tree: Tree,
+    others: list[float],
+    frontier: Frontier = all_of_them,
+    survival: Survival | None = None,
+    power: float = 0.6,
+) -> DrawnPool:
+    """The pool of two levels that drew `tree` for its first request: two children of the root, and
+    one of each of those that `frontier` names. Further requests have one node each, whose worth is
+    given. The target is thought to be like q to the `power`."""
     requests = 1 + len(others)
-    pool = DrawnPool(torch.arange(requests))
-    columns: list[int] = []
-    for parents, k in ((torch.full((requests, 1), ROOT), 2), (torch.tensor([[0, 1]]), 1)):
-        parents = parents.expand(requests, -1)
-        probs, tokens, nodes = [], [], []
-        for parent in parents[0].tolist():
-            node = -1 if parent == ROOT else columns.index(parent)
-            probs.append(world.q(prefix_of(tree, node)))
-            nodes += children_of(tree, node)
-            tokens.append([tree[child][1] for child in children_of(tree, node)])
-        q, ids = torch.stack(probs), torch.tensor(tokens)
-        guess = q**0.6 / (q**0.6).sum(1, keepdim=True)
+    pool = DrawnPool(torch.arange(requests), survival)
+    nodes = [-1]  # of the tree, per parent of the level that is drawn
+    for depth, k in ((1, 2), (2, 1)):
+        if depth == 1:
+            parents = torch.full((requests, 1), ROOT)
+        else:
+            parents = frontier(pool)
+            nodes = [children_of(tree, -1)[column] for column in parents[0].tolist()]
+        q = torch.stack([world.q(prefix_of(tree, node)) for node in nodes])
+        ids = torch.tensor([[tree[child][1] for child in children_of(tree, n)] for n in nodes])
+        guess = q**power / (q**power).sum(1, keepdim=True)
         gains = expected_gains(q, guess, k).unsqueeze(0).repeat(requests, 1, 1)
         for request, worth in enumerate(others, 1):
             gains[request] = 0.0
-            if len(columns) == 0:
+            if depth == 1:
                 gains[request, 0, 0] = worth
         level = pool.open(parents, gains)
-        rows = requests * len(probs)
+        rows = requests * len(nodes)
         draws = Draws(
             ids.repeat(requests, 1), torch.zeros(rows, k), torch.zeros(rows, k).long(), q.float()
         )
         reaches = reaches_of(q, guess, ids).repeat(requests, 1)
         pool.fill(level, torch.full(parents.shape, k), draws, draws.token_ids, reaches)
-        columns += range(len(columns), len(columns) + len(nodes))
-    return pool, columns
+    return pool
 
 
-def cut_by(cut: Cut, others: list[float]) -> Callable[[World, Tree], Tree]:
+def cut_by(
+    cut: Cut,
+    others: list[float],
+    frontier: Frontier = all_of_them,
+    survival: Survival | None = None,
+    power: float = 0.6,
+) -> Callable[[World, Tree], Tree]:
     """What is left of a drawn tree, as verification sees it."""
 
     def after(world: World, tree: Tree) -> Tree:
-        pool, _ = pool_of(world, tree, others)
-        nodes = nodes_of(cut(pool), 0)
-        return tuple((parent, token) for token, parent, _ in nodes)
+        pool = pool_of(world, tree, others, frontier, survival, power)
+        return tuple((parent, token) for token, parent, _ in nodes_of(cut(pool), 0))
 
     return after
 
@@ -273,6 +305,59 @@ def test_a_price_that_is_known_beforehand_is_sound(least: float) -> None:
         assert error(World(3, seed), TWO_LEVELS, 2, after=after) < 1e-9
 
 
+def steeper(scores: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
+    """A calibration whose curves cross: deeper slots are worth more than the drafter thinks."""
+    return (scores * torch.where(depths == 1, 2.0, 0.3)).exp()
+
+
+@pytest.mark.parametrize("survival", [None, steeper], ids=["as-expected", "calibrated"])
+@pytest.mark.parametrize("power", [0.6, -0.5])
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_children_under_the_most_promising_nodes_are_sound(
+    budget: int, power: float, survival: Survival | None
+) -> None:
+    """The second child of the root must not stay because its own token promises much."""
+    for seed in (0, 3, 8, 9):
+        after = cut_by(lambda pool: pool.take(budget, 3), [], most_promising, survival, power)
+        assert error(World(3, seed), TWO_LEVELS, 2, after=after) < 1e-9
+
+
+@pytest.mark.parametrize("floor", [0, 1, 2])
+def test_a_floor_that_is_known_beforehand_is_sound(floor: int) -> None:
+    def cut(pool: DrawnPool) -> DraftForest:
+        forest = pool.take(4, 4, 0.9, torch.tensor([floor]))
+        assert forest.num_nodes >= floor
+        return forest
+
+    for seed in range(3):
+        assert error(World(3, seed), TWO_LEVELS, 2, after=cut_by(cut, [])) < 1e-9
+
+
+@pytest.mark.parametrize("gate", [0.1, 0.3, 0.5])
+def test_a_gate_on_the_best_promise_is_sound(gate: float) -> None:
+    """A request that fails it ends there: its second level is left out."""
+
+    def cut(pool: DrawnPool) -> DraftForest:
+        best = float(pool._promises[0, 1:3].max())
+        if best <= gate:
+            pool._worths[:, 3:] = NO_SLOT
+        return pool.take(2, 4)
+
+    for seed in range(6):
+        assert error(World(3, seed), TWO_LEVELS, 2, after=cut_by(cut, [])) < 1e-9
+
+
+def test_choosing_parents_by_what_their_tokens_alone_say_is_not_sound() -> None:
+    """An unlikely token would leave its place among the parents to another one, whose child then
+    takes the unlikely token's place in the forest."""
+
+    def by_reach(pool: DrawnPool) -> torch.Tensor:
+        return pool._reaches[:, 1:3].argsort(dim=1, descending=True, stable=True)[:, :1]
+
+    after = cut_by(lambda pool: pool.take(2, 3), [], by_reach, power=-0.5)
+    assert error(World(3, 9), TWO_LEVELS, 2, after=after) > 1e-2
+
+
 def test_cuts_that_look_at_what_they_cut_are_not() -> None:
     def by_own_score(pool: DrawnPool) -> DraftForest:
         pool._worths = pool._worths.where(pool._reaches > 0.9, NO_SLOT)
@@ -285,6 +370,36 @@ def test_cuts_that_look_at_what_they_cut_are_not() -> None:
     for cut in (by_own_score, budget_of_this_block):
         errors = [error(World(3, s), TWO_LEVELS, 2, after=cut_by(cut, [])) for s in range(6)]
         assert max(errors) > 1e-3, cut.__name__
+
+
+def test_who_stops_leaves_the_frontier_and_changes_nothing_for_others() -> None:
+    """A level of some requests is drawn as if the others were not there."""
+    alone, beside = (
+        DrawnPool(root_keys(torch.tensor(seeds), torch.zeros(len(seeds)).long()))
+        for seeds in ([7], [3, 7])
+    )
+    logits = 2 * torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    for pool in (alone, beside):
+        last = pool.num_requests - 1
+        for depth in range(2):
+            if depth == 1:
+                pool.go_on(torch.tensor([last]))
+            own = len(pool.active)
+            parents = pool.deepest().best(2) if depth else torch.full((own, 1), ROOT)
+            rows = torch.cat([logits[:1]] * own) if depth == 0 else logits[1:]
+            keys = pool.keys_of(parents).flatten()
+            draws = draw_children(rows, 2, keys, Sampling(torch.ones(len(rows))))
+            guess = draws.probs.double() ** 0.7
+            guess /= guess.sum(1, keepdim=True)
+            gains = expected_gains(draws.probs, guess, 2).view(own, -1, 2)
+            reaches = reaches_of(draws.probs, guess, draws.token_ids)
+            level = pool.open(parents, gains)
+            widths = torch.full(parents.shape, 2)
+            pool.fill(level, widths, draws, draws.token_ids, reaches)
+    forest = beside.take(99, 99)
+    assert forest.cu_nodes.tolist()[1] == 2, "the first request ended after one level"
+    assert nodes_of(alone.take(99, 99), 0) == nodes_of(forest, 1)
+    assert beside.deepest().requests.tolist() == [1]
 
 
 def test_widths_cut_in_the_order_of_drawing() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -77,18 +78,22 @@ def test_q_is_the_drafters_distribution_at_the_requests_parameters() -> None:
     for options in ({"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 3, "top_p": 0.9}):
         assert q(**options) == pytest.approx([x / sum(best_two) for x in best_two]), options
     assert q(top_k=9, top_p=1.0, min_p=0.0) == pytest.approx(p[0].tolist())
-    # A row of temperature 0 has the drafter's own distribution, for its path scores.
-    assert q(temperature=0.0, top_k=1) == pytest.approx(p[0].tolist())
 
 
-def test_a_greedy_row_gets_its_best_tokens_beside_drawn_ones() -> None:
-    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    both = Sampling(torch.tensor([0.0, 1.0]))
-    draws = draw_children(logits, 4, torch.tensor([1, 2]), both)
-    assert draws.token_ids[0].tolist() == logits[0].topk(4).indices.tolist()
-    assert len(set(draws.token_ids[1].tolist())) == 4
-    expected = torch.log_softmax(logits, 1).gather(1, draws.token_ids)
-    torch.testing.assert_close(draws.logprobs, expected)
+def test_only_rows_that_ask_for_it_are_truncated() -> None:
+    logits = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    options = Sampling(
+        torch.tensor([1.0, 0.7, 1.0]), torch.tensor([1 << 62, 5, 1 << 62]), torch.ones(3)
+    )
+    known = dataclasses.replace(options, truncated=torch.tensor([False, True, False]))
+    q = draft_distribution(logits, known)
+    assert torch.equal(q, draft_distribution(logits, options))
+    assert (q > 0).sum(1).tolist() == [400, 5, 400]
+    wide = known.of(torch.tensor([0, 1]), 2)
+    assert wide.truncated is not None
+    assert wide.truncated.tolist() == [False, False, True, True]
+    rows = draft_distribution(logits[[0, 0, 1, 1]], wide)
+    assert torch.equal(rows, q[[0, 0, 1, 1]])
 
 
 @given(data=st.data())
@@ -112,6 +117,14 @@ def test_draws_are_distinct_and_end_with_the_support(data: st.DataObject) -> Non
         assert len(found) >= min(k, solid)
         assert ids == found + [-1] * (k - len(found)), "a missing child is behind all others"
         assert all((x == float("-inf")) == (t < 0) for x, t in zip(logprobs, ids, strict=True))
+
+
+def test_a_row_that_is_not_finite_has_no_children() -> None:
+    logits = torch.zeros(3, 300)
+    logits[0, 7], logits[1, 200] = float("nan"), float("inf")
+    draws = draw_children(logits, 2, torch.arange(3), Sampling())
+    assert (draws.token_ids[:2] == -1).all()
+    assert (draws.token_ids[2] >= 0).all()
 
 
 def test_a_requests_draws_do_not_depend_on_the_batch() -> None:

@@ -95,11 +95,13 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
         "static-15": echo(len(STATIC_TREE), policy="static", tree=STATIC_TREE),
         "topn-4": echo(4, policy="topn", max_depth=2, top_k=4),
         "topn-8": echo(8, policy="topn", max_depth=3, top_k=4),
+        "topn-8-drawn": echo(8, policy="topn", max_depth=3, top_k=4, candidates="drawn"),
         "topn-16": echo(16, policy="topn", max_depth=4, top_k=4),
         # EAGLE-2's tree at echo's total budget: no gates, each request the same share of it.
         "topn-equal": elastic("echo", share="equal", gates={}, width=TOP_K),
         "echo": elastic("echo"),
         "auto": elastic("auto"),
+        "auto-drawn": elastic("auto", candidates="drawn"),
         "evict": elastic("evict"),
         "graft": elastic("graft"),
         "echo-dense-gates": elastic("echo", gates=thresholds),

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_vllm.forecast.drafter_profile import MAX_KNOTS, DepthProfile, DrafterProfile
+from echo_vllm.forecast.drafter_profile import (
+    MAX_KNOTS,
+    DepthProfile,
+    DrafterProfile,
+    DrawnDepth,
+    DrawnProfile,
+)
 from echo_vllm.offline.calibrate.gates import (
     DELTA,
     MIN_SAMPLES,
@@ -77,6 +83,35 @@ class Calibration:
     samples: Samples
 
 
+def fit_drawn(samples: Samples, temperature: float | None) -> DrawnProfile:
+    """The part of a profile that is of drawn candidates.
+
+    Args:
+        samples: verified trees of drawn candidates.
+        temperature: at which they were drawn; None if that is not known.
+    """
+    test_half = samples.halves()[samples.node_tree]
+    depths = []
+    for depth in range(1, samples.max_depth + 1):
+        here = samples.node_depth == depth
+        scores, accepted = samples.node_logprob[here], samples.node_accepted[here]
+        knots = survival_knots(scores, accepted)
+        errors = _held_out(scores, accepted, test_half[here])
+        drafted = samples.drafted[:, depth - 1]
+        depths.append(
+            DrawnDepth(
+                depth=depth,
+                samples=int(here.sum()),
+                acceptance=float((samples.accepted_depth[drafted] >= depth).mean()),
+                survival_logprobs=tuple(knots[0].tolist()),
+                survival_probs=tuple(knots[1].tolist()),
+                ece_before=errors.before.ece,
+                ece_after=errors.after.ece,
+            )
+        )
+    return DrawnProfile(temperature=temperature, depths=tuple(depths))
+
+
 def fit(
     samples: Samples,
     *,
@@ -88,6 +123,7 @@ def fit(
     min_samples: int = MIN_SAMPLES,
     costs: Sequence[GateCosts] = (),
     created: str | None = None,
+    drawn: DrawnProfile | None = None,
 ) -> Calibration:
     """Make a profile.
 
@@ -102,6 +138,7 @@ def fit(
         costs: what deeper drafting takes, for one or more numbers of nodes a level, of which the
             fastest one counts; none for Youden's J.
         created: ISO date; today by default.
+        drawn: of drawn candidates (`fit_drawn`), where they were measured.
     """
     depths = range(1, samples.max_depth + 1)
     labels = {}
@@ -146,6 +183,7 @@ def fit(
         delta=delta,
         objective=objective,
         depths=tuple(profiles),
+        drawn=drawn,
     )
     return Calibration(profile=profile, held_out=tuple(held_out), samples=samples)
 

@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from echo_vllm import atomic
+from echo_vllm.forecast.drafter_profile import DrawnProfile
 from echo_vllm.offline.calibrate.fit import Calibration, Reliability
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def write_report(
     }
     if samples.partial:
         facts["note"] = f"{samples.partial} trees had more candidates than were verified"
-    header, rows = rows_of(calibration)
+    tables = [("Profile", *rows_of(calibration))]
+    if profile.drawn is not None:
+        tables.append(("Drawn candidates", *rows_of_drawn(profile.drawn)))
     page = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
@@ -73,8 +76,7 @@ def write_report(
         page.render(
             title=f"Calibration of {profile.drafter} for {profile.target}",
             facts=facts,
-            header=header,
-            rows=rows,
+            tables=tables,
             sections=[
                 (title, text, _png(figure))
                 for title, text, figure in _figures(calibration, cost_points, hinge)
@@ -98,6 +100,23 @@ def rows_of(calibration: Calibration) -> tuple[tuple[str, ...], list[tuple[str, 
             str(len(d.survival_probs)),
         )
         for d in calibration.profile.depths
+    ]
+    return header, rows
+
+
+def rows_of_drawn(drawn: DrawnProfile) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The part of drawn candidates as a table: header and one row a depth."""
+    header = ("depth", "slots", "accepted", "ECE before", "after", "knots")
+    rows: list[tuple[str, ...]] = [
+        (
+            str(d.depth),
+            str(d.samples),
+            f"{d.acceptance:.1%}",
+            f"{d.ece_before:.2%}",
+            f"{d.ece_after:.2%}",
+            str(len(d.survival_probs)),
+        )
+        for d in drawn.depths
     ]
     return header, rows
 

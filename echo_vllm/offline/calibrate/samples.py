@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from echo_vllm.forecast.forecaster import Kind
 from echo_vllm.trace_format import TraceRequest, TraceStep
 
 
@@ -74,11 +75,12 @@ class Samples:
         return np.array([order[name] % 2 == 1 for name in self.request_ids], dtype=np.bool_)
 
 
-def collect(steps: Iterable[TraceStep], num_nodes: int) -> Samples:
+def collect(steps: Iterable[TraceStep], num_nodes: int, *, kind: Kind = "best") -> Samples:
     """Read the trees of a trace.
 
     Args:
         steps: of the trace.
+        kind: of the candidates. A drawn one's `node_logprob` is what was expected of its slot.
         num_nodes: num_speculative_tokens of the trace's header. A tree with fewer verified nodes
             than this, though its pool had more, was cut by the scheduler and is skipped.
 
@@ -90,6 +92,8 @@ def collect(steps: Iterable[TraceStep], num_nodes: int) -> Samples:
     skipped = partial = 0
     for step in steps:
         for request in step.requests:
+            if request.drawn != (kind == "drawn"):
+                continue
             size = len(request.selected)
             if not size or size < min(request.num_candidates, num_nodes):
                 skipped += 1

@@ -9,7 +9,7 @@ stand-ins, which are counted, so that a replay says how much of it is not known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,21 @@ STAND_IN = -2
 
 _SHIFT = 2
 """Candidate i of a request has row i + 2 in its tables; row 1 is the root, row 0 a stand-in."""
+
+
+def replayable(steps: Iterable[TraceStep]) -> Iterator[TraceStep]:
+    """The steps of a trace, as far as a policy can decide about their candidates again.
+
+    Raises:
+        TraceError: a request's candidates were drawn: for another policy others would have been.
+    """
+    for step in steps:
+        if any(request.drawn for request in step.requests):
+            raise TraceError(
+                f"step {step.step} of the trace has drawn candidates, which cannot be chosen "
+                'again; record it with "candidates": "best".'
+            )
+        yield step
 
 
 def fully_verified(steps: Iterable[TraceStep]) -> list[TraceRequest]:

@@ -28,6 +28,7 @@ from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.frontier import Frontier, LevelRows
 from echo_vllm.step.head_limits import limit_head
 from echo_vllm.transfer import upload
+from echo_vllm.trees.drawn import DrawnPool
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool
 from echo_vllm.trees.store import Ints, owners
@@ -62,6 +63,8 @@ class DraftReport:
         pool: all candidates, None if nothing was drafted.
         forest: those that were selected.
         probes: of the batch that was drafted for.
+        drawn_pool, drawn_probes: the same of requests whose candidates are drawn.
+        drawn_places: [r] int64, which of all requests that drafted these are, ascending.
     """
 
     committed: int = 0
@@ -69,6 +72,9 @@ class DraftReport:
     pool: CandidatePool | None = None
     forest: DraftForest | None = None
     probes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    drawn_pool: DrawnPool | None = None
+    drawn_probes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    drawn_places: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class EchoProposer(EagleProposer):

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
-from echo_vllm.policies import DraftBatch, DraftPolicy
+from echo_vllm.ops.argmax import best_of_rows
+from echo_vllm.policies import Cut, DraftBatch, DraftPolicy
 from echo_vllm.step.frontier import Frontier
+from echo_vllm.transfer import upload
 from echo_vllm.trees.drawn import DrawnPool
 from echo_vllm.trees.draws import Draws, Sampling, draw_children
 from echo_vllm.trees.forest import ROOT, DraftForest
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 32
 """A row's most probable tokens, from which the worth of its slots is estimated."""
-
-_FAR = 1e9
 
 
 def draw_trees(
@@ -40,71 +40,59 @@ def draw_trees(
     root_keys: torch.Tensor,
     sampling: Sampling,
     batch: DraftBatch,
-    max_nodes: int,
+    cut: Cut,
 ) -> tuple[DrawnPool, DraftForest]:
     """Grow the trees of R requests; the arguments are those of `EchoProposer.draft_trees`, and
 
     Args:
         root_keys: [R] int64, of `draws.root_keys`.
         sampling: of the R requests.
-        max_nodes: of each request, known before (`DraftPolicy.drawn_nodes`).
+        cut: of each request, known before (`DraftPolicy.drawn_cut`).
     """
     policy, device = proposer.policy, output.device
-    num_requests, k = output.shape[0], policy.num_ranks
+    num_requests, k = output.shape[0], policy.drawn_ranks
     frontier = Frontier(features, policy)
-    pool = DrawnPool(root_keys)
-    parents = torch.full((num_requests, 1), ROOT, device=device)
-    level_start = 0
+    pool = DrawnPool(root_keys, policy.drawn_survival(batch, device))
     for depth in range(1, policy.max_depth + 1):
-        going = torch.ones(num_requests, dtype=torch.bool)
+        going = torch.ones(len(pool.active), dtype=torch.bool)
         if batch.depth_limits is not None:
-            going = batch.depth_limits >= depth
+            going = batch.depth_limits[pool.active] >= depth
         if depth > 1:
-            going = going & policy.going(depth, pool, batch)
-            if not going.any():
-                break
-            parents = policy.drawn_parents(depth, pool).to(device)
-            under = (parents - level_start) // k
-            level_start += k * frontier.width
+            going = going & policy.going(pool.deepest(), batch)
+        if not going.any():
+            break
+        active = pool.active[going]
+        pool.go_on(active)
+        frontier.keep(active)
+        rows = upload(active, device)
+        if depth == 1:
+            output, parents = output[rows], torch.full((len(active), 1), ROOT, device=device)
+        else:
+            level = pool.deepest()
+            parents = policy.drawn_parents(level, batch).to(device)
             output = proposer.expand_level(
                 frontier,
-                frontier.advance(under),
+                frontier.advance((parents - level.first) // k),
                 pool.tokens_of(parents),
-                positions=last_positions + (depth - 1),
-                context_lens=context_lens,
-                block_table=block_table,
+                positions=last_positions[rows] + (depth - 1),
+                context_lens=context_lens[rows],
+                block_table=block_table[rows],
             )
-        elif not going.any():
-            break
-        logits = proposer.draft_logits(output).float()
-        logits = logits.nan_to_num(nan=-_FAR, posinf=_FAR, neginf=-_FAR)
+        logits = proposer.draft_logits(output)
         width = parents.shape[1]
         keys = pool.keys_of(parents).flatten()
-        draws = draw_children(logits, k, keys, _of_rows(sampling, width))
+        draws = draw_children(logits, k, keys, sampling.of(active, width))
         gains, reaches = _estimates(policy, draws, k)
-        level = pool.open(parents, gains.view(num_requests, width, k))
-        widths = policy.drawn_widths(level).to(device)
-        widths = widths.masked_fill(~going.to(device).unsqueeze(1), 0)
+        opened = pool.open(parents, gains.view(len(active), width, k))
         tokens = draws.token_ids.clamp(min=0)
         offsets = proposer.draft_offsets
         if offsets is not None:
             tokens = tokens + offsets[tokens]
-        pool.fill(level, widths, draws, tokens, reaches)
-    return pool, pool.take(num_requests * max_nodes, max_nodes)
-
-
-def _of_rows(sampling: Sampling, width: int) -> Sampling:
-    """The same for `width` rows of every request."""
-
-    def rows(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.repeat_interleave(width)
-
-    return Sampling(
-        sampling.temperature.repeat_interleave(width),
-        rows(sampling.top_k),
-        rows(sampling.top_p),
-        rows(sampling.min_p),
-    )
+        pool.fill(opened, policy.drawn_widths(opened).to(device), draws, tokens, reaches)
+    floors = torch.full((num_requests,), cut.floor, device=device)
+    floors[upload(batch.probes, device)] = max(cut.floor, cut.probed)
+    most = num_requests * cut.max_nodes
+    return pool, pool.take(most, cut.max_nodes, cut.least_worth, floors)
 
 
 def _estimates(policy: DraftPolicy, draws: Draws, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,12 +102,12 @@ def _estimates(policy: DraftPolicy, draws: Draws, k: int) -> tuple[torch.Tensor,
     if acceptance is None:  # A fixed shape: whatever is drawn, every slot stays.
         ones = torch.ones(draws.token_ids.shape, device=draws.probs.device)
         return ones, ones
-    best = draws.probs.topk(min(LOOKED_AT, draws.probs.shape[1]), dim=1)
-    gains = expected_gains(best.values, guess_target(best.values, acceptance), k)
+    best, indices = best_of_rows(draws.probs, LOOKED_AT)
+    gains = expected_gains(best, guess_target(best, acceptance), k)
     # The drawn tokens first, whether they are among the best or not.
     ids = draws.token_ids
-    again = (best.indices.unsqueeze(2) == ids.unsqueeze(1)).any(2)
+    again = (indices.unsqueeze(2) == ids.unsqueeze(1)).any(2)
     drawn = draws.probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
-    probs = torch.cat([drawn, best.values.masked_fill(again, 0.0)], 1)
+    probs = torch.cat([drawn, best.masked_fill(again, 0.0)], 1)
     places = torch.arange(k, device=ids.device).expand_as(ids).masked_fill(ids < 0, -1)
     return gains, reaches_of(probs, guess_target(probs, acceptance), places)

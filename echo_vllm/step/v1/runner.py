@@ -447,15 +447,20 @@ class EchoRunnerMixin(_Runner):
             stats.starved = int((report.forest.cu_nodes.diff() == 0).sum())
         if verdict is not None:
             drawn = torch.from_numpy(self._draws(step.slots))
-            verified = step.forest
-            if drawn.any():  # What is known of the best candidates does not hold for them.
-                verified = verified.prefix(verified.cu_nodes.diff().masked_fill(drawn, 0))
+            # What is known of one kind of candidates does not hold for the other.
             stats.report = policy.report(
-                verified=verified,
-                num_accepted=verdict.num_accepted,
+                verified=_trees_where(step.forest, ~drawn),
+                num_accepted=verdict.num_accepted.masked_fill(drawn, 0),
                 pool=report.pool,
                 probes=report.probes,
             )
+            if self.drawn is not None:
+                stats.drawn_report = policy.report_drawn(
+                    verified=_trees_where(step.forest, drawn),
+                    num_accepted=verdict.num_accepted.masked_fill(~drawn, 0),
+                    pool=report.drawn_pool,
+                    probes=report.drawn_probes,
+                )
         return stats
 
     def _sample(
@@ -734,27 +739,31 @@ class EchoRunnerMixin(_Runner):
             return self._draft_best(state, place, batch)
         assert self.drawn is not None
         drawing, others = np.flatnonzero(drawn), np.flatnonzero(~drawn)
-        # Both numbers are known before anything is drawn.
-        max_nodes = self.drafter.policy.drawn_nodes(batch)
-        of_others = batch.of_some(others, other_nodes=len(drawing) * max_nodes)
+        # Both are known before anything is drawn.
+        policy = self.drafter.policy
+        cut, drawn_rows = policy.drawn_cut(batch), policy.drawn_rows(batch, len(drawing))
         arguments = self._of_requests(state, place[drawing])
         arguments.pop("roots")
         slots, positions = slots[place[drawing]], state.stops[place[drawing]] + 1
+        of_drawing, report = batch.of_some(drawing), self.drafter.report
         pool, forest = draw_trees(
             self.drafter,
             **arguments,
             root_keys=self.drawn.root_keys(slots, positions, self.device),
             sampling=self.drawn.sampling(slots, self.device),
-            batch=batch.of_some(drawing),
-            max_nodes=max_nodes,
+            batch=of_drawing,
+            cut=cut,
         )
         self.drawn.put(slots, pool, forest)
+        report.drawn_pool, report.drawn_probes = pool, of_drawing.probes
+        report.drawn_places = torch.from_numpy(drawing)
         if len(others):
+            of_others = batch.of_some(others, other_nodes=drawn_rows)
             best = self._draft_best(state, place[others], of_others)
             forest = DraftForest.joined(
                 [(torch.from_numpy(drawing), forest), (torch.from_numpy(others), best)]
             )
-        self.drafter.report.forest = forest
+        report.forest = forest
         return forest
 
     def _draft_best(self, state: CaughtUp, place: Ints, batch: DraftBatch) -> DraftForest:
@@ -781,3 +790,10 @@ class EchoRunnerMixin(_Runner):
             "block_table": table,
             "roots": roots,
         }
+
+
+def _trees_where(forest: DraftForest, mask: torch.Tensor) -> DraftForest:
+    """The forest with the trees of those requests alone for which `mask` ([R] bool) is set."""
+    if mask.all():
+        return forest
+    return forest.prefix(forest.cu_nodes.diff().masked_fill(~mask, 0))

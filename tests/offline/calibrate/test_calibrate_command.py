@@ -80,6 +80,25 @@ def test_a_trace_becomes_a_profile(trace_file: Path, tmp_path: Path) -> None:
     assert f"Wrote {profile}." in result.stdout
 
 
+def test_a_second_trace_has_drawn_candidates(
+    trace_file: Path, steps: list[TraceStep], tmp_path: Path
+) -> None:
+    drawn, profile = tmp_path / "drawn.jsonl", tmp_path / "p.json"
+    header = TraceHeader("org/target", "head", "float32", 30, {"policy": "topn"}, "2025-01-01")
+    with TraceWriter(drawn, header) as writer:
+        for step in steps[:50]:
+            writer.append(replace(step, requests=[replace(r, drawn=True) for r in step.requests]))
+    base = ("target", "--drafter", "head", "-o", profile, "--trace", trace_file, "--trace")
+    result = run(*base, drawn)
+    assert result.exit_code == 0, result.output
+    made = DrafterProfile.load(profile)
+    assert made.drawn is not None
+    assert made.drawn.temperature is None
+    assert [depth.depth for depth in made.drawn.depths] == [1, 2, 3, 4]
+    assert "Drawn candidates" in result.stdout
+    assert "has no tree of which all 30 nodes were verified" in refused(*base, trace_file)
+
+
 def test_measured_costs_set_the_thresholds(trace_file: Path, tmp_path: Path) -> None:
     costs = tmp_path / "costs.json"
     costs.write_text(json.dumps({"schema_version": 1, "cost": COST.to_dict()}))
@@ -197,7 +216,14 @@ def test_the_demo_is_calibrated_by_a_real_run(
     trees = [tree for step in steps for tree in step.requests]
     assert sum(tree.is_fully_verified for tree in trees) > 0.9 * len(trees)
     assert made.num_steps > 12 * 24 / 4 / 2
-    # And again from the kept trace.
-    again = run(demo_target, "--drafter", demo_head, "-o", tmp_path / "q.json", "--trace", trace)
+    assert made.drawn is not None
+    assert made.drawn.temperature == 1.0
+    assert made.drawn.depths[0].acceptance > 0.3
+    # And again from the kept traces.
+    kept = ("--trace", trace, "--trace", tmp_path / "t.drawn.jsonl")
+    again = run(demo_target, "--drafter", demo_head, "-o", tmp_path / "q.json", *kept)
     assert again.exit_code == 0, again.output
-    assert DrafterProfile.load(tmp_path / "q.json").depths[0].auc == made.depths[0].auc
+    repeated = DrafterProfile.load(tmp_path / "q.json")
+    assert repeated.depths[0].auc == made.depths[0].auc
+    assert repeated.drawn is not None
+    assert repeated.drawn.depths == made.drawn.depths

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_vllm.forecast.drafter_profile import MAX_KNOTS, DrafterProfile
-from echo_vllm.offline.calibrate.fit import Calibration, fit, reliability, survival_knots
+from echo_vllm.offline.calibrate.fit import (
+    Calibration,
+    fit,
+    fit_drawn,
+    reliability,
+    survival_knots,
+)
 from echo_vllm.offline.calibrate.gates import GateCosts
 from echo_vllm.offline.calibrate.samples import Samples, collect
 from echo_vllm.trace_format import TraceStep
@@ -55,6 +62,26 @@ def test_the_survival_of_whole_trees_is_recovered(calibration: Calibration) -> N
         true = np.exp(SHARPNESS * samples.node_logprob[here])
         assert np.abs(found[here] - true).mean() < 0.012
         assert found[here].sum() == pytest.approx(samples.node_accepted[here].sum(), rel=0.05)
+
+
+def test_drawn_candidates_have_curves_of_their_own(steps: list[TraceStep]) -> None:
+    """A trace may hold both kinds; each is fitted to its own trees."""
+    both = [
+        replace(each, requests=[replace(r, drawn=i % 2 == 1) for i, r in enumerate(each.requests)])
+        for each in steps
+    ]
+    best, drawn = (collect(both, 30, kind=kind) for kind in ("best", "drawn"))
+    assert best.num_trees == drawn.num_trees == 1500
+    assert not set(best.request_ids) & set(drawn.request_ids)
+    found = fit_drawn(drawn, 0.6)
+    assert found.temperature == 0.6
+    assert [depth.depth for depth in found.depths] == [1, 2, 3, 4]
+    assert sum(depth.samples for depth in found.depths) == len(drawn.node_depth)
+    scores = torch.tensor(drawn.node_logprob, dtype=torch.float32)
+    predicted = found.survival().probability(scores, torch.tensor(drawn.node_depth)).numpy()
+    true = np.exp(SHARPNESS * drawn.node_logprob)
+    assert np.abs(predicted - true).mean() < 0.012
+    assert all(depth.ece_after < depth.ece_before for depth in found.depths[:2])
 
 
 def test_calibration_errors_fall_on_requests_that_were_held_out(calibration: Calibration) -> None:
