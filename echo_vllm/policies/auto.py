@@ -245,6 +245,9 @@ class AutoPolicy(CostAwarePolicy):
             going |= torch.isin(level.requests, batch.probes)
         return going
 
+    def drawn_parents(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        return level.best(self.frontier_of(batch))
+
     def report_drawn(
         self,
         *,

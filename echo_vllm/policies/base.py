@@ -289,7 +289,7 @@ class DraftPolicy(ABC):
 
     def drawn_parents(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
         """[A, W] int64, the columns of the level to draw children under."""
-        return level.best(self.frontier_of(batch))
+        return level.best(self.max_frontier)
 
     def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
         """[A, W] int64: children that each parent gets, `drawn_ranks` at most."""
