@@ -103,7 +103,8 @@ def _estimates(policy: DraftPolicy, draws: Draws, k: int) -> tuple[torch.Tensor,
         ones = torch.ones(draws.token_ids.shape, device=draws.probs.device)
         return ones, ones
     best, indices = best_of_rows(draws.probs, LOOKED_AT)
-    gains = expected_gains(best, guess_target(best, acceptance), k)
+    # A row that is not finite has no children, and nothing to expect of them.
+    gains = expected_gains(best, guess_target(best, acceptance), k).nan_to_num(0.0)
     # The drawn tokens first, whether they are among the best or not.
     ids = draws.token_ids
     again = (indices.unsqueeze(2) == ids.unsqueeze(1)).any(2)
