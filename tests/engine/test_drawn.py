@@ -171,7 +171,7 @@ def plant_a_node_dropped_by_its_own_score(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def plant_a_slot_that_depends_on_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many children a node has is settled when they are known."""
+    """Whether a node has children is settled when they are known."""
     from echo_vllm.trees.drawn import DrawnPool
 
     fill = DrawnPool.fill
@@ -179,8 +179,8 @@ def plant_a_slot_that_depends_on_its_child(monkeypatch: pytest.MonkeyPatch) -> N
     def late(
         pool: DrawnPool, level: Any, widths: torch.Tensor, draws: Any, ids: Any, reaches: Any
     ) -> None:
-        unlikely = (reaches[:, -1] < 0.1).view(widths.shape)
-        fill(pool, level, widths - unlikely.long(), draws, ids, reaches)
+        unlikely = (reaches[:, 0] < 0.6).view(widths.shape)
+        fill(pool, level, widths.masked_fill(unlikely, 0), draws, ids, reaches)
 
     monkeypatch.setattr(DrawnPool, "fill", late)
 
