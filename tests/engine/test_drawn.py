@@ -117,7 +117,7 @@ def test_auto_has_the_targets_distribution(
         found = counters(llm)
     nodes = torch.cat(sizes)
     assert found["spec_decode_num_accepted_tokens"] > 0.1 * EACH * len(names), "nothing at stake"
-    assert len(nodes.unique()) > 4, "trees are of one size"
+    assert len(set(nodes.tolist())) > 4, "trees are of one size"
     assert set(sampled.pop()) == {greedy_tokens(target_logits)}
     values = {
         name: p_value(samples, SETTINGS[name], target_logits, tiny.shape.vocab)

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,9 +121,9 @@ def verified_by(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draft rows, uniforms and q, as `ops.sample_path` wants them."""
     rows, numbers = pool.rows_of(forest)
-    used, places = rows[rows >= 0].unique(return_inverse=True)
-    rows[rows >= 0] = places
-    return rows.to(torch.int32), numbers, pool.draft_probs(used)
+    used, places = np.unique(rows[rows >= 0].numpy(), return_inverse=True)
+    rows[rows >= 0] = torch.from_numpy(places)
+    return rows.to(torch.int32), numbers, pool.draft_probs(torch.from_numpy(used))
 
 
 def test_a_forest_goes_through_verification() -> None:
