@@ -72,6 +72,7 @@ def tree_attention(
     lse: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of R requests whose rows are trees; writes their rows of `out`, no others.
 
@@ -107,12 +108,21 @@ def tree_attention(
         k_scale, v_scale: what the cache's 8-bit K and V are multiplied with, vLLM's
             `layer._k_scale_float` and `_v_scale_float`; positive, and 1 for other caches. The
             suffix has no scale.
+        sinks: None, or [H] floating point, on query's device: a score that each row's softmax has
+            beside those of its keys, with nothing behind it. Whatever runs the operator, it enters
+            once, when all keys are merged. Not together with `lse`.
 
     Raises:
+        ValueError: both `sinks` and `lse` are given.
         RuntimeError: an argument's shape, dtype, stride or range does not fit. On CUDA the layout
             is `nhd` (its strides may be those of `hnd`), D is at most 256, and lengths, starts and
             block numbers are trusted.
     """
+    if sinks is not None:
+        if lse is not None:
+            raise ValueError("tree_attention: lse is of keys alone; give it, or sinks")
+        # Rows that are not the requests' keep their values: they leave the sink nothing.
+        lse = query.new_full((query.shape[1], query.shape[0]), torch.inf, dtype=torch.float32)
     features: tuple[str, ...] = ()
     if query.dtype is torch.float32:
         features += ("float32",)
@@ -151,6 +161,11 @@ def tree_attention(
         k_scale,
         v_scale,
     )
+    if sinks is not None:
+        assert lse is not None
+        # What the keys have of the softmax, exp(lse) / (exp(lse) + exp(sink)).
+        share = torch.sigmoid(lse - sinks.float().unsqueeze(1))
+        out.mul_(share.T.unsqueeze(2))
 
 
 def suffix_attention(

@@ -95,6 +95,7 @@ def tree_attention(
     lse: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """See `echo_vllm.ops.tree_attention`. Computes in float64 where the input is float32."""
     accumulate = torch.float64 if query.dtype == torch.float32 else torch.float32
@@ -133,8 +134,12 @@ def tree_attention(
         if softcap > 0:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~visible, float("-inf"))
+        against = scores
+        if sinks is not None:  # one more score in every row's softmax, and nothing behind it
+            sink = sinks.to(accumulate).view(-1, group, 1, 1).expand(*scores.shape[:3], 1)
+            against = torch.cat([scores, sink], -1)
         # A row that sees nothing gives zeros. What no row sees may be unwritten memory.
-        weights = torch.softmax(scores, -1).nan_to_num(0.0)
+        weights = torch.softmax(against, -1)[..., : scores.shape[-1]].nan_to_num(0.0)
         v = value.permute(1, 0, 2)[:, None]
         v = v.masked_fill(~visible.any(0)[:, None], 0.0)
         result = (weights @ v).permute(2, 0, 1, 3).flatten(1, 2)

@@ -93,6 +93,33 @@ def test_matches_reference(shape: Shape) -> None:
     assert_matches_reference(build(shape))
 
 
+@given(shape=shapes(), seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_sinks_enter_once(shape: Shape, seed: int) -> None:
+    """However the keys were divided; as many rows, groups and windows as without sinks."""
+    case = build(shape)
+    heads = case.arguments["query"].shape[1]
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(seed)) * 3
+    case = case.with_arguments(sinks=sinks.to(case.dtype))
+    expected = case.run(reference.tree_attention)
+    for isa in each_isa():
+        actual = case.run(ops.tree_attention)
+        assert not actual[case.owned_rows].isnan().any(), f"{isa}: an element was not written"
+        assert actual[~case.owned_rows].isnan().all(), f"{isa}: wrote a row of another request"
+        error = relative_error(actual[case.owned_rows], expected[case.owned_rows])
+        assert error < TOLERANCE[case.dtype], f"{isa}: error {error:.2e}"
+
+
+def test_a_sink_as_large_as_all_keys_takes_half() -> None:
+    case = build(replace(BASE, contexts=(0, 0, 0), suffix_lens=(5, 1, 9)))
+    out, lse = case.run_with_lse(ops.tree_attention)
+    row = int((case.owned_rows & lse.isfinite().all(0)).nonzero()[0])
+    halved = case.with_arguments(sinks=lse[:, row].contiguous()).run(ops.tree_attention)
+    torch.testing.assert_close(halved[row], out[row] / 2)
+    with pytest.raises(ValueError, match="lse is of keys alone"):
+        case.with_arguments(sinks=torch.zeros(6)).run_with_lse(ops.tree_attention)
+
+
 BASE = Shape("vec", torch.float32, 64, 2, 3, 64, (5, 1, 9), (130, 0, 77), (5, 1, 9))
 
 
