@@ -8,6 +8,10 @@ end what it was. A draft that the grammar forbids never gets a node. The masks a
 way: the state at verification is the same, because a grammar advances only by tokens that were
 generated.
 
+What the grammar forces gets nodes whether the drafter has thought of it or not: a token that is the
+only one of its mask, which is accepted with its parent, and from the root on the tokens of a text
+without alternative, which the target may write with other tokens. Both cost no drafting.
+
 While a request still reasons, nothing is constrained; a path in which the reasoning ends goes no
 further, and what follows it is masked by the grammar's first state.
 """
@@ -18,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from echo_vllm.trees.forest import ROOT
@@ -27,89 +32,189 @@ FOLLOWED_BACKENDS = frozenset({"xgrammar", "guidance"})
 one is served without drafts."""
 
 
+_Key = tuple[int, int]
+_ROOT_KEY = (ROOT, 0)
+
+FORCED = -1
+"""Stands in `AllowedTree.nodes` for a node that the grammar has added."""
+
+
 @dataclass
 class AllowedTree:
-    """The part of a request's draft that its grammar allows.
+    """The tree that a request with a grammar goes on with, of n nodes; any prefix is a tree.
 
     Attributes:
-        kept: nodes of the drafted tree, ascending, so that each stands behind its parent.
-        masks: [1 + n, words] int32, on the host: for the root and each node of `kept` the tokens
-            that may follow, a bit each.
+        nodes: of each node, its place in the drafted tree, or FORCED.
+        token_ids, parents: of each node; a parent is a place in these lists, or ROOT.
+        masks: [1 + n, words] int32, on the host: for the root and each node the tokens that may
+            follow, a bit each; empty in what goes to the worker, which gets them another way.
     """
 
-    kept: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
     masks: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
 
+    @property
+    def has_forced(self) -> bool:
+        return FORCED in self.nodes
 
-def allow(manager: Any, request: Any, tokens: Sequence[int], parents: Sequence[int]) -> AllowedTree:
+    def without_masks(self, size: int) -> AllowedTree:
+        """Its first `size` nodes."""
+        return AllowedTree(self.nodes[:size], self.token_ids[:size], self.parents[:size])
+
+
+def allow(
+    manager: Any,
+    request: Any,
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    *,
+    max_nodes: int,
+    max_depth: int,
+) -> AllowedTree:
     """Follow a drafted tree with the request's grammar.
 
     Args:
         manager: vLLM's StructuredOutputManager.
         request: vLLM's Request, with a compiled grammar.
-        tokens, parents: of the tree's nodes; a parent is an index of a node before, or ROOT.
+        tokens, parents: of the tree's nodes, maybe none; a parent is an index of a node before, or
+            ROOT.
+        max_nodes: of the result; forced nodes come first, right behind their parents.
+        max_depth: of a forced node.
     """
-    return _Walk(manager, request, tokens, parents).run()
+    return _Walk(manager, request, tokens, parents, max_nodes, max_depth).run()
+
+
+def forced_text(manager: Any, grammar: Any) -> list[int]:
+    """The tokens, as the tokenizer writes them, of the text without alternative from here on."""
+    if (matcher := getattr(grammar, "ll_matcher", None)) is not None:  # guidance
+        return list(matcher.compute_ff_tokens())
+    tokenizer = getattr(manager, "tokenizer", None)
+    if (matcher := getattr(grammar, "matcher", None)) is None or tokenizer is None:
+        return []
+    text = matcher.find_jump_forward_string()
+    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def is_allowed(mask: torch.Tensor, token: int) -> bool:
+    """Whether `token` is one of `mask` [words] int32."""
+    return token < 32 * len(mask) and bool(int(mask[token // 32]) >> token % 32 & 1)
+
+
+def forced_token(mask: torch.Tensor) -> int | None:
+    """The one token that `mask` [words] int32 allows, None where there are more or none."""
+    words = mask.numpy().view(np.uint32)
+    places = words.nonzero()[0]
+    if len(places) != 1:
+        return None
+    word = int(words[places[0]])
+    return None if word & (word - 1) else 32 * int(places[0]) + word.bit_length() - 1
 
 
 class _Walk:
-    """One walk through a tree; the grammar's state is that of the node that is visited."""
+    """One walk through a tree; the grammar's state is that of the node that is visited.
+
+    A node's key is (the drafted node that it is or hangs under, how far below that it is): sorted
+    by it, parents come first, drafted nodes keep their order, and forced ones follow their parent.
+    """
 
     def __init__(
-        self, manager: Any, request: Any, tokens: Sequence[int], parents: Sequence[int]
+        self,
+        manager: Any,
+        request: Any,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        max_nodes: int,
+        max_depth: int,
     ) -> None:
         self._manager = manager
         self._request = request
         self._grammar = request.structured_output_request.grammar
         self._tokens = tokens
+        self._max_nodes = max_nodes
+        self._max_depth = max_depth
+        self._num_forced = 0
         self._children: dict[int, list[int]] = {}
         for node, parent in enumerate(parents):
             self._children.setdefault(parent, []).append(node)
-        self._masks = manager.backend.allocate_token_bitmask(1 + len(tokens))
+        self._masks = manager.backend.allocate_token_bitmask(1 + len(tokens) + max_nodes)
         self._masks.fill_(-1)  # Every token may follow.
-        self._kept: list[int] = []
+        self._found: list[tuple[_Key, int, _Key, int]] = []
+        """Of each node: its key, its token, its parent's key, its row of the masks."""
 
     def run(self) -> AllowedTree:
         if self._starts_at(()).constraint_start == 0:
-            self._visit(ROOT)
+            self._visit(_ROOT_KEY, 0, 0, forced_text(self._manager, self._grammar))
         else:
-            self._visit_reasoning(ROOT, [])
-        kept = sorted(self._kept)
-        return AllowedTree(kept, self._masks[[0, *(node + 1 for node in kept)]])
+            self._visit_reasoning(_ROOT_KEY, [])
+        found = sorted(self._found)[: self._max_nodes]
+        place = {key: i for i, (key, *_) in enumerate(found)} | {_ROOT_KEY: ROOT}
+        return AllowedTree(
+            [node if below == 0 else FORCED for (node, below), *_ in found],
+            [token for _, token, *_ in found],
+            [place[parent] for _, _, parent, _ in found],
+            self._masks[[0, *(row for *_, row in found)]],
+        )
 
-    def _visit(self, node: int) -> None:
-        """Mask what may follow `node`, and visit those of its children that may."""
+    def _keep(self, key: _Key, token: int, parent: _Key) -> int:
+        """A new node; returns its row of the masks."""
+        row = 1 + len(self._found)
+        self._found.append((key, token, parent, row))
+        return row
+
+    def _visit(self, key: _Key, row: int, depth: int, ahead: Sequence[int]) -> None:
+        """Mask what may follow a node, and visit those of its children that may.
+
+        Args:
+            ahead: tokens of the forced text from here on.
+        """
         if self._grammar.is_terminated():
             return  # The request ends here.
-        self._grammar.fill_bitmask(self._masks, node + 1)
-        for child in self._children.get(node, ()):
+        self._grammar.fill_bitmask(self._masks, row)
+        mask, (node, below) = self._masks[row], key
+        forced = ahead[0] if ahead and is_allowed(mask, ahead[0]) else forced_token(mask)
+        rest = ahead[1:] if ahead and forced == ahead[0] else ()
+        for child in self._children.get(node, ()) if below == 0 else ():
             token = self._tokens[child]
-            if not self._grammar.validate_tokens([token]):
-                continue
-            self._kept.append(child)
-            self._grammar.accept_tokens(self._request.request_id, [token])
-            self._visit(child)
-            self._grammar.rollback(1)
+            if is_allowed(mask, token):
+                self._step((child, 0), token, key, depth, rest if token == forced else ())
+                if token == forced:
+                    forced = None
+        if forced is None or depth >= self._max_depth or self._num_forced == self._max_nodes:
+            return
+        self._num_forced += 1
+        self._step((node, below + 1), forced, key, depth, rest)
 
-    def _visit_reasoning(self, node: int, path: list[int]) -> None:
+    def _step(self, key: _Key, token: int, parent: _Key, depth: int, ahead: Sequence[int]) -> None:
+        """Visit a new node, and come back."""
+        if not self._grammar.accept_tokens(self._request.request_id, [token]):
+            return
+        # A forced token that ends the answer comes of itself, as the bonus token.
+        if key[1] == 0 or not self._grammar.is_terminated():
+            self._visit(key, self._keep(key, token, parent), depth + 1, ahead)
+        self._grammar.rollback(1)
+
+    def _visit_reasoning(self, key: _Key, path: list[int]) -> None:
         """Visit the children of a node behind which the request still reasons."""
-        for child in self._children.get(node, ()):
-            way = [*path, self._tokens[child]]
-            self._kept.append(child)
+        for child in self._children.get(key[0], ()):
+            token = self._tokens[child]
+            way = [*path, token]
             starts = self._starts_at(way)
             if starts.constraint_start > len(way):
-                self._visit_reasoning(child, way)
+                self._keep((child, 0), token, key)
+                self._visit_reasoning((child, 0), way)
             elif starts.grammar_start < len(way):
                 # The last token ended the reasoning and is the grammar's first.
-                if not self._grammar.validate_tokens(way[-1:]):
-                    self._kept.pop()
+                if not self._grammar.validate_tokens([token]):
                     continue
-                self._grammar.accept_tokens(self._request.request_id, way[-1:])
+                row = self._keep((child, 0), token, key)
+                self._grammar.accept_tokens(self._request.request_id, [token])
                 if not self._grammar.is_terminated():
-                    self._grammar.fill_bitmask(self._masks, child + 1)
+                    self._grammar.fill_bitmask(self._masks, row)
                 self._grammar.rollback(1)
             else:
-                self._grammar.fill_bitmask(self._masks, child + 1)
+                self._grammar.fill_bitmask(self._masks, self._keep((child, 0), token, key))
 
     def _starts_at(self, path: Sequence[int]) -> Any:
         """Where in `path` the grammar begins; behind its end where the request still reasons."""

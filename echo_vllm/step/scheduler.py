@@ -11,13 +11,14 @@ ranks, so ranks never disagree.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
@@ -112,7 +113,11 @@ class EchoScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         for req_id in output.finished_req_ids:
             self._allowed.pop(req_id, None)
-        output.echo_kept = self._kept(output)
+        output.echo_allowed = {
+            req_id: self._allowed[req_id].without_masks(len(tokens))
+            for req_id, tokens in output.scheduled_spec_decode_tokens.items()
+            if req_id in self._allowed
+        }
         output.echo_plan = self._policy.plan(self._load(output))
         return output
 
@@ -204,39 +209,47 @@ class EchoScheduler(Scheduler):
 
     # ---- After the step ----
 
-    def _take_drafts(self, drafts: Drafts) -> None:
-        """Take the drafts over: of a request with a grammar what it allows, and none of a session
-        whose input is still coming, because where such a request stops within an accepted path
-        vLLM goes on as if the rest of the path belonged to it."""
-        token_ids = drafts.token_ids
+    def _take_drafts(self, token_ids: DraftTokenIds) -> None:
+        """Take the drafts over, but none of a session whose input is still coming, because where
+        such a request stops within an accepted path vLLM goes on as if the rest of the path
+        belonged to it."""
         for req_id, tokens in zip(token_ids.req_ids, token_ids.draft_token_ids, strict=True):
+            request = self.requests.get(req_id)
+            if request is not None and not request.is_finished():
+                goes_on = not (request.is_prefill_chunk or request.resumable)
+                request.spec_token_ids = tokens if goes_on else []
+
+    def _follow_grammars(self, req_ids: Iterable[str], parents: dict[str, list[int]]) -> None:
+        """Leave in the drafts of `req_ids` what their grammars allow, and add what they force.
+
+        Args:
+            parents: of the requests that have a draft and a grammar; see `Drafts`.
+        """
+        for req_id in req_ids:
             self._allowed.pop(req_id, None)
             request = self.requests.get(req_id)
-            if request is None or request.is_finished():
+            if request is None or request.is_finished() or request.is_prefill_chunk:
                 continue
-            parents = drafts.parents.get(req_id)
-            if request.is_prefill_chunk or request.resumable:
-                tokens = []
-            elif request.use_structured_output and tokens:
-                assert parents is not None
-                tree = allow(self.structured_output_manager, request, tokens, parents)
+            if not request.use_structured_output or (last := self._last(request)) < 0:
+                continue
+            tokens = request.spec_token_ids
+            tree = allow(
+                self.structured_output_manager,
+                request,
+                tokens,
+                parents[req_id] if tokens else (),
+                max_nodes=self.num_spec_tokens,
+                # Also what the back ends can roll back.
+                max_depth=min(self.num_spec_tokens, last - request.num_tokens - 1),
+            )
+            if tree.nodes or tokens:
                 self._allowed[req_id] = tree
-                tokens = [tokens[node] for node in tree.kept]
-            request.spec_token_ids = tokens
-
-    def _kept(self, output: Any) -> dict[str, list[int]]:
-        """Nodes of the drafted trees that requests with a grammar go on with in this step."""
-        scheduled = output.scheduled_spec_decode_tokens
-        return {
-            req_id: tree.kept[: len(scheduled[req_id])]
-            for req_id, tree in self._allowed.items()
-            if req_id in scheduled
-        }
+                request.spec_token_ids = tree.token_ids
 
     def get_grammar_bitmask(self, scheduler_output: Any) -> GrammarOutput | None:
         """vLLM's masks, and for every node of a tree the mask behind its own path."""
-        kept = scheduler_output.echo_kept
-        if not kept:
+        trees = scheduler_output.echo_allowed
+        if not trees:
             return super().get_grammar_bitmask(scheduler_output)
         # Without their drafts, so that vLLM makes the masks of the roots only.
         scheduled = scheduler_output.scheduled_spec_decode_tokens
@@ -247,28 +260,40 @@ class EchoScheduler(Scheduler):
             scheduler_output.scheduled_spec_decode_tokens = scheduled
         assert roots is not None
         req_ids = roots.structured_output_request_ids
+        counts = [len(scheduled[req_id]) if req_id in trees else 0 for req_id in req_ids]
         rows = [
-            self._allowed[req_id].masks[: 1 + len(kept[req_id])].numpy()
-            if req_id in kept
+            self._allowed[req_id].masks[: 1 + count].numpy()
+            if count
             else roots.grammar_bitmask[i : i + 1]
-            for i, req_id in enumerate(req_ids)
+            for i, (req_id, count) in enumerate(zip(req_ids, counts, strict=True))
         ]
-        counts = [len(kept.get(req_id, ())) for req_id in req_ids]
         return GrammarOutput(req_ids, np.concatenate(rows), counts)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats
         if self._step_stats is not None:
-            self._watch.observe(self._step_stats.accepted)
             self._describe(self._step_stats, scheduler_output.echo_plan)
             self._learn(self._step_stats)
-            drafts = scheduler_output.scheduled_spec_decode_tokens
-            ids = [id for id in model_runner_output.req_ids if drafts.get(id)]
+            scheduled = scheduler_output.scheduled_spec_decode_tokens
+            ids = [id for id in model_runner_output.req_ids if scheduled.get(id)]
+            trees = scheduler_output.echo_allowed
+            # What a grammar forces says nothing about the head.
+            self._watch.observe(
+                [
+                    accepted
+                    for id, accepted in zip(ids, self._step_stats.accepted, strict=True)
+                    if id not in trees or not trees[id].has_forced
+                ]
+            )
             requests = [self.requests.get(id) for id in ids]
             self._verified = [(r, 0 if r is None else r.num_output_tokens) for r in requests]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if model_runner_output.echo_drafts is not None:
-            self._take_drafts(model_runner_output.echo_drafts)
+        drafts: Drafts | None = model_runner_output.echo_drafts
+        if drafts is not None:
+            self._take_drafts(drafts.token_ids)
+        if scheduler_output.has_structured_output_requests:
+            parents = {} if drafts is None else drafts.parents
+            self._follow_grammars(scheduler_output.num_scheduled_tokens, parents)
         return outputs
 
     def _describe(self, stats: StepStats, plan: DraftPlan) -> None:

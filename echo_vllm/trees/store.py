@@ -55,19 +55,23 @@ class TreeStore:
         np.minimum.at(chains, owner[branches], place[branches])
         self._chains[slots] = chains
 
-    def keep(self, slot: int, nodes: Sequence[int]) -> None:
-        """Keep only `nodes` of the tree of `slot`: ascending, each with its parent."""
-        kept = np.asarray(nodes, np.int64)
-        # Index -1, which stands for the root, finds the last entry.
-        place = np.full(self._parents.shape[1] + 1, ROOT, np.int32)
-        place[kept] = np.arange(len(kept))
-        for values in (self._token_ids, self._depths, self._path_logprobs):
-            values[slot, : len(kept)] = values[slot, kept]
-        parents = place[self._parents[slot, kept]]
-        self._parents[slot, : len(kept)] = parents
-        self._sizes[slot] = len(kept)
-        branches = np.flatnonzero(parents != np.arange(len(kept)) - 1)
-        self._chains[slot] = branches[0] if len(branches) else len(kept)
+    def replace(
+        self, slot: int, nodes: Sequence[int], token_ids: Sequence[int], parents: Sequence[int]
+    ) -> None:
+        """Keep another tree for `slot`, made of nodes of the one that it has and of new ones.
+
+        Args:
+            nodes: of each node, its place in the old tree; negative for a new one, which is as
+                likely as its parent.
+            token_ids, parents: of each node; a parent stands before its children.
+        """
+        old = self._path_logprobs[slot].tolist()
+        scores: list[float] = []
+        for node, parent in zip(nodes, parents, strict=True):
+            inherited = 0.0 if parent == ROOT else scores[parent]
+            scores.append(inherited if node < 0 else old[node])
+        tree = DraftForest.from_parents([token_ids], [parents], [scores])
+        self.put(np.array([slot], np.int64), tree)
 
     def are_chains(self, slots: Ints, sizes: Ints) -> NDArray[np.bool_]:
         """[R] bool, whether the first `sizes` nodes of each tree are one path (or none)."""

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 import torch
 from scipy import stats
 
-from echo_vllm.step.grammar import allow
+from echo_vllm.step.grammar import FORCED, AllowedTree, allow, forced_token
 from echo_vllm.trees.forest import ROOT
 from tests.conftest import DEMO_HEAD, DEMO_TARGET
 from tests.engine.engines import counters, echo, engine, generate, runner
+from tests.engine.test_elastic_engine import AUTO, dictate, scheduler
 
 SCHEMA = json.dumps(
     {
@@ -34,7 +37,8 @@ GRAMMARS: list[dict[str, Any]] = [
     {"json": SCHEMA},
     {"regex": "(one|two|three)( (one|two|three)){3}"},
     {"choice": ["a long answer of many words", "a short one", "a long answer of few words"]},
-    {"json": SCHEMA},
+    # Digits are tokens of their own here, so that there is no other way to write most of it.
+    {"regex": "On 2026-11-29 at 17:45:30 (one|two|three) of 1234567890"},
 ]
 
 
@@ -44,6 +48,7 @@ class Numbers:
     def __init__(self, after: dict[int, list[int]]) -> None:
         self.after = after
         self.states = [0]
+        self.ll_matcher: Any = None
 
     def is_terminated(self) -> bool:
         return not self.after.get(self.states[-1])
@@ -90,15 +95,26 @@ def request_of(grammar: Numbers) -> Any:
     )
 
 
+def follow(
+    grammar: Numbers, tokens: list[int], parents: list[int], end: int | None = None, **limits: int
+) -> AllowedTree:
+    """What `grammar` makes of a draft; its state is then what it was."""
+    limits = {"max_nodes": 16, "max_depth": 8, **limits}
+    tree = allow(Manager(end), request_of(grammar), tokens, parents, **limits)
+    assert grammar.states == [0]
+    return tree
+
+
 def test_what_is_forbidden_gets_no_node_and_every_node_its_own_mask() -> None:
-    grammar = Numbers({0: [1, 2], 1: [3], 2: [3, 4], 3: [5], 4: []})
+    grammar = Numbers({0: [1, 2], 1: [3, 7], 2: [3, 4], 3: [5, 7], 4: [], 5: [], 7: []})
     # 9 is forbidden; 3 may follow 1 and 2, 4 may follow 2 only.
     tokens, parents = [1, 9, 2, 3, 3, 4, 4, 5], [ROOT, ROOT, ROOT, 0, 2, 0, 2, 4]
-    tree = allow(Manager(), request_of(grammar), tokens, parents)
-    assert tree.kept == [0, 2, 3, 4, 6, 7]
-    assert grammar.states == [0]
+    tree = follow(grammar, tokens, parents)
+    assert tree.nodes == [0, 2, 3, 4, 6, 7]
+    assert tree.token_ids == [1, 2, 3, 3, 4, 5]
+    assert tree.parents == [ROOT, ROOT, 0, 1, 1, 3]
     # Behind 4 and 5 the grammar has ended: whatever follows is thrown away.
-    wanted = [bits(1, 2), bits(3), bits(3, 4), bits(5), bits(5), -1, -1]
+    wanted = [bits(1, 2), bits(3, 7), bits(3, 4), bits(5, 7), bits(5, 7), -1, -1]
     assert tree.masks.flatten().tolist() == wanted
 
 
@@ -106,10 +122,66 @@ def test_reasoning_is_free_and_ends_inside_a_path() -> None:
     grammar = Numbers({0: [1, 2]})
     # 7 ends the reasoning: nothing is drafted behind it, and the grammar's start follows.
     tokens, parents = [5, 7, 6, 1, 7], [ROOT, ROOT, 0, 1, 2]
-    tree = allow(Manager(end=7), request_of(grammar), tokens, parents)
-    assert tree.kept == [0, 1, 2, 4]
+    tree = follow(grammar, tokens, parents, end=7)
+    assert tree.nodes == [0, 1, 2, 4]
     assert tree.masks.flatten().tolist() == [-1, -1, bits(1, 2), -1, bits(1, 2)]
-    assert grammar.states == [0]
+
+
+# After 1 come 2, 3, 4 and nothing else; then 5 or 6, which leads to 8 and the end.
+NARROW = {0: [1, 9], 1: [2], 2: [3], 3: [4], 4: [5, 6], 5: [1], 6: [8], 8: [], 9: [1]}
+
+
+def test_forced_tokens_follow_their_parent_whatever_was_drafted() -> None:
+    # The drafter thought of 1, of 2 behind it, and of a wrong token behind that.
+    tree = follow(Numbers(NARROW), [1, 9, 2, 5], [ROOT, ROOT, 0, 2], max_depth=4)
+    assert tree.token_ids == [1, 9, 1, 2, 3, 2, 3, 4]
+    assert tree.nodes == [0, 1, FORCED, FORCED, FORCED, 2, FORCED, FORCED]
+    assert tree.parents == [ROOT, ROOT, 1, 2, 3, 0, 5, 6]
+    wanted = [bits(1, 9), bits(2), bits(1), bits(2), bits(3), bits(4), bits(3), bits(4), bits(5, 6)]
+    assert tree.masks.flatten().tolist() == wanted
+    assert tree.has_forced
+
+
+def test_a_chain_is_forced_where_nothing_was_drafted() -> None:
+    grammar = Numbers({**NARROW, 0: [1]})
+    tree = follow(grammar, [], [])
+    assert (tree.token_ids, tree.parents) == ([1, 2, 3, 4], [ROOT, 0, 1, 2])
+    assert follow(grammar, [], [], max_nodes=3).token_ids == [1, 2, 3]
+    assert follow(grammar, [], [], max_depth=2).token_ids == [1, 2]
+    assert not follow(Numbers(NARROW), [], []).nodes
+
+
+def test_forced_nodes_take_the_places_of_the_last_drafted_ones() -> None:
+    grammar = Numbers({0: [1, 9], 1: [2], 2: [3], 3: [4, 5], 9: [6, 7], 6: [6], 7: [8, 9]})
+    tree = follow(grammar, [1, 9, 7], [ROOT, ROOT, 1], max_nodes=3)
+    assert tree.token_ids == [1, 2, 3]
+    assert tree.masks.flatten().tolist() == [bits(1, 9), bits(2), bits(3), bits(4, 5)]
+
+
+def test_a_forced_token_that_ends_the_answer_gets_no_node() -> None:
+    assert not follow(Numbers({0: [8], 8: []}), [], []).nodes
+
+
+def test_a_forced_text_is_a_chain_from_the_root() -> None:
+    """Also where the target could write it with other tokens; what the masks forbid is left out."""
+    grammar = Numbers({0: [1, 9], 1: [2, 7], 2: [3, 4], 3: [5, 6]})
+    grammar.ll_matcher = SimpleNamespace(compute_ff_tokens=lambda: [1, 2, 8])
+    tree = follow(grammar, [9, 1], [ROOT, ROOT])
+    assert (tree.token_ids, tree.nodes) == ([9, 1, 2], [0, 1, FORCED])
+    tree = follow(grammar, [9], [ROOT])
+    assert (tree.token_ids, tree.parents) == ([1, 2, 9], [ROOT, 0, ROOT])
+
+
+@pytest.mark.parametrize("token", [0, 1, 31, 32, 95])
+def test_the_one_token_of_a_mask_is_found(token: int) -> None:
+    mask = torch.zeros(3, dtype=torch.int64)
+    mask[token // 32] = 1 << token % 32
+    assert forced_token(mask.to(torch.int32)) == token
+    for other in {(token + 1) % 96, (token + 32) % 96}:
+        more = mask.clone()
+        more[other // 32] |= 1 << other % 32
+        assert forced_token(more.to(torch.int32)) is None
+    assert forced_token(torch.zeros(3, dtype=torch.int32)) is None
 
 
 # --- the real engine on the demo model ------------------------------------------------------------
@@ -135,17 +207,26 @@ def demo_engine(spec: dict[str, Any] | None, **options: Any) -> Any:
     return engine(DEMO_TARGET, spec, **{"max_model_len": 512, **options})
 
 
-def count_nodes(llm: Any) -> list[int]:
-    """Filled while the engine runs: nodes that were drafted for requests with a grammar."""
-    model_runner, nodes = runner(llm), list[int]()
-    take = model_runner.take_draft_token_ids
+def count_nodes(llm: Any) -> Counter[str]:
+    """Filled while the engine runs: nodes that were drafted for requests with a grammar, those of
+    them that were verified, and those that were verified because the grammar forces them."""
+    model_runner, core, counts = runner(llm), scheduler(llm), Counter[str]()
+    take, schedule = model_runner.take_draft_token_ids, core.schedule
 
-    def counting() -> Any:
-        nodes.extend(map(len, model_runner.grammar_parents.values()))
+    def taking() -> Any:
+        counts["drafted"] += sum(map(len, model_runner.grammar_parents.values()))
         return take()
 
-    model_runner.take_draft_token_ids = counting
-    return nodes
+    def scheduling(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for tree in output.echo_allowed.values():
+            forced = tree.nodes.count(FORCED)
+            counts["forced"] += forced
+            counts["verified"] += len(tree.nodes) - forced
+        return output
+
+    model_runner.take_draft_token_ids, core.schedule = taking, scheduling
+    return counts
 
 
 @pytest.mark.full
@@ -168,10 +249,28 @@ def test_trees_under_a_grammar_are_token_identical(prompts: list[str], backend: 
         assert generate(llm, asked, each) == wanted
         assert generate(llm, prompts, params, one_by_one=True) == wanted[: len(prompts)]
         found = counters(llm)
-    assert sum(nodes) > 100, "no tree was drafted under a grammar"
+    assert nodes["drafted"] > 100, "no tree was drafted under a grammar"
+    assert nodes["forced"] > 20, "nothing was forced"
     assert found["spec_decode_num_accepted_tokens"] > 50
     # What the grammar forbade was never verified.
-    assert found["spec_decode_num_draft_tokens"] < sum(nodes)
+    assert nodes["verified"] < nodes["drafted"]
+
+
+@pytest.mark.full
+def test_what_is_forced_comes_without_a_drafter(prompts: list[str]) -> None:
+    """With a policy that rests all the time; most of it is accepted, though the target writes some
+    of a forced text with other tokens."""
+    params = constrained(**GRAMMARS[3])
+    with demo_engine(None) as llm:
+        wanted = generate(llm, prompts[:4], params)
+    with demo_engine(echo(DEMO_HEAD, 8, **AUTO)) as llm:
+        nodes = count_nodes(llm)
+        dictate(llm, itertools.repeat((0, 0)))
+        assert generate(llm, prompts[:4], params) == wanted
+        found = counters(llm)
+    assert nodes["drafted"] == 0
+    assert nodes["forced"] > 40
+    assert found["spec_decode_num_accepted_tokens"] > 0.5 * nodes["forced"]
 
 
 @pytest.mark.full

@@ -40,3 +40,15 @@ def test_more_nodes_than_were_drafted_are_refused() -> None:
     store.put(np.array([1]), DraftForest.from_parents([[5, 6]], [[-1, 0]]))
     with pytest.raises(ValueError, match="more nodes"):
         store.take(np.array([1]), np.array([3]))
+
+
+def test_a_tree_may_be_replaced_by_nodes_of_its_own_and_new_ones() -> None:
+    store = TreeStore(2, 6)
+    drafted = DraftForest.from_parents([[5, 6, 7]], [[-1, 0, -1]], [[-1.0, -2.0, -3.0]])
+    store.put(np.array([1]), drafted)
+    store.replace(1, [0, -1, -1, 2], [5, 8, 9, 7], [-1, 0, 1, -1])
+    found = store.take(np.array([1]), np.array([4]))
+    assert found.trees() == [([5, 8, 9, 7], [-1, 0, 1, -1])]
+    assert found.depths.tolist() == [1, 2, 3, 1]
+    assert found.path_logprobs.tolist() == [-1.0, -1.0, -1.0, -3.0]
+    assert store.are_chains(np.array([1, 1]), np.array([3, 4])).tolist() == [True, False]

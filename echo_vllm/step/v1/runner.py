@@ -168,6 +168,8 @@ class EchoRunnerMixin(_Runner):
             self.drawn = DrawnRequests(self.max_num_reqs, spec.num_speculative_tokens)
         self.grammar_parents: dict[str, list[int]] = {}
         """Of the last drafting, for the scheduler; see `Drafts`."""
+        self.forced: list[int] = []
+        """Slots whose trees of this step have nodes that a grammar forces."""
         self.step: Step | None = None
         self.plan = DraftPlan()
         self.clock = clock_of(device)
@@ -249,9 +251,13 @@ class EchoRunnerMixin(_Runner):
             self._end(req_id)
         for req_id in scheduler_output.preempted_req_ids or ():
             self._end(req_id)
-        # What a grammar forbade is left out of the trees that it goes on with.
-        for req_id, kept in getattr(scheduler_output, "echo_kept", {}).items():
-            self.trees.keep(int(self.slots.of([req_id])[0]), kept)
+        # What their grammars made of the trees.
+        self.forced.clear()
+        for req_id, tree in getattr(scheduler_output, "echo_allowed", {}).items():
+            slot = int(self.slots.of([req_id])[0])
+            self.trees.replace(slot, tree.nodes, tree.token_ids, tree.parents)
+            if tree.has_forced:
+                self.forced.append(slot)
             if self.recorder is not None:  # A trace holds what a policy decided.
                 self.recorder.forget(req_id)
         for new in scheduler_output.scheduled_new_reqs:
@@ -339,10 +345,13 @@ class EchoRunnerMixin(_Runner):
             rows = self._tree_rows(forest, num_trees) if num_trees else None
         if rows is not None:
             # Slots follow the order of the rows, positions the depth in the tree.
+            n, each = rows.num_rows, rows.row_start.diff()
             base = self.num_computed_tokens[: rows.num_requests].to(torch.int64)
-            self.positions[: rows.num_rows] = rows.depths + torch.repeat_interleave(
-                base, rows.row_start.diff(), output_size=rows.num_rows
-            )
+            self.positions[:n] = rows.depths + base.repeat_interleave(each, output_size=n)
+            if self.uses_mrope:  # The root's own, as much further in every dimension.
+                found = self.mrope_positions.gpu
+                base = found[:, rows.row_start[:-1].to(torch.int64)]
+                found[:, :n] = rows.depths + base.repeat_interleave(each, 1, output_size=n)
         self.step = Step(slots, begins, query_start, forest, rows, logits_rows=result[0])
         return result
 
@@ -446,11 +455,14 @@ class EchoRunnerMixin(_Runner):
         if report.forest is not None:
             stats.starved = int((report.forest.cu_nodes.diff() == 0).sum())
         if verdict is not None:
-            drawn = torch.from_numpy(self._draws(step.slots))
-            # What is known of one kind of candidates does not hold for the other.
+            draws = self._draws(step.slots)
+            # What is known of one kind of candidates does not hold for the other, nor for what a
+            # grammar forced.
+            own = ~np.isin(step.slots, self.forced)
+            best, drawn = torch.from_numpy(own & ~draws), torch.from_numpy(own & draws)
             stats.report = policy.report(
-                verified=_trees_where(step.forest, ~drawn),
-                num_accepted=verdict.num_accepted.masked_fill(drawn, 0),
+                verified=_trees_where(step.forest, best),
+                num_accepted=verdict.num_accepted.masked_fill(~best, 0),
                 pool=report.pool,
                 probes=report.probes,
             )
