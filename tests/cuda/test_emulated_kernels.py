@@ -72,9 +72,10 @@ def test_sample_path(kernels: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
 @pytest.mark.parametrize("moves", [0, 1, 40, 140])
 def test_commit_kv(kernels: Any, layout: str, dtype: torch.dtype, moves: int) -> None:
+    """An FP8 cache is bytes to vLLM; its scales are a layer's, so that a token moves without."""
     checks.check_commit_kv(kernels, "cpu", layout, dtype, moves, seed=moves)
 
 

@@ -43,7 +43,9 @@ def test_moves_happen_at_once(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(PACKED_LAYOUTS))
     dtype = torch.bfloat16
     if layout != "amx":
-        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        # Bytes are what vLLM holds an FP8 cache as.
+        dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
+        dtype = data.draw(st.sampled_from(dtypes))
     block_size = data.draw(st.sampled_from([32, 64]))
     num_blocks = data.draw(st.integers(1, 3))
     slot = st.integers(0, num_blocks * block_size - 1)

@@ -114,11 +114,14 @@ def without_trees(cm: CommonAttentionMetadata, trees: VerificationRows) -> Commo
 
 @dataclass(frozen=True)
 class Pages:
-    """A layer's paged cache as `ops.tree_attention` takes it: K, V, the name of their layout."""
+    """A layer's paged cache as `ops.tree_attention` takes it: K, V, the name of their layout, and
+    the scales of 8-bit ones."""
 
     key: torch.Tensor
     value: torch.Tensor
     layout: str
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class TreeAttentionImpl(_Impl):
@@ -131,6 +134,13 @@ class TreeAttentionImpl(_Impl):
     def window(self) -> int:
         """Tokens that a sliding window holds, the row's own among them; 0 without a window."""
         raise NotImplementedError
+
+    def as_cached(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What reading `key` and `value` back from the cache would give. Without a tree a row sees
+        even itself there, so a tree's rows must see each other like this."""
+        return key, value
 
     def forward(
         self,
@@ -166,7 +176,8 @@ class TreeAttentionImpl(_Impl):
                 layer, query[rows:], key[rows:], value[rows:], kv_cache, rest, output[rows:]
             )
         pages = self.pages(layer, kv_cache)
-        suffix_key, suffix_value = tree.suffix(layer.layer_name, key, value)
+        own = self.as_cached(layer, key[:rows], value[:rows])
+        suffix_key, suffix_value = tree.suffix(layer.layer_name, *own)
         ops.tree_attention(
             query=query[:rows],
             key_cache=pages.key,
@@ -186,5 +197,8 @@ class TreeAttentionImpl(_Impl):
             sliding_window=self.window(),
             layout=pages.layout,
             out=output[:rows],
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
+            sinks=self.sinks,
         )
         return output

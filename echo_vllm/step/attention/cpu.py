@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -14,6 +15,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from echo_vllm.step.attention.backend import Pages, TreeAttentionImpl, TreeMetadataBuilder
+
+FP8 = torch.float8_e4m3fn
+"""The numbers of an FP8 cache."""
+
+BLOCK = 32
+"""Tokens a block in the small cache of `through_fp8`."""
 
 
 class EchoCPUAttentionBackend(CPUAttentionBackend):
@@ -40,8 +47,39 @@ class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
         halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1)
-        key, value = halves.chunk(2, dim=2)
-        return Pages(key, value, layer.isa)
+        if not self.is_fp8_kv_cache:
+            key, value = halves.chunk(2, dim=2)
+            return Pages(key, value, layer.isa)
+        key, value = halves.view(FP8).chunk(2, dim=2)
+        return Pages(key, value, layer.isa, layer._k_scale_float, layer._v_scale_float)
 
     def window(self) -> int:
         return int(self.sliding_window)
+
+    def as_cached(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_fp8_kv_cache:
+            return key, value
+        return through_fp8(key, value, layer._k_scale_float, layer._v_scale_float)
+
+
+def through_fp8(
+    key: torch.Tensor, value: torch.Tensor, k_scale: float, v_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [n, KVH, D] as an FP8 cache gives them back, by vLLM's own kernel in a cache of their
+    own: how it rounds (towards zero) is its business."""
+    n, num_kv_heads, size = key.shape
+    cache = key.new_empty(-(-n // BLOCK), num_kv_heads, 2 * BLOCK, size, dtype=torch.uint8)
+    halves = cache.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        key, value, *halves, torch.arange(n), "vec", k_scale, v_scale, "fp8_e4m3"
+    )
+    # A block holds K by dimension, V by token.
+    keys, values = (half.contiguous().view(FP8).float() for half in halves)
+    keys = keys.view(-1, num_kv_heads, size, BLOCK).permute(0, 3, 1, 2).contiguous()
+    values = values.permute(0, 2, 1, 3).contiguous()
+    return (
+        (keys.reshape(-1, num_kv_heads, size)[:n] * k_scale).to(key.dtype),
+        (values.reshape(-1, num_kv_heads, size)[:n] * v_scale).to(value.dtype),
+    )
