@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
@@ -163,7 +163,7 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
     def draft(rows: int) -> None:
         output, _ = drafter._forward(
             drafter.input_ids[:rows],
-            drafter.positions[:rows],
+            drafter._get_positions(rows),
             drafter.hidden_states[:rows],
             None,
             None,
@@ -175,7 +175,9 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
         features = drafter.model.combine_hidden_states(
             drafter.hidden_states.new_zeros(rows, feature_size(runner))
         )
-        drafter._forward(drafter.input_ids[:rows], drafter.positions[:rows], features, None, None)
+        drafter._forward(
+            drafter.input_ids[:rows], drafter._get_positions(rows), features, None, None
+        )
         runner._sync_device()
 
     # Different tokens: a mixture of experts sends equal rows to the same experts, and a forward
@@ -305,9 +307,10 @@ def feature_size(runner: Any) -> int:
 
 
 def _of_first_rank(decide: Callable[[], Any]) -> Any:
-    """What the first tensor-parallel rank decides. The forwards of all ranks meet in collectives,
-    so all must run the same ones, and clocks and files may differ."""
-    group = get_tp_group()
+    """What the first of all ranks decides, the data-parallel ones that share experts among them.
+    Their forwards meet in collectives, so all must run the same ones, and clocks and files may
+    differ."""
+    group = get_world_group()
     if group.world_size == 1:
         return decide()
     return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)

@@ -21,6 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
+from vllm.v1.worker.dp_utils import skip_dp_coordination
 
 from echo_vllm.config import EchoConfigError
 from echo_vllm.policies import DraftBatch, DraftPolicy
@@ -108,7 +109,8 @@ class EchoProposer(EagleProposer):
         """One forward: vLLM would run one a speculative token, as if the tree were a chain."""
         nodes, self.num_speculative_tokens = self.num_speculative_tokens, 1
         try:
-            super().dummy_run(num_tokens, *args, **kwargs)
+            with skip_dp_coordination():  # See `_forward`.
+                super().dummy_run(num_tokens, *args, **kwargs)
         finally:
             self.num_speculative_tokens = nodes
 
@@ -338,29 +340,39 @@ class EchoProposer(EagleProposer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the drafter on n rows; returns (what the head reads, what the next level reads), both
         [n, hidden]. `slot_mapping` [n] is where the rows go in the paged cache, None for nowhere.
+
+        Data-parallel ranks do not meet here: each has its own number of forwards, and a head has no
+        experts that others would have a share in.
         """
         n = token_ids.shape[0]
         # Without CUDA graphs the mode is NONE and there is no padding.
-        mode, size, _ = self._determine_batch_execution_and_padding(n)
+        with skip_dp_coordination():
+            mode, size, _ = self._determine_batch_execution_and_padding(n)
         slots = {}
         if mode is not CUDAGraphMode.NONE:
             # A graph reads what stood in these very buffers when it was captured.
             self.input_ids[:n] = token_ids
-            self.positions[:n] = positions
             self.hidden_states[:n] = hidden_states
-            token_ids, positions = self.input_ids[:size], self.positions[:size]
-            hidden_states = self.hidden_states[:size]
+            token_ids, hidden_states = self.input_ids[:size], self.hidden_states[:size]
             if slot_mapping is None:
                 slot_mapping = self._slot_mapping_buffer[:size].fill_(PADDING_SLOT_ID)
             slots = self._get_slot_mapping(size, slot_mapping)
         elif slot_mapping is not None:
             size, slots = n, dict.fromkeys(self._draft_attn_layer_names, slot_mapping)
-        with set_forward_context(
-            metadata,
-            self.vllm_config,
-            num_tokens=token_ids.shape[0],
-            cudagraph_runtime_mode=mode,
-            slot_mapping=slots,
+        if mode is not CUDAGraphMode.NONE or self.uses_mrope:
+            # With M-RoPE vLLM compiles the head for the buffer's shape and strides.
+            buffer = self.mrope_positions if self.uses_mrope else self.positions
+            buffer[..., :n] = positions
+            positions = buffer[..., :size]
+        with (
+            skip_dp_coordination(),
+            set_forward_context(
+                metadata,
+                self.vllm_config,
+                num_tokens=token_ids.shape[0],
+                cudagraph_runtime_mode=mode,
+                slot_mapping=slots,
+            ),
         ):
             output, features = self.model(
                 input_ids=token_ids,
