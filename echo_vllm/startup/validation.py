@@ -18,6 +18,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from vllm.logger import init_logger
 
@@ -275,18 +276,6 @@ def refuse(what: str, remedy: str) -> NoReturn:
 
 # --- the target model -------------------------------------------------------------------------
 
-# Attention layers with a learned sink in the softmax; vLLM has no flag for them.
-_SINK_ARCHITECTURES = frozenset(
-    {
-        "GptOssForCausalLM",
-        "LagunaForCausalLM",
-        "MiMoV2FlashForCausalLM",
-        "MiMoV2ForCausalLM",
-        "MiMoV2OmniForCausalLM",
-        "OpenAIPrivacyFilterForTokenClassification",
-    }
-)
-
 # Property of vLLM's ModelConfig -> what it means; true refuses the model.
 _UNSUPPORTED_MODELS = {
     "is_encoder_decoder": "an encoder-decoder model",
@@ -295,8 +284,6 @@ _UNSUPPORTED_MODELS = {
     "is_hybrid": "a hybrid model (state-space layers beside attention)",
     "has_inner_state": "a state-space model",
     "use_mla": "multi-head latent attention (MLA)",
-    "uses_mrope": "multi-dimensional rotary positions (M-RoPE)",
-    "is_multimodal_model": "a multimodal model",
     "uses_alibi": "ALiBi positions",
 }
 
@@ -316,13 +303,18 @@ def check_target(model_config: ModelConfig) -> None:
             refuse(f"{name}, which is or has {meaning}", another)
     if model_config.attention_chunk_size is not None:
         refuse(f"{name}, which has chunked local attention", another)
-    architectures = model_config.architectures or ()
-    if _SINK_ARCHITECTURES.intersection(architectures) or _granite_has_sinks(model_config):
-        refuse(f"{name}, which has attention sinks", another)
-    if "Step1ForCausalLM" in architectures:  # vLLM's property does not know of it.
+    if model_config.is_multimodal_model and not model_config.multimodal_config.language_model_only:
+        refuse(
+            f"{name}, which is a multimodal model", "serve it as text, with --language-model-only"
+        )
+    # vLLM's property does not know of it.
+    if "Step1ForCausalLM" in (model_config.architectures or ()):
         refuse(f"{name}, which is or has {_UNSUPPORTED_MODELS['uses_alibi']}", another)
     if getattr(model_config.hf_text_config, "num_kv_shared_layers", 0):
         refuse(f"{name}, whose layers share keys and values", another)
+    value_size = getattr(model_config.hf_text_config, "v_head_dim", None)
+    if value_size is not None and value_size != model_config.get_head_size():
+        refuse(f"{name}, whose values are of another size than its keys", another)
     if not _supports_eagle3(model_config):
         refuse(
             f"{name}, because vLLM's {', '.join(model_config.architectures)} does not hand out "
@@ -340,15 +332,6 @@ def check_target(model_config: ModelConfig) -> None:
         )
 
 
-def _granite_has_sinks(model_config: ModelConfig) -> bool:
-    """Granite's layers have sinks where its config says so or, by default, names layer types."""
-    config = model_config.hf_text_config
-    if not any(name.startswith("Granite") for name in model_config.architectures or ()):
-        return False
-    named = getattr(config, "layer_types", None) is not None
-    return bool(getattr(config, "attention_sinks", named))
-
-
 def check_layers(layers: Mapping[str, Any], builder: type) -> None:
     """Refuse a loaded model with an attention layer that does not see trees.
 
@@ -362,7 +345,6 @@ def check_layers(layers: Mapping[str, Any], builder: type) -> None:
     for name, layer in layers.items():
         backend = layer.get_attn_backend()
         reasons = {
-            "attention sinks": getattr(layer.impl, "sinks", None) is not None,
             "ALiBi positions": getattr(layer.impl, "alibi_slopes", None) is not None,
             "the keys and values of another layer": (
                 getattr(layer, "kv_sharing_target_layer_name", None) is not None
@@ -470,17 +452,12 @@ def _check_head_weights(vllm_config: VllmConfig) -> None:
 def _check_parallelism(parallel: ParallelConfig, draft_size: int | None) -> None:
     for name in (
         "pipeline_parallel_size",
-        "data_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
         if (size := getattr(parallel, name)) > 1:
-            instead = (
-                "start one server for each replica"
-                if name == "data_parallel_size"
-                else "use --tensor-parallel-size"
-            )
-            refuse(f"--{name.replace('_', '-')} {size}", f"remove it and {instead}")
+            option = f"--{name.replace('_', '-')} {size}"
+            refuse(option, "remove it and use --tensor-parallel-size")
     if parallel.enable_dbo:
         refuse("--enable-dbo", "remove it")
     size = parallel.tensor_parallel_size
@@ -499,25 +476,7 @@ def check_features(vllm_config: VllmConfig) -> None:
     """
     on_v2 = _is_switched_on("VLLM_USE_V2_MODEL_RUNNER")
     if on_v2:
-        from vllm.triton_utils import HAS_TRITON
-
-        if not HAS_TRITON:
-            refuse(
-                "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) without Triton",
-                "unset the variable, or set it to 0",
-            )
-        assert vllm_config.speculative_config is not None
-        section = vllm_config.speculative_config.echo
-        if not policy_class(section.policy).has_fixed_size:
-            refuse(
-                f"Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) and policy {section.policy}",
-                "unset the variable, or choose a policy with trees of a fixed size, such as topn",
-            )
-        if section.candidates == "drawn":
-            refuse(
-                "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1) and candidates drawn",
-                'unset the variable, or set candidates to "auto" or "best"',
-            )
+        _check_v2(vllm_config)
     if _is_switched_on("VLLM_BATCH_INVARIANT"):
         refuse("VLLM_BATCH_INVARIANT=1", "unset the variable")
     given: tuple[tuple[str, object], ...] = (
@@ -534,10 +493,70 @@ def check_features(vllm_config: VllmConfig) -> None:
     dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
     _check_environment(dtype)
     if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
+        _check_narrow_cache(vllm_config, dtype)
+    assert vllm_config.speculative_config is not None
+    size = vllm_config.parallel_config.data_parallel_size
+    if size > 1 and vllm_config.speculative_config.echo.trace is not None:
         refuse(
-            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} and --dtype {dtype}",
-            "remove --kv-cache-dtype, the cache then has the type of the model",
+            f"echo.trace and --data-parallel-size {size}, whose ranks would write one file",
+            "remove either",
         )
+
+
+def _check_v2(vllm_config: VllmConfig) -> None:
+    """Refuse what the trees of Model Runner V2 do not know, though those of V1 do."""
+    from vllm.triton_utils import HAS_TRITON
+
+    runner = "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)"
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    if not HAS_TRITON:
+        refuse(f"{runner} without Triton", "unset the variable, or set it to 0")
+    if not policy_class(spec.echo.policy).has_fixed_size:
+        refuse(
+            f"{runner} and policy {spec.echo.policy}",
+            "unset the variable, or choose a policy with trees of a fixed size, such as topn",
+        )
+    if spec.echo.candidates == "drawn":
+        refuse(
+            f"{runner} and candidates drawn",
+            'unset the variable, or set candidates to "auto" or "best"',
+        )
+    size = vllm_config.parallel_config.data_parallel_size
+    cache = vllm_config.cache_config.cache_dtype
+    others = {
+        f"--data-parallel-size {size}": size > 1,
+        "a target with multi-dimensional rotary positions (M-RoPE)": (
+            spec.target_model_config.uses_mrope
+        ),
+        f"--kv-cache-dtype {cache}": cache.startswith("fp8"),
+    }
+    for what, is_true in others.items():
+        if is_true:
+            refuse(f"{runner} and {what}", "unset the variable")
+
+
+def _check_narrow_cache(vllm_config: VllmConfig, dtype: str) -> None:
+    """Refuse a paged cache of other numbers than the model's, but FP8 (e4m3) where vLLM's kernels
+    on a CPU and this project's have it."""
+    from vllm.platforms import current_platform
+
+    option = f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}"
+    remedy = "remove --kv-cache-dtype, the cache then has the type of the model"
+    is_e4m3 = vllm_config.cache_config.cache_dtype in ("fp8", "fp8_e4m3")
+    if not is_e4m3 or not current_platform.is_cpu():
+        refuse(f"{option} and --dtype {dtype}", remedy)
+    if not torch.cpu._is_avx512_supported():
+        refuse(f"{option} on a CPU without AVX-512", remedy)
+    if torch.cpu._is_amx_tile_supported() and dtype == "bfloat16":
+        refuse(
+            f"{option} and --dtype bfloat16 on a CPU with AMX", f"set --dtype float32, or {remedy}"
+        )
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    for whose, model in (("target", spec.target_model_config), ("head", spec.draft_model_config)):
+        if (size := model.get_head_size()) % 32:
+            refuse(f"{option} and attention heads of size {size} (the {whose}'s)", remedy)
 
 
 def _check_environment(dtype: str) -> None:

@@ -70,6 +70,9 @@ class _Weights:
     def ones(self, name: str, size: int) -> None:
         self.tensors[name] = torch.ones(size)
 
+    def bias(self, name: str, *shape: int, gain: float = 0.3) -> None:
+        self.tensors[name] = torch.randn(shape, generator=self.generator) * gain
+
     def layer(self, prefix: str, shape: Shape, qkv_in: int, experts: int = 0) -> None:
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.matrix(f"{prefix}.self_attn.q_proj.weight", width, qkv_in, 2.0)
@@ -94,11 +97,7 @@ class _Weights:
 def make_target(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
     """Write a random Llama checkpoint."""
     weights = _Weights(seed)
-    weights.matrix("model.embed_tokens.weight", shape.vocab, shape.hidden, shape.hidden**0.5)
-    for i in range(shape.layers):
-        weights.layer(f"model.layers.{i}", shape, shape.hidden)
-    weights.ones("model.norm.weight", shape.hidden)
-    weights.matrix("lm_head.weight", shape.vocab, shape.hidden, 2.0)
+    _text(weights, shape)
     return weights.save(folder, _config(shape, "LlamaForCausalLM", shape.layers))
 
 
@@ -128,6 +127,132 @@ def make_moe_target(
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
+        },
+    )
+
+
+def _text(weights: _Weights, shape: Shape, prefix: str = "model", lm_head: str = "lm_head") -> None:
+    """The weights of a plain Llama under `prefix`."""
+    weights.matrix(f"{prefix}.embed_tokens.weight", shape.vocab, shape.hidden, shape.hidden**0.5)
+    for i in range(shape.layers):
+        weights.layer(f"{prefix}.layers.{i}", shape, shape.hidden)
+    weights.ones(f"{prefix}.norm.weight", shape.hidden)
+    weights.matrix(f"{lm_head}.weight", shape.vocab, shape.hidden, 2.0)
+
+
+def make_llava(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
+    """Write a LLaVA with a random Llama and nothing to see with, to be served as text."""
+    weights = _Weights(seed)
+    _text(weights, shape, "model.language_model")
+    text = _config(shape, "LlamaForCausalLM", shape.layers)
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 2}
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": vision | {"num_hidden_layers": 2, "intermediate_size": 32},
+        "image_token_index": 0,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "torch_dtype": "float32",
+    }
+    return weights.save(folder, config)
+
+
+def make_qwen3(folder: Path, shape: Shape = Shape(), seed: int = 0, **fields: Any) -> Path:
+    """Write a random Qwen3 with `fields` in its config."""
+    weights = _Weights(seed)
+    _text(weights, shape)
+    for i in range(shape.layers):
+        for name in ("q_norm", "k_norm"):
+            weights.ones(f"model.layers.{i}.self_attn.{name}.weight", shape.head_dim)
+    config = _config(shape, "Qwen3ForCausalLM", shape.layers) | {"model_type": "qwen3"}
+    if "rope_parameters" in fields:
+        config.pop("rope_theta")
+    return weights.save(folder, config | fields)
+
+
+def make_qwen3_vl(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
+    """Write a Qwen3-VL with a random text model, whose positions are M-RoPE's, to be served as
+    text."""
+    weights = _Weights(seed)
+    _text(weights, shape, "model.language_model")
+    for i in range(shape.layers):
+        for name in ("q_norm", "k_norm"):
+            path = f"model.language_model.layers.{i}.self_attn.{name}.weight"
+            weights.ones(path, shape.head_dim)
+    text = _config(shape, "Qwen3VLForConditionalGeneration", shape.layers)
+    section = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+    vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 2}
+    vision |= {"intermediate_size": 32, "out_hidden_size": shape.hidden}
+    vision["deepstack_visual_indexes"] = [0]
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": text | {"model_type": "qwen3_vl_text", "rope_scaling": section},
+        "vision_config": vision,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    return weights.save(folder, config)
+
+
+def make_gpt_oss(
+    folder: Path, shape: Shape = Shape(), seed: int = 0, experts: int = 4, window: int = 24
+) -> Path:
+    """Write a random gpt-oss: attention sinks, a window of `window` tokens in every other layer,
+    experts with biases."""
+    weights = _Weights(seed)
+    hidden, mlp = shape.hidden, 64
+    weights.matrix("model.embed_tokens.weight", shape.vocab, hidden, hidden**0.5)
+    for i in range(shape.layers):
+        prefix = f"model.layers.{i}"
+        width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        for name, rows, columns, gain in (
+            ("q_proj", width, hidden, 2.0),
+            ("k_proj", kv, hidden, 2.0),
+            ("v_proj", kv, hidden, 1.0),
+            ("o_proj", hidden, width, 1.5),
+        ):
+            weights.matrix(f"{prefix}.self_attn.{name}.weight", rows, columns, gain)
+            weights.bias(f"{prefix}.self_attn.{name}.bias", rows)
+        # As large as the best scores, so that they take a share that is not to be overlooked.
+        weights.bias(f"{prefix}.self_attn.sinks", shape.heads, gain=2.0)
+        weights.matrix(f"{prefix}.mlp.router.weight", experts, hidden, 2.0)
+        weights.bias(f"{prefix}.mlp.router.bias", experts)
+        weights.bias(
+            f"{prefix}.mlp.experts.gate_up_proj", experts, hidden, 2 * mlp, gain=hidden**-0.5
+        )
+        weights.bias(f"{prefix}.mlp.experts.gate_up_proj_bias", experts, 2 * mlp)
+        weights.bias(f"{prefix}.mlp.experts.down_proj", experts, mlp, hidden, gain=mlp**-0.5)
+        weights.bias(f"{prefix}.mlp.experts.down_proj_bias", experts, hidden)
+        weights.ones(f"{prefix}.input_layernorm.weight", hidden)
+        weights.ones(f"{prefix}.post_attention_layernorm.weight", hidden)
+    weights.ones("model.norm.weight", hidden)
+    weights.matrix("lm_head.weight", shape.vocab, hidden, 2.0)
+    kinds = ["sliding_attention", "full_attention"] * shape.layers
+    config = _config(shape, "GptOssForCausalLM", shape.layers)
+    return weights.save(
+        folder,
+        config
+        | {
+            "model_type": "gpt_oss",
+            "intermediate_size": mlp,
+            "num_local_experts": experts,
+            "num_experts_per_tok": 2,
+            "sliding_window": window,
+            "layer_types": kinds[: shape.layers],
+            "attention_bias": True,
+            "swiglu_limit": 7.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": shape.max_len // 4,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
         },
     )
 

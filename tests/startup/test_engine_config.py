@@ -279,10 +279,6 @@ def test_a_wrong_speculative_config_is_one_sentence(
             f"{METHOD} --pipeline-parallel-size 2; remove it and use --tensor-parallel-size.",
         ),
         (
-            {"data_parallel_size": 2},
-            f"{METHOD} --data-parallel-size 2; remove it and start one server for each replica.",
-        ),
-        (
             {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
             f"{METHOD} --decode-context-parallel-size 2; remove it and use --tensor-parallel-size.",
         ),
@@ -300,9 +296,9 @@ def test_a_wrong_speculative_config_is_one_sentence(
             f'{METHOD} --logits-processors ["my:Processor"]; remove it.',
         ),
         (
-            {"kv_cache_dtype": "fp8"},
-            f"{METHOD} --kv-cache-dtype fp8 and --dtype bfloat16; remove --kv-cache-dtype, the "
-            "cache then has the type of the model.",
+            {"kv_cache_dtype": "fp8_e5m2"},
+            f"{METHOD} --kv-cache-dtype fp8_e5m2 and --dtype bfloat16; remove --kv-cache-dtype, "
+            "the cache then has the type of the model.",
         ),
         (
             {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
@@ -346,6 +342,43 @@ def test_an_environment_variable_that_does_not_work_is_one_sentence(
     with pytest.raises(EchoConfigError) as error:
         make_config()
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype", "what"),
+    [
+        # Nothing but the size of these models' heads is in the way.
+        (True, False, "bfloat16", r" and attention heads of size 16 \(the target's\)"),
+        (True, True, "float32", r" and attention heads of size 16 \(the target's\)"),
+        (False, False, "float32", " on a CPU without AVX-512"),
+        (True, True, "bfloat16", " and --dtype bfloat16 on a CPU with AMX"),
+    ],
+)
+def test_an_fp8_cache_needs_kernels_of_vllm_and_of_ours(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    avx512: bool,
+    amx: bool,
+    dtype: str,
+    what: str,
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    with pytest.raises(EchoConfigError, match=f"--kv-cache-dtype fp8{what}; "):
+        make_config(kv_cache_dtype="fp8", dtype=dtype)
+
+
+def test_data_parallel_ranks_have_no_trace_in_common(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    make_config(data_parallel_size=2)
+    trace = {"echo": {"trace": str(tmp_path / "trace.jsonl")}}
+    with pytest.raises(EchoConfigError) as error:
+        make_config(trace, data_parallel_size=2)
+    assert str(error.value) == (
+        f"{METHOD} echo.trace and --data-parallel-size 2, whose ranks would write one file; "
+        "remove either."
+    )
 
 
 def test_float16_and_float32_work_too(make_config: MakeConfig) -> None:
@@ -505,18 +538,17 @@ PLAIN = "choose a text model with plain attention, or another speculative method
             for name, meaning in validation._UNSUPPORTED_MODELS.items()
         ],
         ({"attention_chunk_size": 8192}, ", which has chunked local attention"),
-        ({"architectures": ["GptOssForCausalLM"]}, ", which has attention sinks"),
-        (
-            {
-                "architectures": ["GraniteForCausalLM"],
-                "hf_text_config": SimpleNamespace(layer_types=["sliding_attention"]),
-            },
-            ", which has attention sinks",
-        ),
         ({"architectures": ["Step1ForCausalLM"]}, ", which is or has ALiBi positions"),
         (
             {"hf_text_config": SimpleNamespace(num_kv_shared_layers=2)},
             ", whose layers share keys and values",
+        ),
+        (
+            {
+                "hf_text_config": SimpleNamespace(v_head_dim=128),
+                "get_head_size": lambda: 192,
+            },
+            ", whose values are of another size than its keys",
         ),
     ],
 )
@@ -526,15 +558,18 @@ def test_a_target_that_does_not_work_is_one_sentence(attributes: dict[str, Any],
     assert str(error.value) == f'{METHOD} --model "some/model"{what}; {PLAIN}'
 
 
-def test_granite_without_sinks_is_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_multimodal_target_is_one_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "_supports_eagle3", lambda config: True)
-    for text in (
-        SimpleNamespace(),
-        SimpleNamespace(layer_types=["full_attention"], attention_sinks=False),
-    ):
-        validation.check_target(
-            FakeTarget(architectures=["GraniteForCausalLM"], hf_text_config=text)
-        )
+    text = SimpleNamespace(language_model_only=True)
+    target = FakeTarget(is_multimodal_model=True, uses_mrope=True, multimodal_config=text)
+    validation.check_target(target)
+    text.language_model_only = False
+    with pytest.raises(EchoConfigError) as error:
+        validation.check_target(target)
+    assert str(error.value) == (
+        f'{METHOD} --model "some/model", which is a multimodal model; serve it as text, with '
+        "--language-model-only."
+    )
 
 
 class Seen:
@@ -546,7 +581,7 @@ class Unseen:
 
 
 def attention_layer(builder: type = Seen, **attributes: Any) -> Any:
-    implementation = {"sinks": None, "alibi_slopes": None} | attributes
+    implementation = {"alibi_slopes": None} | attributes
     backend = SimpleNamespace(get_name=lambda: "SOME", get_builder_cls=lambda: builder)
     return SimpleNamespace(
         impl=SimpleNamespace(**implementation),
@@ -558,7 +593,6 @@ def attention_layer(builder: type = Seen, **attributes: Any) -> Any:
 @pytest.mark.parametrize(
     ("layer", "what"),
     [
-        (attention_layer(sinks=[1.0]), "attention sinks"),
         (attention_layer(alibi_slopes=[1.0]), "ALiBi positions"),
         (attention_layer(shared="model.layers.0"), "the keys and values of another layer"),
         (attention_layer(Unseen), "attention backend SOME"),

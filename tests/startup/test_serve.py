@@ -175,9 +175,9 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     ),
     "quantised-cache": (
         {},
-        ["--kv-cache-dtype", "fp8"],
-        f"{METHOD} --kv-cache-dtype fp8 and --dtype bfloat16; remove --kv-cache-dtype, the cache "
-        "then has the type of the model.",
+        ["--kv-cache-dtype", "fp8_e5m2"],
+        f"{METHOD} --kv-cache-dtype fp8_e5m2 and --dtype bfloat16; remove --kv-cache-dtype, the "
+        "cache then has the type of the model.",
     ),
 }
 
