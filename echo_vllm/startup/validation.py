@@ -494,13 +494,23 @@ def check_features(vllm_config: VllmConfig) -> None:
     _check_environment(dtype)
     if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
         _check_narrow_cache(vllm_config, dtype)
-    assert vllm_config.speculative_config is not None
-    size = vllm_config.parallel_config.data_parallel_size
-    if size > 1 and vllm_config.speculative_config.echo.trace is not None:
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        _check_data_parallelism(vllm_config)
+
+
+def _check_data_parallelism(vllm_config: VllmConfig) -> None:
+    from vllm.platforms import current_platform
+
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    option = f"--data-parallel-size {vllm_config.parallel_config.data_parallel_size}"
+    if spec.target_model_config.is_moe and current_platform.is_cpu():
         refuse(
-            f"echo.trace and --data-parallel-size {size}, whose ranks would write one file",
-            "remove either",
+            f"{option} and a mixture of experts on a CPU, where vLLM's ranks cannot share experts",
+            "start one server for each replica",
         )
+    if spec.echo.trace is not None:
+        refuse(f"echo.trace and {option}, whose ranks would write one file", "remove either")
 
 
 def _check_v2(vllm_config: VllmConfig) -> None:

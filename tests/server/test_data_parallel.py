@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Two data-parallel ranks behind one server: exact, and nobody waits for a rank that does less.
+"""Two data-parallel ranks behind one server: exact, each with a budget of its own.
 
-The ranks of a mixture of experts share its experts, so that every forward of one needs one of the
-other. They get unequal work: many requests at once, then a single one, which leaves a rank idle.
+Of a dense model: vLLM's ranks on a CPU cannot share the experts of a mixture.
 """
 
 from __future__ import annotations
@@ -20,44 +19,32 @@ from tests.conftest import Server, ServerFactory
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, generate
 from tests.engine.test_exactness import greedy, tiny_engine, tiny_prompts
-from tests.engine.tiny import Shape, make_head, make_moe_target, make_target
+from tests.engine.tiny import Shape, make_head, make_target
 from tests.server.metrics import Metrics
 
 pytestmark = pytest.mark.full
 
 TOKENS = 24
 # With a budget of six nodes a rank rests as long as it has seven requests or more.
-RESTS = {"policy": "echo", "k_max": 6, "max_depth": 4, "top_k": 3}
-# Measures at the start what forwards cost, and draws its own conclusions on each rank.
-MEASURES = {"policy": "evict", "max_depth": 4, "top_k": 3}
-KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dense": (make_target, RESTS),
-    "experts": (make_moe_target, RESTS),
-    "experts-and-costs": (make_moe_target, MEASURES),
-}
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+SECTION = {"policy": "echo", "k_max": 6, "max_depth": 4, "top_k": 3}
 
 
 @pytest.fixture
-def tiny(kind: str, tmp_path: Path) -> TinyModel:
+def tiny(tmp_path: Path) -> TinyModel:
     shape = Shape()
-    target = KINDS[kind][0](tmp_path / "target", shape)
+    target = make_target(tmp_path / "target", shape)
     return TinyModel(target, make_head(tmp_path / "head", shape), shape)
 
 
 def test_two_ranks_answer_as_one_without_speculation(
-    kind: str, tiny: TinyModel, server: ServerFactory, tmp_path: Path
+    tiny: TinyModel, server: ServerFactory
 ) -> None:
     prompts = [prompt["prompt_token_ids"] for prompt in tiny_prompts(64)]
     with tiny_engine(tiny, None) as llm:
         wanted = generate(llm, tiny_prompts(64), greedy(TOKENS))
     served = server(
         tiny.target,
-        *("--speculative-config", json.dumps(echo(tiny.head, 12, **KINDS[kind][1]))),
+        *("--speculative-config", json.dumps(echo(tiny.head, 12, **SECTION))),
         *("--data-parallel-size", "2"),
         *("--api-server-count", "1"),
         *("--dtype", "float32"),
@@ -66,18 +53,16 @@ def test_two_ranks_answer_as_one_without_speculation(
         *("--served-model-name", "tiny"),
         "--skip-tokenizer-init",
         "--enforce-eager",
-        env={"ECHO_VLLM_CACHE": str(tmp_path / "cache")},
         timeout_s=300,
     )
     assert asyncio.run(complete(served, prompts, at_once=16)) == wanted
-    # One at a time: a rank is idle, and takes part.
+    # One at a time: a rank is idle.
     assert asyncio.run(complete(served, prompts[:6], at_once=1)) == wanted[:6]
     metrics = Metrics.read(served)
     for engine in "01":
         assert metrics.total("echo_steps", engine=engine) > 0
         assert metrics.total("echo_accepted_tokens", engine=engine) > 0, f"rank {engine}"
-        rested = metrics.total("echo_resting_steps", engine=engine)
-        assert rested > 0 or KINDS[kind][1] is MEASURES
+        assert metrics.total("echo_resting_steps", engine=engine) > 0
 
 
 async def complete(served: Server, prompts: list[list[int]], at_once: int) -> list[list[int]]:

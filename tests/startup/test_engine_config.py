@@ -368,10 +368,16 @@ def test_an_fp8_cache_needs_kernels_of_vllm_and_of_ours(
         make_config(kv_cache_dtype="fp8", dtype=dtype)
 
 
-def test_data_parallel_ranks_have_no_trace_in_common(
-    make_config: MakeConfig, tmp_path: Path
+def test_data_parallel_ranks_have_no_trace_and_on_a_cpu_no_experts_in_common(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm.config import ModelConfig
+
     make_config(data_parallel_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelConfig, "is_moe", True)
+        with pytest.raises(EchoConfigError, match="a mixture of experts on a CPU, where vLLM's"):
+            make_config(data_parallel_size=2)
     trace = {"echo": {"trace": str(tmp_path / "trace.jsonl")}}
     with pytest.raises(EchoConfigError) as error:
         make_config(trace, data_parallel_size=2)
