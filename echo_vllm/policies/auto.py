@@ -118,7 +118,7 @@ class AutoPolicy(CostAwarePolicy):
                 self.forecaster.observe_acceptance([], [], kind)
                 continue
             for sample in report["samples"]:
-                self.forecaster.observe_draft(*sample, kind)
+                self.forecaster.observe_draft(*sample, kind=kind)
             self.forecaster.observe_acceptance(report["predicted"], report["accepted"], kind)
 
     # ---- In the worker's process ----
