@@ -117,8 +117,8 @@ class AutoPolicy(CostAwarePolicy):
             if report is None:  # A rest, or nobody draws.
                 self.forecaster.observe_acceptance([], [], kind)
                 continue
-            for sample in report["samples"]:
-                self.forecaster.observe_draft(*sample, kind=kind)
+            for scores, depths, widths in report["samples"]:
+                self.forecaster.observe_draft(scores, depths, widths, kind)
             self.forecaster.observe_acceptance(report["predicted"], report["accepted"], kind)
 
     # ---- In the worker's process ----
