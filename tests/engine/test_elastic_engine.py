@@ -280,7 +280,8 @@ def test_a_trace_holds_both_kinds_of_candidates(tiny: TinyModel, tmp_path: Path)
     samples = collect(steps, 10, kind="drawn")
     expected = np.exp(samples.node_logprob[samples.node_depth == 1]).sum()
     accepted = samples.node_accepted[samples.node_depth == 1].sum()
-    assert 0.4 < accepted / expected < 2.5, "expectations are of the right size"
+    # The guess is made for trained heads; this one is right by chance.
+    assert 0.2 < accepted / expected < 1.5
     with pytest.raises(TraceError, match="has drawn candidates, which cannot be chosen again"):
         list(replayable(steps))
 
