@@ -179,8 +179,8 @@ def plant_a_slot_that_depends_on_its_child(monkeypatch: pytest.MonkeyPatch) -> N
     def late(
         pool: DrawnPool, level: Any, widths: torch.Tensor, draws: Any, ids: Any, reaches: Any
     ) -> None:
-        unlikely = (reaches[:, 0] < 0.6).view(widths.shape)
-        fill(pool, level, widths.masked_fill(unlikely, 0), draws, ids, reaches)
+        unwanted = (ids[:, 0] % 2 == 0).view(widths.shape)
+        fill(pool, level, widths.masked_fill(unwanted, 0), draws, ids, reaches)
 
     monkeypatch.setattr(DrawnPool, "fill", late)
 
