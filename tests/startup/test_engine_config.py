@@ -225,7 +225,7 @@ METHOD = "speculative_config.method echo does not work with"
         ],
         (
             {"max_depth": 3},
-            "speculative_config.max_depth is not a known field, got 3; remove it.",
+            "speculative_config.max_depth is a field of speculative_config.echo, got 3; move it there.",
         ),
         (
             {"num_speculative_token": 3},
