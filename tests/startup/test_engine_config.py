@@ -225,7 +225,8 @@ METHOD = "speculative_config.method echo does not work with"
         ],
         (
             {"max_depth": 3},
-            "speculative_config.max_depth is a field of speculative_config.echo, got 3; move it there.",
+            "speculative_config.max_depth is a field of speculative_config.echo, got 3; move it "
+            "there.",
         ),
         (
             {"num_speculative_token": 3},
