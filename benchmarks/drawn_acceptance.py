@@ -69,8 +69,8 @@ def main() -> None:
         help="JSON lines, of which first turns are asked (the project's chats, which neither head "
         "nor profile has seen)",
     )
-    parser.add_argument("--num-prompts", type=int, default=48, help="at most (48)")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer (64)")
+    parser.add_argument("--num-prompts", type=int, default=32, help="at most (32)")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer (48)")
     parser.add_argument("--temperatures", default="0.6,1.0", help="(0.6,1.0)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -93,18 +93,21 @@ def main() -> None:
             t: (counted["all", t].length, error_of(counted["all", t])) for t in temperatures
         }
         print(name, found[name], flush=True)
-    ratios = {
-        f"{above} / {below}": {t: ratio_of(found[above][t], found[below][t]) for t in temperatures}
-        for above, below in RATIOS
-    }
-    if args.json:
-        report = {
-            "prompts": len(prompts),
-            "tokens": args.tokens,
-            "tokens_per_step": {name: named(row) for name, row in found.items()},
-            "ratios": {name: named(row) for name, row in ratios.items()},
+        ratios = {
+            f"{above} / {below}": {
+                t: ratio_of(found[above][t], found[below][t]) for t in temperatures
+            }
+            for above, below in RATIOS
+            if above in found and below in found
         }
-        atomic.write_json(args.json, report)
+        if args.json:
+            report = {
+                "prompts": len(prompts),
+                "tokens": args.tokens,
+                "tokens_per_step": {name: named(row) for name, row in found.items()},
+                "ratios": {name: named(row) for name, row in ratios.items()},
+            }
+            atomic.write_json(args.json, report)
     header = ["", *(f"T = {t:g}" for t in temperatures)]
     rows = [
         [name, *(f"{value:.2f} +- {error:.2f}" for value, error in row.values())]
