@@ -42,14 +42,19 @@ def commit_paths(
         if not layers:
             continue
         caches = [layer.kv_cache for layer in layers]
-        # On a CPU a layer knows the instructions that its cache is packed for; on a GPU the strides
-        # tell NHD from HND.
-        layout = str(getattr(layers[0], "isa", "nhd"))
+        layout = kv_layout(layers[0])
         sources = slots[source].masked_fill(stay, -1)
         targets = slots[target].masked_fill(stay, -1)
         for start in range(0, len(sources), max(1, part)):
             some = slice(start, start + part)
             ops.commit_kv(caches, sources[some], targets[some], caches[0].shape[2], layout)
+
+
+def kv_layout(layer: Any) -> str:
+    """The layout of a layer's paged cache, by its name in `ops.commit_kv`."""
+    # On a CPU a layer knows the instructions that its cache is packed for; on a GPU the strides
+    # tell NHD from HND.
+    return str(getattr(layer, "isa", "nhd"))
 
 
 def target_layers(group: Any, drafter: Collection[str], layers: dict[str, Any]) -> list[Any]:
