@@ -28,3 +28,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return TinyModel(
         make_target(folder / "target", shape), make_head(folder / "head", shape), shape
     )
+
+
+@pytest.fixture
+def free_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that costs nothing, so that no clock decides whether `auto` drafts."""
+    from echo_vllm.forecast import CostCurve, StepCost
+    from echo_vllm.policies.cost_aware import CostAwarePolicy
+
+    free = CostCurve((1.0,), (1e-9,))
+    set_cost = CostAwarePolicy.set_cost
+    monkeypatch.setattr(
+        CostAwarePolicy,
+        "set_cost",
+        lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
+    )

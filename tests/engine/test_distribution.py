@@ -326,23 +326,10 @@ def test_a_planted_duplicate_sibling_is_caught(
     ],
     ids=lambda section: section["policy"],
 )
+@pytest.mark.usefixtures("free_drafting")
 def test_samples_under_a_shared_budget_have_the_targets_distribution(
-    section: dict[str, Any],
-    tiny: TinyModel,
-    target_logits: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    section: dict[str, Any], tiny: TinyModel, target_logits: Any
 ) -> None:
-    from echo_vllm.forecast import CostCurve, StepCost
-    from echo_vllm.policies.cost_aware import CostAwarePolicy
-
-    # A drafter that costs nothing, so that no clock decides whether `auto` drafts.
-    free = CostCurve((1.0,), (1e-9,))
-    set_cost = CostAwarePolicy.set_cost
-    monkeypatch.setattr(
-        CostAwarePolicy,
-        "set_cost",
-        lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
-    )
     with tree_engine(tiny, **section) as llm:
         (samples,) = sample(llm, [SETTINGS["plain"]], NUM_SAMPLES // 2)
         found = counters(llm)

@@ -59,21 +59,6 @@ def drawn_engine(tiny: TinyModel, num_nodes: int, section: dict[str, Any], **opt
     )
 
 
-@pytest.fixture
-def free_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drafter that costs nothing, so that no clock decides whether `auto` drafts."""
-    from echo_vllm.forecast import CostCurve, StepCost
-    from echo_vllm.policies.cost_aware import CostAwarePolicy
-
-    free = CostCurve((1.0,), (1e-9,))
-    set_cost = CostAwarePolicy.set_cost
-    monkeypatch.setattr(
-        CostAwarePolicy,
-        "set_cost",
-        lambda self, cost: set_cost(self, StepCost(cost.verify, free, free)),
-    )
-
-
 def greedy_tokens(target_logits: Any) -> tuple[int, ...]:
     output: tuple[int, ...] = ()
     while len(output) < NUM_TOKENS:
