@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ MAX_MOVES = 8192
 def commit_paths(
     accepted: torch.Tensor,
     first_rows: torch.Tensor,
-    groups: Iterable[tuple[torch.Tensor, Sequence[Any]]],
+    *,
+    slot_mappings: Iterable[torch.Tensor],
+    attn_groups: Iterable[Iterable[Any]],
+    layers: Mapping[str, Any],
+    drafter: Collection[str],
 ) -> None:
     """Move what T requests accepted.
 
@@ -28,7 +32,11 @@ def commit_paths(
     Args:
         accepted: [T, D] int64, for each depth the accepted row inside the request; -1 for none.
         first_rows: [T] int64, the first row of each request.
-        groups: of layers whose caches have one shape: the slots [rows], the layers.
+        slot_mappings: of every group of paged caches, the slots [rows].
+        attn_groups: of every group of paged caches vLLM's attention groups, whose layers' caches
+            have one shape.
+        layers: every layer, by its name.
+        drafter: names of the drafter's layers, which stay as they are.
     """
     places = torch.arange(1, accepted.shape[1] + 1, device=accepted.device)
     moves = (accepted > 0) & (accepted != places)
@@ -37,17 +45,18 @@ def commit_paths(
     target = (first + torch.where(moves, places, 0)).flatten()
     stay = ~moves.flatten()
     # Requests share no slots, so they may be moved in several calls.
-    part = max(1, MAX_MOVES // max(1, accepted.shape[1])) * accepted.shape[1]
-    for slots, layers in groups:
-        if not layers:
-            continue
-        caches = [layer.kv_cache for layer in layers]
-        layout = kv_layout(layers[0])
+    part = max(1, MAX_MOVES // max(1, accepted.shape[1])) * max(1, accepted.shape[1])
+    for slots, groups in zip(slot_mappings, attn_groups, strict=True):
         sources = slots[source].masked_fill(stay, -1)
         targets = slots[target].masked_fill(stay, -1)
-        for start in range(0, len(sources), max(1, part)):
-            some = slice(start, start + part)
-            ops.commit_kv(caches, sources[some], targets[some], caches[0].shape[2], layout)
+        for group in groups:
+            own = [layers[name] for name in group.layer_names if name not in drafter]
+            if not own:
+                continue
+            caches, layout = [layer.kv_cache for layer in own], kv_layout(own[0])
+            for start in range(0, len(sources), part):
+                some = slice(start, start + part)
+                ops.commit_kv(caches, sources[some], targets[some], caches[0].shape[2], layout)
 
 
 def kv_layout(layer: Any) -> str:
@@ -55,14 +64,3 @@ def kv_layout(layer: Any) -> str:
     # On a CPU a layer knows the instructions that its cache is packed for; on a GPU the strides
     # tell NHD from HND.
     return str(getattr(layer, "isa", "nhd"))
-
-
-def target_layers(group: Any, drafter: Collection[str], layers: dict[str, Any]) -> list[Any]:
-    """The layers of one of vLLM's attention groups that are not the drafter's.
-
-    Args:
-        group: whose layers' caches have one shape.
-        drafter: names of the drafter's layers.
-        layers: every layer, by its name.
-    """
-    return [layers[name] for name in group.layer_names if name not in drafter]

@@ -42,7 +42,7 @@ from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.step.clock import clock_of
-from echo_vllm.step.commit import commit_paths, target_layers
+from echo_vllm.step.commit import commit_paths
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.drawn import DrawnRequests
 from echo_vllm.step.stats import StepStats
@@ -547,17 +547,14 @@ class EchoRunnerMixin(_Runner):
         accepted = verdict.accepted_rows[: step.rows.num_requests, 1:]
         if accepted.device.type == "cpu" and not (accepted > 0).any():
             return
-        drafter = self.drafter._draft_attn_layer_names
-        layers = self.compilation_config.static_forward_context
         tables = self.input_batch.block_table
         commit_paths(
             upload(accepted, self.device).to(torch.int64),
             self.query_start_loc.gpu[: len(accepted)].to(torch.int64),
-            (
-                (tables[gid].slot_mapping.gpu, target_layers(group, drafter, layers))
-                for gid, groups in enumerate(self.attn_groups)
-                for group in groups
-            ),
+            slot_mappings=[tables[i].slot_mapping.gpu for i in range(len(self.attn_groups))],
+            attn_groups=self.attn_groups,
+            layers=self.compilation_config.static_forward_context,
+            drafter=self.drafter._draft_attn_layer_names,
         )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from echo_vllm import ops
-from echo_vllm.step.commit import commit_paths, target_layers
+from echo_vllm.step.commit import commit_paths
 from echo_vllm.step.v2.drafter import TreeSpeculator
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots, fixed_policy, scheduled_trees
 
@@ -141,14 +141,11 @@ class EchoRunnerV2Mixin(_Runner):
             return
         assert trees.accepted_rows is not None
         assert self.speculator is not None
-        drafter = self.speculator.draft_attn_layer_names
-        layers = self.compilation_config.static_forward_context
         commit_paths(
             trees.accepted_rows[: trees.num_trees, 1:].to(torch.int64),
             trees.rows.row_start[:-1].to(torch.int64),
-            (
-                (self.block_tables.slot_mappings[gid], target_layers(group, drafter, layers))
-                for gid, groups in enumerate(self.attn_groups)
-                for group in groups
-            ),
+            slot_mappings=self.block_tables.slot_mappings[: len(self.attn_groups)],
+            attn_groups=self.attn_groups,
+            layers=self.compilation_config.static_forward_context,
+            drafter=self.speculator.draft_attn_layer_names,
         )
