@@ -37,7 +37,7 @@ from echo_vllm.policies.elastic import Floor, Profile
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.drawn import NO_SLOT, DrawnLevel, DrawnPool, Survival
 from echo_vllm.trees.forest import DraftForest
-from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
+from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion, best_first
 
 Sample = tuple[list[float], list[int], list[int]]
 """Path log-probabilities, depths and least widths of a draft's best candidates."""
@@ -293,7 +293,7 @@ def least_widths(
             exists = expanded.gather(1, parents[:, level] % expanded.shape[1])
             least[:, level].masked_fill_(exists, width)
             there = scores[:, level].masked_fill(~exists, NO_CANDIDATE)
-            best = there.argsort(dim=1, descending=True, stable=True)[:, :width]
+            best = best_first(there)[:, :width]
             expanded.scatter_(1, best + start, exists.gather(1, best))
     return least
 

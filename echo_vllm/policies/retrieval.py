@@ -19,6 +19,7 @@ import torch
 
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.forest import ROOT, DraftForest
+from echo_vllm.trees.pool import best_first, places_in
 
 NUM_RANKS = 8
 """Successors of a token that the table holds."""
@@ -229,9 +230,8 @@ def fill(
         all_scores[:, columns] = torch.minimum(all_scores[:, columns], top)
     new_scores = all_scores[:, width:-1].masked_fill(~is_new, MISSING)
     # Stable: among equals the earlier node, so a parent is before its children.
-    order = new_scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(template.num_nodes).expand_as(order))
+    order = best_first(new_scores)
+    rank = places_in(order)
     is_new &= rank < (limit - sizes).unsqueeze(1)
     # Where every node will stand in its tree.
     final = torch.cat(

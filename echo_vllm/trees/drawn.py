@@ -28,6 +28,7 @@ from echo_vllm import ops
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.draws import Draws, Stream, uniforms
 from echo_vllm.trees.forest import ROOT, DraftForest
+from echo_vllm.trees.pool import best_first, places_in
 
 NO_SLOT = float("-inf")
 """Worth of a column that holds no node."""
@@ -80,8 +81,7 @@ class DrawnLevel:
 
     def best(self, width: int) -> torch.Tensor:
         """[A, min(width, C)] int64, the columns that promise most, ties by column."""
-        order = self.promises.argsort(dim=1, descending=True, stable=True)
-        return order[:, :width] + self.first
+        return best_first(self.promises)[:, :width] + self.first
 
 
 class DrawnPool:
@@ -265,7 +265,7 @@ class DrawnPool:
         worths = self._worths[:, 1:]
         stays = worths >= least_worth
         if floors is not None:
-            stays |= self._ranks() < floors.unsqueeze(1)
+            stays |= places_in(best_first(worths)) < floors.unsqueeze(1)
         worths = worths.masked_fill(~stays, NO_SLOT)
         tiers = torch.zeros(worths.shape, dtype=torch.int32, device=worths.device)
         columns, cu_nodes = ops.select_budget(worths, tiers, self._parents, budget, max_per_request)
@@ -278,27 +278,25 @@ class DrawnPool:
         position = self._keys.new_full(self._keys.shape, ROOT)
         position[owner, columns + 1] = place
         above = self._parents[owner, columns]
-        level_starts = torch.tensor(self._starts[1:], device=columns.device)
         fields = download(
             self._token_ids[owner, columns].to(torch.int32),
             position[owner, above + 1].to(torch.int32),
-            torch.searchsorted(level_starts, columns, right=True).to(torch.int32),
+            self._depths_of(columns).to(torch.int32),
             self._expected[owner, columns + 1].log(),
             cu_nodes,
             columns,
         )
         return DraftForest(*fields)
 
-    def _ranks(self) -> torch.Tensor:
-        """[R, P] int64, every slot's place in the order of falling worth, ties by column."""
-        order = self._worths[:, 1:].argsort(dim=1, descending=True, stable=True)
-        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        return torch.empty_like(order).scatter_(1, order, places)
-
     @property
     def level_starts(self) -> list[int]:
         """The first column of every level."""
         return self._starts[1:-1]
+
+    def _depths_of(self, columns: torch.Tensor) -> torch.Tensor:
+        """int64, the depths of `columns`, whatever their shape."""
+        starts = torch.tensor(self._starts[1:], device=columns.device)
+        return torch.searchsorted(starts, columns.contiguous(), right=True)
 
     def best(
         self, requests: torch.Tensor, count: int
@@ -315,10 +313,9 @@ class DrawnPool:
             depths: int64.
         """
         own = upload(requests, self._keys.device)
-        columns = self._worths[own, 1:].argsort(dim=1, descending=True, stable=True)[:, :count]
+        columns = best_first(self._worths[own, 1:])[:, :count]
         scores = self._expected[own, 1:].gather(1, columns).log()
-        starts = torch.tensor(self.level_starts, device=columns.device)
-        return columns, scores, torch.searchsorted(starts, columns.contiguous(), right=True)
+        return columns, scores, self._depths_of(columns)
 
     def promises_of(self, requests: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What all nodes of `requests` ([n], on the host) promise and their parents, [n, P]."""

@@ -22,6 +22,18 @@ NO_CANDIDATE = float("-inf")
 """Path score of a column that a request has no candidate in, because it left the frontier."""
 
 
+def best_first(scores: torch.Tensor) -> torch.Tensor:
+    """[R, P] int64, the columns of `scores` [R, P] from the greatest on, ties by column."""
+    # A stable sort, not topk: ties fall to the earlier column, on every rank the same.
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def places_in(order: torch.Tensor) -> torch.Tensor:
+    """[R, P] int64: of every column its place in `order` [R, P] int64, a permutation a row."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
 @dataclass(frozen=True)
 class Expansion:
     """How one level of candidates grows out of the frontier.
@@ -280,15 +292,11 @@ class CandidatePool:
     def best_first(self) -> torch.Tensor:
         """[R, P] int64, columns by falling path score, ties by column; a parent is before its
         children."""
-        # A stable sort, not topk: ties fall to the earlier column, on every rank the same.
-        return self.path_logprobs.argsort(dim=1, descending=True, stable=True)
+        return best_first(self.path_logprobs)
 
     def rank(self) -> torch.Tensor:
         """[R, P] int64, every column's place in `best_first`."""
-        order = self.best_first()
-        rank = torch.empty_like(order)
-        columns = torch.arange(self.num_columns, device=self.device)
-        return rank.scatter_(1, order, columns.expand_as(order))
+        return places_in(self.best_first())
 
     def expand_best(
         self, depth: int, width: int, going: torch.Tensor | None = None
@@ -315,6 +323,5 @@ class CandidatePool:
         ([A], on the host)."""
         level = self.level(depth)
         scores = self.rows_of(requests, self.path_logprobs[:, level])
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        columns: torch.Tensor = order[:, :width] + level.start
+        columns: torch.Tensor = best_first(scores)[:, :width] + level.start
         return columns
