@@ -130,30 +130,22 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Trees that are drafted to one depth with one width of the frontier."""
-
-    depth: int
-    width: int
-
-
-@dataclass(frozen=True)
 class _Expected:
-    """What trees are expected to bring, for P points: of every shape rising numbers of nodes.
+    """What trees are expected to bring, for P points: of trees of each depth and width of the
+    frontier rising numbers of nodes.
 
     Attributes:
-        shapes: of the trees.
-        growth: of every shape, per depth how often its nodes are followed by an accepted one.
-        shape_of: [P], which of them a point is of.
+        growth: by width, per depth how often its nodes are followed by an accepted one.
+        depths, widths: [P], of the trees.
         nodes: [P], a request that drafts.
         gains: [P], accepted tokens to expect of them.
-        all_gains: [P], of all nodes of the shape.
+        all_gains: [P], of all nodes of such trees.
         chosen: [P], how many of the remembered nodes, in the order of `Forecaster._order`.
     """
 
-    shapes: list[_Shape]
-    growth: list[tuple[float, ...]]
-    shape_of: NDArray[np.int64]
+    growth: dict[int, tuple[float, ...]]
+    depths: NDArray[np.int64]
+    widths: NDArray[np.int64]
     nodes: Floats
     gains: Floats
     all_gains: Floats
@@ -251,7 +243,6 @@ class Forecaster:
             kind: Calibrated(model, OnlineSurvival(max_depth) if online else None)
             for kind, model in models.items()
         }
-        self._follows = online
         self._drafts: deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Kind]]
         self._drafts = deque(maxlen=MEMORY)
         self._drafting = False
@@ -357,7 +348,7 @@ class Forecaster:
                 least_worth=other.least,
                 cost=doubted.trees,
                 reads_prompts=self._is_drafting,
-                growth=self._growth(other),
+                growth=self._expected.growth.get(other.width, ()),
             )
             if self._is_drafting:
                 return replace(plan, max_depth=other.depth, width=other.width)
@@ -365,7 +356,10 @@ class Forecaster:
             self._turn += 1
             return replace(plan, probes=min(MOST_PROBES, load.able))
         plan = replace(
-            plan, price=now.plain, reads_prompts=self._is_drafting, growth=self._growth(now)
+            plan,
+            price=now.plain,
+            reads_prompts=self._is_drafting,
+            growth=self._expected.growth.get(now.width, ()),
         )
         step = load.num_decoding / now.plain
         is_attempt = self._is_drafting and not self._drafting
@@ -388,13 +382,6 @@ class Forecaster:
             self._turn += 1
             plan = replace(plan, probes=probes)
         return plan
-
-    def _growth(self, forecast: Forecast) -> tuple[float, ...]:
-        """Per depth, how often a node of such trees is followed by an accepted one."""
-        for shape, growth in zip(self._expected.shapes, self._expected.growth, strict=True):
-            if shape.width == forecast.width:
-                return growth
-        return ()
 
     def _due_probes(self, load: Load, costs: Costs, plan: DraftPlan, is_attempt: bool) -> int:
         """How many requests are probes in a step of this plan: as many as cost the least each, when
@@ -510,7 +497,11 @@ class Forecaster:
         """
         octave = load.num_decoding.bit_length()
         num_trials = self._num_trials.get(octave, 0)
-        if not self._follows or num_trials == TRIALS or self._step < self._next_trial:
+        if (
+            self._kinds["best"].online is None
+            or num_trials == TRIALS
+            or self._step < self._next_trial
+        ):
             return None
         self._next_trial = self._step + TRIAL_STEPS
         doubted = costs.doubted(load.rows, DOUBT ** min(1.0, 2 - 2 * num_trials / TRIALS))
@@ -549,21 +540,20 @@ class Forecaster:
         i = int(np.argmax(speeds)) if len(speeds) else 0
         if not len(speeds) or speeds[i] <= 0:
             return Forecast(0, self.frontier, 0.0, 0.0, plain)
-        shape = points.shapes[points.shape_of[i]]
+        depth, width = int(points.depths[i]), int(points.widths[i])
         nodes, speed = float(points.nodes[i]), float(speeds[i])
         share = load.able / requests
         rows = load.rows + share * requests * nodes
         seconds = requests * (1 + share * float(points.gains[i])) / speed
         drafting = max(0.0, 1 - (costs.trees.verify(rows) + costs.trees.other) / seconds)
+        chosen = self._nodes_of(depth, width)[: points.chosen[i]]
         error = math.hypot(
-            self._error_of_tokens(shape, int(points.chosen[i]), share),
+            self._error_of_tokens(chosen, share),
             costs.error(load.rows, rows, drafting),
             UNKNOWN,
         )
-        gains, levels, widths, _, _ = self._order
-        among = (levels <= shape.depth) & (widths <= shape.width)
-        least = float(gains[among][int(points.chosen[i]) - 1])
-        return Forecast(shape.depth, shape.width, nodes, speed, plain, error, least)
+        least = float(self._order[0][chosen[-1]])
+        return Forecast(depth, width, nodes, speed, plain, error, least)
 
     def _seconds_a_token(
         self, loads: list[float], load: Load, costs: Costs
@@ -583,27 +573,15 @@ class Forecaster:
         trees, points = costs.trees, self._expected
         shares = load.shares(self.max_depth)
         count = requests[:, None]
-        # [n, widths, depths], of the levels below the first.
+        # [n, widths, depths], of all levels of a tree below the first.
         rows = count[:, :, None] * np.outer(self.widths, shares[1:])
-        below = np.cumsum(trees.draft_level(rows), axis=2)
-        levels = (
-            np.stack(
-                [
-                    below[:, self.widths.index(shape.width), shape.depth - 2]
-                    if shape.depth > 1
-                    else np.zeros_like(requests)
-                    for shape in points.shapes
-                ],
-                axis=1,
-            )
-            if points.shapes
-            else np.zeros((len(requests), 0))
-        )
+        below = np.pad(np.cumsum(trees.draft_level(rows), axis=2), ((0, 0), (0, 0), (1, 0)))
+        levels = below[:, np.searchsorted(self.widths, points.widths), points.depths - 1]
         nodes = shares[0] * count * points.nodes
         tokens = count * (1 + shares[0] * points.gains)
         committed = count * (1 + shares[0] * points.all_gains) + self._reading
         seconds = trees.verify(count + prefill + nodes) + trees.catch_up(committed)
-        seconds += levels[:, points.shape_of] + (trees.draft_fixed + trees.other)
+        seconds += levels + (trees.draft_fixed + trees.other)
         speeds: Floats = tokens / seconds
         if self.k_max is not None:
             speeds[nodes > self.k_max - prefill] = 0.0
@@ -632,37 +610,38 @@ class Forecaster:
         # Requests that may not have a level have no nodes there.
         shares = load.shares(self.max_depth)
         weights = (shares / max(shares[0], 1e-9))[levels - 1] / count
-        shapes: list[_Shape] = []
-        growth: list[tuple[float, ...]] = []
-        parts: list[tuple[NDArray[Any], ...]] = []
+        growth: dict[int, tuple[float, ...]] = {}
+        integers, floats = np.zeros(0, np.int64), np.zeros(0)
+        parts: list[tuple[NDArray[Any], ...]]
+        parts = [(integers, integers, floats, floats, floats, integers)]
         for width in self.widths:
-            fits = widths <= width
-            of_levels = np.bincount(levels[fits] - 1, gains[fits], minlength=self.max_depth)
-            grows = of_levels[1:] / np.maximum(of_levels[:-1], 1e-9)
+            of_width = self._nodes_of(self.max_depth, width)
+            of_levels = np.bincount(levels[of_width] - 1, gains[of_width], minlength=self.max_depth)
+            grows = (of_levels[1:] / np.maximum(of_levels[:-1], 1e-9)).clip(0.0, 1.0)
             for depth in range(1, int((shares > 0).sum()) + 1):
                 if depth == 1 and width > self.widths[0]:
                     continue  # Only what is expanded is of a width.
-                (among,) = np.nonzero(fits & (levels <= depth))
+                among = self._nodes_of(depth, width)
                 if not len(among):
                     continue
+                growth[width] = tuple(grows.tolist())
                 nodes, expected = np.cumsum(weights[among]), np.cumsum((weights * gains)[among])
                 # A few points of the curve are enough, and cheaper to price.
                 step = -(-len(among) // POINTS)
                 kept = np.arange(step - 1, len(among), step)
-                shape_of = np.full(len(kept), len(shapes))
-                whole = np.full(len(kept), expected[-1])
-                parts.append((shape_of, nodes[kept], expected[kept], whole, kept + 1))
-                shapes.append(_Shape(depth, width))
-                growth.append(tuple(grows.clip(0.0, 1.0).tolist()))
-        none = (np.zeros(0, np.int64), *[np.zeros(0)] * 3, np.zeros(0, np.int64))
-        columns = [np.concatenate(each) for each in zip(none, *parts, strict=True)]
-        self._expected = _Expected(shapes, growth, *columns)
+                columns = (depth, width, nodes[kept], expected[kept], expected[-1], kept + 1)
+                parts.append(tuple(np.broadcast_to(each, kept.shape) for each in columns))
+        self._expected = _Expected(growth, *map(np.concatenate, zip(*parts, strict=True)))
 
-    def _error_of_tokens(self, shape: _Shape, chosen: int, share: float) -> float:
-        """Standard error of the log of the tokens of a step, for the first `chosen` nodes of trees
-        of a shape: by how much drafts differ, and by how much acceptance does."""
-        gains, levels, widths, owners, is_drawn = self._order
-        among = np.nonzero((levels <= shape.depth) & (widths <= shape.width))[0][:chosen]
+    def _nodes_of(self, depth: int, width: int) -> NDArray[np.int64]:
+        """[n] places in `_order` of the nodes that trees of a depth and a width have."""
+        _, levels, widths, *_ = self._order
+        return np.flatnonzero((levels <= depth) & (widths <= width))
+
+    def _error_of_tokens(self, among: NDArray[np.int64], share: float) -> float:
+        """Standard error of the log of the tokens of a step, for the nodes at `among` [n] of
+        `_order`: by how much drafts differ, and by how much acceptance does."""
+        gains, levels, _, owners, is_drawn = self._order
         count = len(self._drafts)
         each = np.bincount(owners[among], weights=gains[among], minlength=count)
         variance = float(each.var()) / count
