@@ -5,10 +5,11 @@
     python -m scripts.soak --hours 1 [--output benchmarks/results/soak]
 
 Streams, aborts, tools, long prompts, n > 1, seeds, grammars and bad requests, at a load that
-changes every 20 seconds, with a KV cache so small that requests are preempted. In the middle the
-server is killed at work and started again. At the end: no 5xx, greedy answers as at the start, no
-block in use, memory flat, and the policy still decides. Status 1 says what was not so.
-`make soak HOURS=1`.
+changes every 20 seconds, with a KV cache so small that requests are preempted. After a quarter of
+the time the server is killed at work and started again. At the end: no 5xx, greedy answers as at
+the start, no block in use, memory flat, and the policy still decides. Status 1 says what was not
+so. `make soak HOURS=1`; with `--plain` the same traffic meets a server without speculation, to
+compare its memory with.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -45,17 +46,20 @@ from tests.server.metrics import Metrics, wait_until_idle
 LOADS = (1, 4, 16, 8, 2, 24)
 LOAD_S = 20.0
 SAMPLE_S = 2.0
-NOTE_S = 300.0
-"""Between two lines of progress."""
+CYCLE_S = LOAD_S * len(LOADS)
+"""After this long the loads come again; the memory of a cycle is the mean over it."""
 
-WARM_UP = 0.2
+FIRST_LIFE = 0.25
+"""Share of the time after which the server is killed."""
+
+WARM_UP = 0.25
 """Share of a server's life that its memory may grow in: pools, caches, compiled code."""
 
 FLAT_MB_PER_HOUR = 100.0
 """More growth than that, with the lower end of its interval above 0 as well, is a leak."""
 
+SPECULATION = ("--speculative-config", "examples/echo.json")
 ARGUMENTS = (
-    *("--speculative-config", "examples/echo.json"),
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
     *("--max-num-seqs", "16", "--enforce-eager", "--block-size", "32"),
     *("--num-gpu-blocks-override", "48"),  # 1536 tokens, of which one long prompt takes two thirds.
@@ -124,47 +128,50 @@ class Report:
     Attributes:
         ended: how requests ended, by kind.
         faults: what must not be, each once with how often.
-        memory: per life of the server, (seconds since its start, MB of all its processes).
+        memory: per life of the server, per cycle of the loads, the mean MB of each process.
         counted: counters of the server, over all its lives.
     """
 
     ended: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    memory: list[list[tuple[float, float]]] = field(default_factory=list)
+    memory: list[list[dict[str, float]]] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
 
     def slope(self) -> tuple[float, float]:
-        """MB an hour and half its 95 % interval, of all lives behind their warm-up together."""
+        """MB an hour and half its 95 % interval, of all lives behind their warm-up together.
+
+        A sample is a cycle, not a reading: neighbouring readings say the same thing twice.
+        """
         times, sizes = [], []
         for life in self.memory:
-            settled = [x for x in life if x[0] >= WARM_UP * life[-1][0]]
-            if len(settled) < 3:
-                continue
-            t, y = np.array(settled).T
-            times.append(t - t.mean())
-            sizes.append(y - y.mean())
-        if not times:
-            return 0.0, float("inf")
-        fit = stats.linregress(np.concatenate(times) / 3600, np.concatenate(sizes))
-        half = float(fit.stderr) * float(stats.t.ppf(0.975, sum(map(len, times)) - 2))
-        return float(fit.slope), half
+            y = np.array([sum(cycle.values()) for cycle in life[math.ceil(WARM_UP * len(life)) :]])
+            if len(y) >= 2:
+                t = np.arange(len(y))
+                times.append(t - t.mean())
+                sizes.append(y - y.mean())
+        free = sum(map(len, times)) - len(times) - 1
+        if free < 1:
+            return 0.0, math.inf
+        fit = stats.linregress(np.concatenate(times) * CYCLE_S / 3600, np.concatenate(sizes))
+        return float(fit.slope), float(fit.stderr) * float(stats.t.ppf(0.975, free))
 
 
-def resident_mb(pid: int) -> float:
-    """Of a process and all below it; pages that they share count once each."""
-    total = 0
+def resident_mb(pid: int) -> dict[str, float]:
+    """Of a process and all below it, by name; pages that they share count for each."""
+    found: dict[str, float] = {}
     with contextlib.suppress(psutil.NoSuchProcess):
         leader = psutil.Process(pid)
         for process in [leader, *leader.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-    return total / 2**20
+                name = process.name()
+                found[name] = found.get(name, 0.0) + process.memory_info().rss / 2**20
+    return found
 
 
 async def traffic(server: Server, seconds: float, report: Report) -> None:
     """Requests of all kinds until `seconds` are over; waits for the last of them."""
     begin = time.monotonic()
-    life: list[tuple[float, float]] = []
+    life: list[dict[str, float]] = []
     report.memory.append(life)
     prompts = project_prompts()
     functions, weights = zip(*KINDS, strict=True)
@@ -187,18 +194,23 @@ async def traffic(server: Server, seconds: float, report: Report) -> None:
                 report.faults[f"{kind.__name__}: {reason}"] += 1
 
     async def sample_memory() -> None:
-        noted = 0.0
+        readings: list[dict[str, float]] = []
         while not over.is_set():
-            now, used = time.monotonic() - begin, resident_mb(server.process.pid)
-            life.append((now, used))
-            if now >= noted + NOTE_S:
-                noted = now
+            await asyncio.sleep(SAMPLE_S)
+            readings.append(resident_mb(server.process.pid))
+            if (time.monotonic() - begin) // CYCLE_S > len(life):
+                mean = {
+                    name: float(np.mean([reading.get(name, 0.0) for reading in readings]))
+                    for name in readings[-1]
+                }
+                life.append(mean)
+                readings.clear()
                 print(
-                    f"{now / 60:.0f} minutes: {report.ended.total()} requests, "
-                    f"{report.faults.total()} faults, {used:.0f} MB",
+                    f"{len(life) * CYCLE_S / 60:.0f} minutes: {report.ended.total()} requests, "
+                    f"{report.faults.total()} faults, "
+                    + ", ".join(f"{name} {used:.0f} MB" for name, used in mean.items()),
                     flush=True,
                 )
-            await asyncio.sleep(SAMPLE_S)
 
     async with openai.AsyncOpenAI(
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
@@ -256,14 +268,15 @@ COUNTERS = (
 )
 
 
-def soak(hours: float, folder: Path) -> dict[str, Any]:
-    """Run it; the result, with what was wrong in `wrong`."""
+def soak(hours: float, folder: Path, *, is_plain: bool = False) -> dict[str, Any]:
+    """Run it, with speculation or without; the result, with what was wrong in `wrong`."""
     report, wrong = Report(), []
     first: list[str] = []
-    for life in (1, 2):
+    arguments = ARGUMENTS if is_plain else (*SPECULATION, *ARGUMENTS)
+    for life, share in ((1, FIRST_LIFE), (2, 1 - FIRST_LIFE)):
         log = folder / f"server-{life}.log"
         try:
-            server = start_server(DEMO_TARGET, ARGUMENTS, ENV, log, timeout_s=600)
+            server = start_server(DEMO_TARGET, arguments, ENV, log, timeout_s=600)
         except pytest.fail.Exception:
             wrong.append(f"the server does not start in life {life}: {log}")
             break
@@ -272,7 +285,7 @@ def soak(hours: float, folder: Path) -> dict[str, Any]:
             first = first or answers
             if answers != first:
                 wrong.append(f"life {life} begins with other greedy answers")
-            asyncio.run(traffic(server, hours * 1800, report))
+            asyncio.run(traffic(server, hours * 3600 * share, report))
             if server.process.poll() is not None:
                 wrong.append(f"the server died in life {life}: {log}")
                 break
@@ -283,7 +296,7 @@ def soak(hours: float, folder: Path) -> dict[str, Any]:
             metrics = Metrics.read(server)
             for name in COUNTERS:
                 report.counted[name] += int(metrics.total(f"{name}_total"))
-            if (metrics - before).total("echo_steps_total") <= 0:
+            if not is_plain and (metrics - before).total("echo_steps_total") <= 0:
                 wrong.append(f"no step was reported at the end of life {life}")
             if life == 1 and (ended := asyncio.run(killed(server))) != ["error"] * len(ended):
                 wrong.append(f"streams of a killed server ended as {ended}")
@@ -292,23 +305,24 @@ def soak(hours: float, folder: Path) -> dict[str, Any]:
         finally:
             server.stop()
     wrong += [f"{count} x {fault}" for fault, count in report.faults.items()]
-    for name, why in (
-        ("num_preemptions", "no request was preempted"),
-        ("echo_trees", "no tree was verified"),
-    ):
-        if not report.counted[name]:
-            wrong.append(why)
+    if not report.counted["num_preemptions"]:
+        wrong.append("no request was preempted")
+    if not (is_plain or report.counted["echo_trees"]):
+        wrong.append("no tree was verified")
     slope, half = report.slope()
     if slope - half > 0 and slope > FLAT_MB_PER_HOUR:
         wrong.append(f"memory grows by {slope:.0f} +- {half:.0f} MB an hour")
-    samples = itertools.chain.from_iterable(report.memory)
+    cycles = [
+        [{name: round(used) for name, used in cycle.items()} for cycle in life]
+        for life in report.memory
+    ]
     return {
         "hours": hours,
         "requests": sum(report.ended.values()),
         "ended": dict(sorted(report.ended.items())),
         "counted": dict(report.counted),
         "memory_mb_per_hour": {"slope": round(slope, 1), "half_of_95_percent": round(half, 1)},
-        "peak_memory_mb": round(max((used for _, used in samples), default=0)),
+        "memory_mb": cycles,
         "wrong": wrong,
     }
 
@@ -316,13 +330,14 @@ def soak(hours: float, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--plain", action="store_true", help="without speculation")
     parser.add_argument("--output", type=Path, help="OUTPUT.json, beside what is printed")
     options = parser.parse_args()
     random.seed(0)
     os.chdir(ROOT)
     folder = Path(tempfile.mkdtemp(prefix="echo-soak-"))
     print(f"logs in {folder}", flush=True)
-    result = soak(options.hours, folder)
+    result = soak(options.hours, folder, is_plain=options.plain)
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:

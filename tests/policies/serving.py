@@ -182,6 +182,7 @@ class Serving:
             Observation(
                 rows=count + nodes,
                 num_nodes=nodes,
+                rested=pool is None and not nodes,
                 verify_s=verify_s,
                 other_s=other_s,
                 draft_s=draft_s,
