@@ -77,6 +77,7 @@ def measure(
     rounds: int,
     blocks: int,
     block: int,
+    temperature: float,
 ) -> dict[str, Times]:
     """Times of all engines.
 
@@ -92,7 +93,7 @@ def measure(
         chosen = [prompts[(first + i) % len(prompts)] for i in range(requests)]
         order = [engines[(number + i) % len(engines)] for i in range(len(engines))]
         for engine in order:
-            times[engine.name].reading.append(engine.do(Read(chosen)))
+            times[engine.name].reading.append(engine.do(Read(chosen, temperature)))
         for engine in order:
             engine.do(Decode(2))  # What follows upon reading.
         for _ in range(blocks):
@@ -124,6 +125,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="decoding steps of each (200)")
     parser.add_argument("--rounds", type=int, default=20, help="with other prompts each (20)")
     parser.add_argument("--block", type=int, default=5, help="steps of a turn (5)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of all requests (0)")
     parser.add_argument("--configs", type=names, default=RESTING, help="(rest,auto-rest)")
     parser.add_argument("--linear", choices=["stock", "auto"], default="stock", help="(stock)")
     parser.add_argument("--model", type=Path, default=DEMO_TARGET, help="target (the demo's)")
@@ -162,9 +164,15 @@ def main() -> int:
             engines[-1].wait_ready()
         found = {}
         for requests in options.requests:
-            measure(engines, prompts, requests, 1, 1, WARM_UP_STEPS)
+            measure(engines, prompts, requests, 1, 1, WARM_UP_STEPS, options.temperature)
             found[requests] = measure(
-                engines, prompts, requests, options.rounds, blocks, options.block
+                engines,
+                prompts,
+                requests,
+                options.rounds,
+                blocks,
+                options.block,
+                options.temperature,
             )
     finally:
         for engine in engines:

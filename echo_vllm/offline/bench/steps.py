@@ -25,6 +25,7 @@ class Read:
     """Begin a request with each prompt (token ids), none of which is in the prefix cache."""
 
     prompts: list[list[int]]
+    temperature: float = 0.0
 
     def run(self, local: LocalEngine) -> float:
         """Seconds until all have been read; of one step if they fit into one."""
@@ -33,7 +34,10 @@ class Read:
         local.engine.reset_prefix_cache()
         for place, ids in enumerate(self.prompts):
             params = SamplingParams(
-                temperature=0, max_tokens=MOST_TOKENS, ignore_eos=True, detokenize=False
+                temperature=self.temperature,
+                max_tokens=MOST_TOKENS,
+                ignore_eos=True,
+                detokenize=False,
             )
             local.engine.add_request(_name(place), {"prompt_token_ids": ids}, params)
         waiting = {_name(place) for place in range(len(self.prompts))}
