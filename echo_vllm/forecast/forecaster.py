@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from echo_vllm.forecast.plan import AHEAD, DraftPlan, Load
 from echo_vllm.forecast.step_cost import Costs
@@ -55,6 +56,11 @@ UNKNOWN = 0.005
 EXPERIMENTS = 0.003
 """Share of the time that each kind of experiment may take: probes, and the others."""
 
+YOUNG = 64
+"""Drafts up to which `YOUNG_PROBES` times as much time goes to probes while others draft."""
+
+YOUNG_PROBES = 4.0
+
 PROBES = (1, 2, 4, 8)
 MOST_PROBES = PROBES[-1]
 """Requests of one step that draft to full depth, so that their scores can be remembered."""
@@ -65,9 +71,12 @@ PROBED_NODES = 2
 PROBE_STEPS = 8
 """Steps between probes at least."""
 
-PLAIN_STEPS = 16
-"""Steps between single steps of plain decoding while others draft, at least: what plain decoding
-costs now is the other half of every comparison."""
+PLAIN_STEPS = 64
+"""Steps between pauses of the drafting, at least, for some plain decoding: what that costs now is
+the other half of every comparison."""
+
+PAUSE = 8
+"""Steps of a pause: the first verifies what was drafted before, the last ones are typical."""
 
 ATTEMPT = 8
 """Steps of an attempt: drafting where the forecast says that it pays, but not for sure."""
@@ -87,15 +96,25 @@ TRIAL_ROWS = (16, 2)
 LARGER = 1.25
 """How many times as many nodes make a trial while something is drafted anyway."""
 
-TRIAL_STEPS = 16
+TRIAL_STEPS = 32
 """Steps between them."""
 
 BEHIND = 48
 """Tokens that a request has to catch up with after a long rest, before any had to: a window, and
 half a block."""
 
-REUSE = 8
-"""Steps for which the expected tokens are not worked out anew, nor a forecast for the same load."""
+FRESH = 256.0
+"""Drafts whose first level tells what the present ones are like; older ones are forgotten."""
+
+FRESH_PRIOR = 16.0
+"""Drafts that count as being like the remembered ones."""
+
+MOST_TILT = 8.0
+"""Of remembered drafts towards those that begin as the present ones do."""
+
+REUSE, RESTING_REUSE = 8, 32
+"""Steps for which the expected tokens are not worked out anew, nor a forecast for the same load:
+while something is drafted, and at rest, where little is learnt and a plan should cost nothing."""
 
 POINTS = 32
 """Numbers of nodes that are priced for a shape."""
@@ -182,17 +201,25 @@ def _trial_rows(load: Load) -> int:
     return max(load.rows + least, times * load.rows)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Calibrated:
     """What is known of one kind of candidates.
 
     Attributes:
         survival: calibrated probability of acceptance, by score and depth.
         online: what serving has shown of it; None: it is not followed.
+        first: of how many drafts lately the probability of the best first node is known, and the
+            sum of these; without factors.
     """
 
     survival: SurvivalModel
     online: OnlineSurvival | None
+    first: tuple[float, float] = (0.0, 0.0)
+
+    def observe_first(self, count: int, total: float) -> None:
+        """`count` more drafts, with `total` the sum of their best first nodes' probabilities."""
+        keep = max(0.0, 1 - count / FRESH)
+        self.first = keep * self.first[0] + count, keep * self.first[1] + total
 
     def factors(self) -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
@@ -206,6 +233,30 @@ class Calibrated:
         found = model.probability(torch.from_numpy(scores), torch.from_numpy(depths))
         result: Floats = found.double().numpy()
         return result
+
+    def weights(self, first: Floats) -> Floats:
+        """[n] weights, of mean 1, with which remembered drafts, whose best first nodes have the
+        probabilities `first` [n], would on average begin as the present ones do.
+
+        Every draft shows its first level, only a probe the others. Of drafts that begin alike the
+        rest is taken to be alike: the weights are exp(t * first), the least change that there is.
+        """
+        count, total = self.first
+        if count == 0 or len(first) < 2:
+            return np.ones(len(first))
+        factor = (self.factors() or (1.0,))[0]
+        mean = (factor * total + FRESH_PRIOR * first.mean()) / (count + FRESH_PRIOR)
+
+        def tilted(t: float) -> Floats:
+            weights: Floats = np.exp(t * (first - first.mean()))
+            return weights / weights.mean()
+
+        def beyond(t: float) -> float:
+            return float((tilted(t) * first).mean() - mean)
+
+        if beyond(-MOST_TILT) >= 0 or beyond(MOST_TILT) <= 0:
+            return tilted(math.copysign(MOST_TILT, -beyond(0.0)))
+        return tilted(brentq(beyond, -MOST_TILT, MOST_TILT, xtol=0.01))
 
 
 class Forecaster:
@@ -245,23 +296,26 @@ class Forecaster:
         }
         self._drafts: deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Kind]]
         self._drafts = deque(maxlen=MEMORY)
+        self._num_drafts = 0
+        """Ever remembered."""
         self._drafting = False
         self._step = 0
         self._turn = 0
         self._probes = Account(EXPERIMENTS, PROBE_STEPS)
         self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
-        self._attempt_until = 0
+        self._attempt_until = self._pause_until = 0
         self._next_attempt, self._attempt_steps = 0, ATTEMPT_STEPS[0]
         # By the octave of the load.
         self._num_trials: dict[int, int] = {}
         self._next_trial = TRIAL_STEPS
         self._behind = float(BEHIND)
         self._reading = 0.0
-        # What is worked out anew every `REUSE` steps.
+        # What is worked out anew every `REUSE` or `RESTING_REUSE` steps.
         self._until = 0
         self._expected: _Expected
         self._order: tuple[NDArray[Any], ...] = ()
+        self._weights: Floats = np.ones(0)
         self._known: dict[tuple[object, ...], Forecast] = {}
 
     def observe_draft(
@@ -269,6 +323,7 @@ class Forecaster:
     ) -> None:
         """Remember a draft to full depth with all of the frontier: of its best nodes the scores
         (nats), the depths, and which of `self.widths` each needs at least."""
+        self._num_drafts += 1
         self._drafts.append(
             (
                 np.array(scores, np.float32),
@@ -299,6 +354,12 @@ class Forecaster:
         else:
             online.forget()
 
+    def observe_first(self, count: int, total: float, kind: Kind = "best") -> None:
+        """Learn from a drafting of `count` requests what the present drafts are like: `total` is
+        the sum of the calibrated probabilities of each one's best first node."""
+        if self._is_drafting:  # Resting, the remembered drafts are the last ones.
+            self._kinds[kind].observe_first(count, total)
+
     def factors(self, kind: Kind = "best") -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
         return self._kinds[kind].factors() if kind in self._kinds else ()
@@ -312,6 +373,11 @@ class Forecaster:
     def plan(self, load: Load, costs: Costs | None) -> DraftPlan:
         """The plan of the next drafting; `costs` is None before they are known."""
         self._step += 1
+        if self._step == self._attempt_until:
+            self._until = 0  # What the attempt has shown counts now.
+        if not self._is_drafting:
+            for each in self._kinds.values():
+                each.first = 0.0, 0.0
         plan = DraftPlan(
             max_depth=0,
             turn=self._turn,
@@ -363,12 +429,15 @@ class Forecaster:
         )
         step = load.num_decoding / now.plain
         is_attempt = self._is_drafting and not self._drafting
-        for account in (self._probes, self._plain_steps):
-            account.passes(step)
+        is_young = self._is_drafting and self._num_drafts < YOUNG
+        self._probes.passes(step * (YOUNG_PROBES if is_young else 1.0))
+        self._plain_steps.passes(step)
         # Where prompts leave no room for trees, this step alone has none.
         if self._is_drafting and (now.gain > 0 or not load.prefill_tokens):
-            lost = step * max(0.0, math.expm1(now.gain))
+            lost = PAUSE * step * max(0.0, math.expm1(now.gain))
             if not is_attempt and self._plain_steps.buys(lost):
+                self._pause_until = self._step + PAUSE
+            if self._step < self._pause_until:
                 return plan
             plan = replace(
                 plan,
@@ -425,6 +494,7 @@ class Forecaster:
             return
         if self._pays(load, costs, best, -bound):
             self._drafting, self._attempt_steps = True, ATTEMPT_STEPS[0]
+            self._until = min(self._until, self._step + REUSE)
         elif self._step >= self._next_attempt:
             lost = ATTEMPT * step * max(0.0, math.expm1(-best.gain))
             if self._attempts.buys(lost + self._catch_up(load.waiting, load, costs)):
@@ -591,7 +661,7 @@ class Forecaster:
         """Per depth, what is to be expected: nodes in the order of their probability."""
         if self._step < self._until:
             return
-        self._until = self._step + REUSE
+        self._until = self._step + (REUSE if self._is_drafting else RESTING_REUSE)
         self._known = {}
         count = len(self._drafts)
         scores, levels, widths = (
@@ -601,22 +671,32 @@ class Forecaster:
         owners = np.repeat(np.arange(count), sizes)
         is_drawn = np.repeat([kind == "drawn" for *_, kind in self._drafts], sizes)
         gains = np.zeros(len(scores))
+        self._weights = np.ones(count)
         for kind, each in self._kinds.items():
-            own = is_drawn == (kind == "drawn")
+            own = np.flatnonzero(is_drawn == (kind == "drawn"))
             gains[own] = each.probability(scores[own], levels[own])
+            first = np.zeros(count)
+            np.maximum.at(first, owners[own], np.where(levels[own] == 1, gains[own], 0.0))
+            drafts = np.unique(owners[own])
+            self._weights[drafts] = each.weights(first[drafts])
         order = np.argsort(-gains, kind="stable")
         gains, levels, widths = gains[order], levels[order], widths[order]
         self._order = gains, levels, widths, owners[order], is_drawn[order]
         # Requests that may not have a level have no nodes there.
         shares = load.shares(self.max_depth)
         weights = (shares / max(shares[0], 1e-9))[levels - 1] / count
+        weights *= self._weights[self._order[3]]
         growth: dict[int, tuple[float, ...]] = {}
         integers, floats = np.zeros(0, np.int64), np.zeros(0)
         parts: list[tuple[NDArray[Any], ...]]
         parts = [(integers, integers, floats, floats, floats, integers)]
         for width in self.widths:
             of_width = self._nodes_of(self.max_depth, width)
-            of_levels = np.bincount(levels[of_width] - 1, gains[of_width], minlength=self.max_depth)
+            of_levels = np.bincount(
+                levels[of_width] - 1,
+                gains[of_width] * self._weights[self._order[3][of_width]],
+                minlength=self.max_depth,
+            )
             grows = (of_levels[1:] / np.maximum(of_levels[:-1], 1e-9)).clip(0.0, 1.0)
             for depth in range(1, int((shares > 0).sum()) + 1):
                 if depth == 1 and width > self.widths[0]:
@@ -642,15 +722,17 @@ class Forecaster:
         """Standard error of the log of the tokens of a step, for the nodes at `among` [n] of
         `_order`: by how much drafts differ, and by how much acceptance does."""
         gains, levels, _, owners, is_drawn = self._order
-        count = len(self._drafts)
+        count = len(self._weights)
         each = np.bincount(owners[among], weights=gains[among], minlength=count)
-        variance = float(each.var()) / count
+        shares = self._weights / count
+        mean = float(shares @ each)
+        variance = float(shares**2 @ (each - mean) ** 2)
         for kind, known in self._kinds.items():
             if known.online is None:
                 continue
             own = among[is_drawn[among] == (kind == "drawn")]
-            of_levels = np.bincount(levels[own] - 1, weights=gains[own]) / count
+            expected = gains[own] * shares[owners[own]]
+            of_levels = np.bincount(levels[own] - 1, weights=expected)
             errors = np.array(known.online.errors())[: len(of_levels)]
             variance += float(((of_levels * errors) ** 2).sum())
-        mean = float(each.sum()) / count
         return share * math.sqrt(variance) / (1 + share * mean)

@@ -60,6 +60,17 @@ CLOSE = 1.25
 """Times as much as what is observed may be what was measured, if it is to be confirmed."""
 
 
+NEAR = 16
+"""Steps of each kind between which `Contrast` looks for a difference."""
+
+FEWEST_NEAR = 3
+
+MOST_CONTRAST = math.log(2.0)
+
+FADES = 512
+"""Steps after which a contrast that is not seen again counts half."""
+
+
 class RunningMedian:
     """The median of the last `window` numbers.
 
@@ -136,6 +147,11 @@ class CurveCorrection:
         self._seen += 1
         self.pending += 1
 
+    def seen(self, count: float) -> int:
+        """Observations in the bin of a count."""
+        octave = math.floor(math.log2(self._curve.padded(count)))
+        return self._bins[octave][1].seen if octave in self._bins else 0
+
     def errors(self) -> dict[int, float]:
         """By octave of the count (as `math.frexp` has it), the standard error of the curve."""
         return {octave + 1: _error(ratios) for octave, (_, ratios) in self._bins.items()}
@@ -198,6 +214,42 @@ class FixedPart:
         return max(0.0, intercept) * len(pairs) / (len(pairs) + PRIOR)
 
 
+class Contrast:
+    """How much longer steps with trees take, over what is predicted, than plain ones do.
+
+    Caches, allocators and processors do differently in a row of plain steps and in a row of steps
+    with trees, whatever their rows. That is a contrast of steps that are near each other in time:
+    in two different minutes the machine may be another.
+    """
+
+    def __init__(self) -> None:
+        self._step = self._last = 0
+        self._recent: tuple[deque[tuple[int, float]], ...]
+        self._recent = (deque(maxlen=NEAR), deque(maxlen=NEAR))
+        self._differences = RunningMedian(2 * NEAR)
+
+    def observe(self, log_ratio: float, *, trees: bool) -> None:
+        """A step took exp(log_ratio) times what is predicted for its kind."""
+        self._step += 1
+        near = [ratio for step, ratio in self._recent[not trees] if self._step - step <= 2 * NEAR]
+        if len(near) >= FEWEST_NEAR:
+            difference = log_ratio - float(np.median(near))
+            self._differences.add(difference if trees else -difference)
+            self._last = self._step
+        self._recent[trees].append((self._step, log_ratio))
+
+    @property
+    def log_factor(self) -> float:
+        """Of what steps with trees are predicted to take; close to 0 while little was seen, and
+        where that was long ago."""
+        if not self._differences.seen:
+            return 0.0
+        seen = min(self._differences.seen, 2 * NEAR) * 2 ** ((self._last - self._step) / FADES)
+        return max(-MOST_CONTRAST, min(MOST_CONTRAST, self._differences.median())) * (
+            seen / (seen + FEW)
+        )
+
+
 class OnlineCost:
     """A StepCost that learns from real steps. Not thread-safe.
 
@@ -223,6 +275,7 @@ class OnlineCost:
         self._verify = CurveCorrection(base.verify)
         self._draft_level = CurveCorrection(base.draft_level)
         self._catch_up = CurveCorrection(base.catch_up)
+        self._contrast = Contrast()
         # Of draftings, beyond what they are thought to take.
         self._draft_beyond = RunningMedian()
         # The same, beyond what start-up measured.
@@ -268,6 +321,21 @@ class OnlineCost:
         if math.isfinite(seconds) and seconds >= 0:
             self._other[trees].add(seconds / self.pace)
 
+    def observe_step(
+        self, rows: int, level_rows: Sequence[int], committed: int, seconds: float, *, trees: bool
+    ) -> None:
+        """A whole step took `seconds`: a target forward of `rows` rows, a drafting if `committed`
+        is not 0 (see `observe_draft`), and the time in between."""
+        if rows <= 0 or self._verify.seen(rows) < FEW:
+            return  # The curve has yet to learn, which is no matter of kinds.
+        if trees:
+            predicted = self._trees.step(rows, level_rows, committed)
+        else:
+            predicted = float(self._current.plain_step(rows))
+        ratio = _log_ratio(seconds / self.pace, predicted)
+        if ratio is not None:
+            self._contrast.observe(ratio, trees=trees)
+
     def _other_of(self, trees: bool) -> float:
         """Seconds outside of target and drafter. A kind of which little was seen is believed to be
         like the other one."""
@@ -286,17 +354,22 @@ class OnlineCost:
         if not seen:
             return 0.0
         # Steps with trees have more rows too, so few of them say more about the curve than this.
-        return max(0.0, trees.median() - plain.median()) * seen / (seen + WINDOW)
+        return max(0.0, trees.median() - plain.median()) * seen / (seen + FEW)
+
+    @property
+    def _trees(self) -> StepCost:
+        """Of steps with trees, by their parts."""
+        verify = self._current.verify.scaled(math.exp(self._surcharge))
+        return replace(self._current, verify=verify, other=self._other_of(True))
 
     def costs(self) -> Costs:
         """Of steps with and without trees, as known now; the same object until enough new steps
         were observed."""
         now = self.current()
         if self._costs is None or self._costs.plain is not now:
-            verify = now.verify.scaled(math.exp(self._surcharge))
             self._costs = Costs(
                 plain=now,
-                trees=replace(now, verify=verify, other=self._other_of(True)),
+                trees=self._trees.scaled(math.exp(self._contrast.log_factor)),
                 errors=self._verify.errors(),
                 surcharge_error=max(map(_error, self._beyond)),
                 draft_error=_error(self._draft_beyond),

@@ -85,6 +85,16 @@ class StepCost:
         """
         return self.verify(rows) + (self.draft(levels, committed) + self.other)
 
+    def scaled(self, factor: float) -> StepCost:
+        """The cost of a machine on which everything takes `factor` times as long."""
+        return StepCost(
+            verify=self.verify.scaled(factor),
+            draft_level=self.draft_level.scaled(factor),
+            catch_up=self.catch_up.scaled(factor),
+            other=self.other * factor,
+            draft_fixed=self.draft_fixed * factor,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Numbers and lists only."""
         return {
@@ -172,9 +182,9 @@ class Costs:
         return max(error, self.draft_error) < UNMEASURED
 
     def is_confirmed(self, rows: float) -> bool:
-        """Whether neither drafting nor a target forward of about so many rows, or of more, can be
+        """Whether neither drafting nor a target forward of at least about half as many rows can be
         believed to take much less than was measured."""
-        return self.draft_confirmed and max(self.confirmed, default=0) >= math.frexp(rows)[1]
+        return self.draft_confirmed and max(self.confirmed, default=0) >= math.frexp(rows)[1] - 1
 
     def doubted(self, rows: float, factor: float) -> Self:
         """The same if drafting, and what a target forward takes beyond one of `rows` rows, were

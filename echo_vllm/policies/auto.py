@@ -117,6 +117,7 @@ class AutoPolicy(CostAwarePolicy):
             if report is None:  # A rest, or nobody draws.
                 self.forecaster.observe_acceptance([], [], kind)
                 continue
+            self.forecaster.observe_first(*report["first"], kind)
             for scores, depths, widths in report["samples"]:
                 self.forecaster.observe_draft(scores, depths, widths, kind)
             self.forecaster.observe_acceptance(report["predicted"], report["accepted"], kind)
@@ -175,11 +176,14 @@ class AutoPolicy(CostAwarePolicy):
         probes: torch.Tensor,
     ) -> dict[str, Any]:
         """Per depth how many nodes were accepted and how many the calibration predicts of those
-        verified; and what the forecast remembers of a drafting (`samples`)."""
-        return {
-            **counted(self.survival, verified, num_accepted),
-            "samples": [] if pool is None else self.samples(pool, probes),
-        }
+        verified; of a drafting what the forecast remembers (`samples`), and how its requests
+        begin (`first`: how many, and the sum of the probabilities of their best first nodes)."""
+        found = {**counted(self.survival, verified, num_accepted), "samples": [], "first": (0, 0.0)}
+        if pool is not None:
+            (best,) = download(pool.path_logprobs[:, pool.level(1)].amax(1))
+            found["first"] = first_of(self.survival, best)
+            found["samples"] = self.samples(pool, probes)
+        return found
 
     def samples(self, pool: CandidatePool, probes: torch.Tensor) -> list[Sample]:
         """What the forecast remembers of each probe that drafted to full depth.
@@ -257,6 +261,10 @@ class AutoPolicy(CostAwarePolicy):
         probes: torch.Tensor,
     ) -> dict[str, Any]:
         samples = []
+        first = 0, 0.0
+        if pool is not None:
+            (best,) = download(pool.best(torch.arange(pool.num_requests), 1)[1].flatten())
+            first = first_of(self.drawn_model, best)
         if pool is not None and pool.depth == self.max_depth:
             # Those that drafted to full depth; see `samples`.
             full = probes[torch.isin(probes, pool.active)]
@@ -267,7 +275,8 @@ class AutoPolicy(CostAwarePolicy):
             for own, levels, widths in zip(*fields, strict=True):
                 exists = own > NO_SLOT
                 samples.append(tuple(x[exists].tolist() for x in (own, levels, widths)))
-        return {**counted(self.drawn_model, verified, num_accepted), "samples": samples}
+        counts = counted(self.drawn_model, verified, num_accepted)
+        return {**counts, "samples": samples, "first": first}
 
 
 def least_widths(
@@ -296,6 +305,15 @@ def least_widths(
             best = best_first(there)[:, :width]
             expanded.scatter_(1, best + start, exists.gather(1, best))
     return least
+
+
+def first_of(survival: SurvivalModel, best: torch.Tensor) -> tuple[int, float]:
+    """Of the requests that have a first node, with the scores `best` [R]: how many, and the sum of
+    the probabilities that it is accepted."""
+    best = best[best > NO_CANDIDATE]
+    return len(best), float(
+        survival.probability(best, torch.ones_like(best, dtype=torch.int64)).sum()
+    )
 
 
 def counted(

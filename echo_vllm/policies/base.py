@@ -107,6 +107,7 @@ class Observation:
     Attributes:
         rows: rows of the target's forward; 0 where there is no time to learn from.
         num_nodes: draft nodes among them.
+        rested: whether the step was vLLM's own.
         verify_s: seconds of that forward, with sampling and commit.
         other_s: seconds between the last step and this one; None if that was a lack of requests.
         draft_s: seconds of the drafting at the end of the step.
@@ -120,6 +121,7 @@ class Observation:
 
     rows: int = 0
     num_nodes: int = 0
+    rested: bool = False
     verify_s: float = 0.0
     other_s: float | None = None
     draft_s: float = 0.0

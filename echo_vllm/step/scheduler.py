@@ -298,7 +298,6 @@ class EchoScheduler(Scheduler):
 
     def _describe(self, stats: StepStats, plan: DraftPlan) -> None:
         """What metrics say about the decisions, before anything is learnt from the step."""
-        stats.rested = plan.max_depth == 0 and not plan.probes and not stats.nodes
         stats.plan_depth, stats.plan_price = plan.max_depth, plan.price
         stats.plan_rows = plan.max_rows or 0.0
         stats.expected = [
@@ -338,6 +337,7 @@ class EchoScheduler(Scheduler):
                 step,
                 rows=stats.rows,
                 num_nodes=sum(stats.nodes),
+                rested=stats.rested,
                 verify_s=stats.verify_s,
                 other_s=stats.idle_s if stats.idle_s < LONGEST_GAP_S else None,
                 draft_s=stats.draft_s,

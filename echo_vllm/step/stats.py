@@ -37,7 +37,7 @@ class StepStats:
         report, drawn_report: what the worker's policy tells the scheduler's (`DraftPolicy.report`,
             `report_drawn`).
         cost: the measured cost of steps (`StepCost.to_dict()`), in the first report only.
-        rested: whether the step followed a plan without drafting and verified nothing.
+        rested: whether the step was vLLM's own: nothing was verified, and nothing drafted.
         predicted_s: what the policy thought the step would take, of `spent_s`; 0 if it has no idea.
         spent_s: verify_s, draft_s, and idle_s where requests did not lack.
         expected: per depth, nodes that the calibration thought would be accepted; empty if unknown.

@@ -185,6 +185,9 @@ def test_drafting_to_full_depth_has_probes_too() -> None:
     assert sum(plan.probes > 0 for plan in plans) >= 5
 
 
+STEPS = 12000
+
+
 @pytest.mark.parametrize(("accept", "requests"), [(0.6, 1), (0.6, 16), (0.4, 32)])
 def test_steps_of_plain_decoding_are_the_rarer_the_more_they_lose(
     accept: float, requests: int
@@ -192,12 +195,12 @@ def test_steps_of_plain_decoding_are_the_rarer_the_more_they_lose(
     found, curve = forecaster(accept), cost(64)
     best = found.forecast(Load(requests), curve)
     assert best.gain > 0
-    plain = [i for i in range(3000) if not found.plan(Load(requests), curve).max_depth]
+    plain = [i for i in range(STEPS) if not found.plan(Load(requests), curve).max_depth]
     pauses = np.array(plain).reshape(-1, PAUSE)
     assert (np.diff(pauses) == 1).all()
     gaps, lost = np.diff(pauses[:, 0]), PAUSE * (best.speed / best.plain - 1)
     assert gaps.min() >= PLAIN_STEPS
-    assert len(pauses) * lost <= 1.01 * EXPERIMENTS * 3000
+    assert len(pauses) * lost <= 1.01 * EXPERIMENTS * STEPS
     assert gaps.max() <= max(PLAIN_STEPS, 1.1 * lost / EXPERIMENTS)
 
 
@@ -241,6 +244,26 @@ def test_observed_acceptance_changes_the_decision() -> None:
         found.plan(Load(requests, 0), cost(32))
     best = found.forecast(Load(requests, 0), cost(32))
     assert best.speed < best.plain or best.depth != 1
+
+
+@pytest.mark.parametrize("present", [0.35, 0.6, 0.8])
+def test_remembered_drafts_count_by_how_the_present_ones_begin(present: float) -> None:
+    """Half of them begin with a node of 0.3, half with one of 0.9: mixed as now, whatever was."""
+    found = Forecaster(
+        survival=SurvivalModel.default(1), max_depth=1, frontier=1, k_max=None, online=True
+    )
+    for i in range(64):
+        found.observe_draft([math.log(0.9 if i % 2 else 0.3)], [1], [1])
+    found._drafting = True
+    found.observe_first(10_000, 10_000 * present)
+    found.forecast(Load(4), cost(32))
+    assert found._expected.gains[-1] == pytest.approx(present, abs=0.01)
+    found._drafting = False
+    found.observe_first(10_000, 0.0)  # At rest the memory is of now.
+    found.plan(Load(4), cost(32))
+    found._until = 0
+    found.forecast(Load(4), cost(32))
+    assert found._expected.gains[-1] == pytest.approx(0.6, abs=0.01)
 
 
 def test_prefill_is_part_of_the_load() -> None:

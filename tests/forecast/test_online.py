@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_vllm.forecast import CostCurve, Hinge, OnlineCost, StepCost
-from echo_vllm.forecast.online_cost import REFRESH
+from echo_vllm.forecast.online_cost import FADES, REFRESH, Contrast
 
 BASE = StepCost(
     verify=Hinge(k_max=40, gamma=0.02, base=0.01).to_curve(),
@@ -177,6 +177,33 @@ def test_at_any_pace_the_surcharge_of_trees_is_learned() -> None:
         online.observe_verify(rows, seconds, trees=trees)
     ratio = online.costs().trees.verify(30) / settled(online).verify(30)
     assert ratio == pytest.approx(1.4, rel=0.1)
+
+
+@pytest.mark.parametrize("slow", [1.0, 2.5])
+def test_what_trees_take_beyond_their_parts_is_a_contrast_of_near_steps(slow: float) -> None:
+    """A fifth more, whatever the pace; and nothing where plain steps are slow with them."""
+    for more in (1.2, 1.0):
+        online, rng = OnlineCost(BASE), np.random.default_rng(3)
+        for step in range(400):
+            trees = step % 20 < 15
+            rows = 24 if trees else 8
+            pace = slow * (1.0 + step // 100 % 2) * float(np.exp(rng.normal(0, 0.03)))
+            online.observe_verify(rows, pace * BASE.verify(rows), trees=trees)
+            seconds = more * BASE.step(rows, [4], 8) if trees else BASE.plain_step(rows)
+            online.observe_step(rows, [4] if trees else [], 8 * trees, pace * seconds, trees=trees)
+        parts = settled(online)
+        ratio = online.costs().trees.step(24, [4], 8) / parts.step(24, [4], 8)
+        assert ratio == pytest.approx(more, rel=0.05)
+
+
+def test_a_contrast_fades_that_nobody_sees_again() -> None:
+    contrast = Contrast()
+    for step in range(200):
+        contrast.observe(0.2 if step % 2 else 0.0, trees=bool(step % 2))
+    assert contrast.log_factor == pytest.approx(0.2, rel=0.3)
+    for _ in range(4 * FADES):
+        contrast.observe(0.0, trees=False)
+    assert abs(contrast.log_factor) < 0.05
 
 
 def test_what_plain_steps_teach_holds_for_trees() -> None:

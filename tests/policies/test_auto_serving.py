@@ -180,6 +180,19 @@ def test_better_prompts_are_noticed_after_a_rest() -> None:
     assert run.share_drafting(last=100) > 0.9
 
 
+@pytest.mark.parametrize(("name", "requests"), [("steep", 1), ("dear-drafter", 8)])
+def test_worse_prompts_are_noticed_while_it_drafts(name: str, requests: int) -> None:
+    """By the first levels of all drafts: the memory of whole ones takes thousands of steps."""
+    true, worse = MACHINES[name], Prompts(0.12)
+    run = Serving(auto(true), true, Prompts(0.8), requests).run(300)
+    assert run.share_drafting(last=100) > 0.8
+    run.ask(worse)
+    best, _ = best_fixed(
+        lambda: auto(true), lambda policy: Serving(policy, true, worse, requests), true
+    )
+    assert run.run(100).speed(200) > 0.97 * best
+
+
 def test_what_trees_take_between_steps_counts() -> None:
     """Where they pay by little, a scheduler that takes 20 ms with trees turns it."""
     true = MACHINES["gpu"]

@@ -446,6 +446,7 @@ class EchoRunnerMixin(_Runner):
             stats.waiting = self.window.num_behind(step.slots[able], stops[able])
         if self.cost is not None:
             stats.cost, self.cost = self.cost.to_dict(), None
+        stats.rested = self.rests
         if self.rests:
             return stats
         report, policy = self.drafter.report, self.drafter.policy
