@@ -124,8 +124,12 @@ def main() -> None:
 def planning(policy: DraftPolicy, requests: int, cost: StepCost) -> Callable[[], float]:
     """One plan, the expected tokens worked out as often as while serving."""
     policy.set_cost(cost)
-    draft = [-0.1 * j for j in range(16)], [1 + j // 4 for j in range(16)]
-    seen = {"predicted": [0.6 * requests, 0.3 * requests], "accepted": [requests, 0]}
+    draft = [-0.1 * j for j in range(16)], [1 + j // 4 for j in range(16)], [1] * 16
+    seen = {
+        "predicted": [0.6 * requests, 0.3 * requests],
+        "accepted": [requests, 0],
+        "first": (requests, 0.6 * requests),
+    }
     policy.observe(Observation(report={**seen, "samples": [draft] * 64}))
     step = Observation(report={**seen, "samples": []})
 

@@ -248,8 +248,9 @@ class Calibrated:
         mean = (factor * total + FRESH_PRIOR * first.mean()) / (count + FRESH_PRIOR)
 
         def tilted(t: float) -> Floats:
-            weights: Floats = np.exp(t * (first - first.mean()))
-            return weights / weights.mean()
+            weights = np.exp(t * (first - first.mean()))
+            result: Floats = weights / weights.mean()
+            return result
 
         def beyond(t: float) -> float:
             return float((tilted(t) * first).mean() - mean)

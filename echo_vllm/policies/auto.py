@@ -117,7 +117,8 @@ class AutoPolicy(CostAwarePolicy):
             if report is None:  # A rest, or nobody draws.
                 self.forecaster.observe_acceptance([], [], kind)
                 continue
-            self.forecaster.observe_first(*report["first"], kind)
+            count, total = report["first"]
+            self.forecaster.observe_first(count, total, kind)
             for scores, depths, widths in report["samples"]:
                 self.forecaster.observe_draft(scores, depths, widths, kind)
             self.forecaster.observe_acceptance(report["predicted"], report["accepted"], kind)

@@ -395,4 +395,13 @@ class _PolicyRun:
         """What the engine tells its policy; times are as predicted."""
         cost = self.setting.cost
         verify_s = float(cost.verify(rows))
-        self.policy.observe(Observation(rows, num_nodes, verify_s, cost.other, **more))
+        self.policy.observe(
+            Observation(
+                rows=rows,
+                num_nodes=num_nodes,
+                rested=not num_nodes and "committed" not in more,
+                verify_s=verify_s,
+                other_s=cost.other,
+                **more,
+            )
+        )

@@ -43,7 +43,7 @@ class Paced:
 def test_a_machine_that_gets_slower_does_not_show_in_the_ratio() -> None:
     log: list[str] = []
     engines = [Paced("plain", 1.0, log), Paced("rest", 1.05, log)]
-    times = measure(engines, [[i] for i in range(5)], requests=3, rounds=4, blocks=2, block=5)
+    times = measure(engines, [[i] for i in range(5)], 3, rounds=4, blocks=2, block=5, temperature=0)
     decoding, reading = times["rest"].over(times["plain"])
     assert (decoding.count, reading.count) == (8, 4)
     assert decoding.middle == pytest.approx(1.05, rel=4e-3)
