@@ -47,7 +47,8 @@ std::tuple<Tensor, Tensor> accept_path(const Tensor& sampled, const Tensor& toke
 
 std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tiers,
                                          const Tensor& parents, int64_t budget,
-                                         int64_t max_per_request);
+                                         int64_t max_per_request,
+                                         const std::optional<Tensor>& limit);
 
 std::tuple<Tensor, Tensor, Tensor> sample_path(const Tensor& target_logits,
                                                const Tensor& target_rows, const Tensor& draft_probs,

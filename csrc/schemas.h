@@ -35,7 +35,7 @@ void define_schemas(Library& m) {
       "int max_depth) -> (Tensor accepted_rows, Tensor num_accepted)");
   m.def(
       "select_budget(Tensor scores, Tensor tiers, Tensor parents, int budget, "
-      "int max_per_request) -> (Tensor columns, Tensor cu_nodes)");
+      "int max_per_request, Tensor? limit=None) -> (Tensor columns, Tensor cu_nodes)");
   m.def(
       "sample_path(Tensor target_logits, Tensor target_rows, Tensor draft_probs, "
       "Tensor draft_rows, Tensor? draft_ids, Tensor rules, Tensor uniforms, Tensor token_ids, "

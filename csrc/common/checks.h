@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -89,7 +90,8 @@ inline void check_index_vector(const char* op, const char* name, const Tensor& t
 
 // The arguments of select_budget.
 inline void check_candidates(const Tensor& scores, const Tensor& tiers, const Tensor& parents,
-                             int64_t budget, int64_t max_per_request) {
+                             int64_t budget, int64_t max_per_request,
+                             const std::optional<Tensor>& limit) {
   const char* op = "select_budget";
   check_dim(op, "scores", scores, 2);
   check_dtype(op, "scores", scores, ScalarType::Float);
@@ -105,6 +107,10 @@ inline void check_candidates(const Tensor& scores, const Tensor& tiers, const Te
   }
   check(budget >= 0, op, ": budget must be >= 0, got ", budget);
   check(max_per_request >= 0, op, ": max_per_request must be >= 0, got ", max_per_request);
+  if (limit) {
+    check_index_vector(op, "limit", *limit, ScalarType::Int);
+    check_size(op, "limit", *limit, 0, 1);
+  }
 }
 
 }  // namespace echo_vllm

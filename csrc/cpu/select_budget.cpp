@@ -63,9 +63,16 @@ const T* row_of(const Tensor& tensor, int64_t request) {
 
 std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tiers,
                                          const Tensor& parents, int64_t budget,
-                                         int64_t max_per_request) {
-  check_candidates(scores, tiers, parents, budget, max_per_request);
+                                         int64_t max_per_request,
+                                         const std::optional<Tensor>& limit) {
+  check_candidates(scores, tiers, parents, budget, max_per_request, limit);
   const int64_t num_requests = scores.size(0), columns = scores.size(1);
+  // The size depends on shapes alone, as on CUDA: what is not used is -1.
+  const int64_t num_slots = std::min(budget, num_requests * std::min(max_per_request, columns));
+  if (limit) {
+    const int64_t now = *static_cast<const int32_t*>(limit->const_data_ptr());
+    budget = std::min(budget, std::max<int64_t>(0, now));
+  }
 
   // Request after request, each with at most max_per_request; `ends` says where one ends.
   std::vector<RankedCandidate> kept;
@@ -101,8 +108,6 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
     kept.resize(size);
   }
 
-  // The size depends on shapes alone, as on CUDA: what is not used is -1.
-  const int64_t num_slots = std::min(budget, num_requests * std::min(max_per_request, columns));
   Tensor chosen = torch::stable::new_empty(parents, {num_slots}, ScalarType::Long);
   Tensor cu_nodes = torch::stable::new_empty(parents, {num_requests + 1}, ScalarType::Int);
   int64_t* column = static_cast<int64_t*>(chosen.mutable_data_ptr());

@@ -59,6 +59,7 @@ struct SelectBudgetArgs {
   int num_requests, num_columns;
   int list_size;  // min(max_per_request, P): the most columns of one request
   int64_t budget;
+  const int32_t* limit;  // [1], the budget if it is less; null: `budget` is all there is
 
   uint64_t* sorted_keys;    // [R, list_size] scratch
   int32_t* sorted_columns;  // [R, list_size] scratch

@@ -146,11 +146,13 @@ std::tuple<Tensor, Tensor> accept_path(const Tensor& sampled, const Tensor& toke
 
 std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tiers,
                                          const Tensor& parents, int64_t budget,
-                                         int64_t max_per_request) {
+                                         int64_t max_per_request,
+                                         const std::optional<Tensor>& limit) {
   const char* op = "select_budget";
   const DeviceGuard guard(parents.get_device_index());
   check_devices(op, parents, {{"scores", &scores}, {"tiers", &tiers}});
-  check_candidates(scores, tiers, parents, budget, max_per_request);
+  if (limit) check_devices(op, parents, {{"limit", &*limit}});
+  check_candidates(scores, tiers, parents, budget, max_per_request, limit);
   const int64_t num_requests = scores.size(0), num_columns = scores.size(1);
   check(num_columns <= kMaxSelectColumns, op, ": on CUDA a request may have ", kMaxSelectColumns,
         " columns at most, got ", num_columns);
@@ -171,6 +173,7 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
   args.num_columns = static_cast<int>(num_columns);
   args.list_size = static_cast<int>(list_size);
   args.budget = budget;
+  args.limit = limit ? read<int32_t>(*limit) : nullptr;
   args.sorted_keys = write<uint64_t>(keys);
   args.windows = write<int32_t>(lists);
   args.sorted_columns = args.windows + 3 * num_requests;

@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(kThresholdThreads)
   first_key = block_min(first_key, sums, turn++);
   last_key_inverted = block_min(last_key_inverted, sums, turn++);
   int64_t left = args.budget < total ? args.budget : total;
+  if (args.limit != nullptr && *args.limit < left) left = *args.limit < 0 ? 0 : *args.limit;
   if (left < total && left > 0) {
     // `left` of the candidates in the windows are wanted, by rank; the windows narrow to one key.
     // The bits above the first in which any two keys differ are known.

@@ -384,7 +384,12 @@ def sample_path(
 
 
 def select_budget(
-    scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
+    scores: Tensor,
+    tiers: Tensor,
+    parents: Tensor,
+    budget: int,
+    max_per_request: int,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best candidates of a whole batch, at most `budget`, as trees.
 
@@ -400,6 +405,8 @@ def select_budget(
             where there is no candidate.
         budget: nodes of the whole batch, >= 0.
         max_per_request: nodes of one request, >= 0.
+        limit: int32 [1], the budget where it is less than `budget`, read on the device: a CUDA
+            graph keeps numbers and reads memory again. `budget` is then what there is room for.
 
     Returns:
         columns: int64 [min(budget, R * min(max_per_request, P))], -1 behind the last chosen one,
@@ -415,7 +422,7 @@ def select_budget(
             earlier column (request and column are named), or shapes and dtypes do not fit.
     """
     columns, cu_nodes = implementation("select_budget", scores.is_cuda)(
-        scores, tiers, parents, budget, max_per_request
+        scores, tiers, parents, budget, max_per_request, limit
     )
     return columns, cu_nodes
 

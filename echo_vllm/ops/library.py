@@ -67,7 +67,12 @@ def _fake_accept_path(
 
 
 def _fake_select_budget(
-    scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
+    scores: Tensor,
+    tiers: Tensor,
+    parents: Tensor,
+    budget: int,
+    max_per_request: int,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_requests, num_columns = scores.shape
     return (

@@ -414,12 +414,17 @@ def sample_path(
 
 
 def select_budget(
-    scores: Tensor, tiers: Tensor, parents: Tensor, budget: int, max_per_request: int
+    scores: Tensor,
+    tiers: Tensor,
+    parents: Tensor,
+    budget: int,
+    max_per_request: int,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `echo_vllm.ops.select_budget`."""
-    for name, limit in (("budget", budget), ("max_per_request", max_per_request)):
-        if limit < 0:
-            raise RuntimeError(f"select_budget: {name} must be >= 0, got {limit}")
+    for name, count in (("budget", budget), ("max_per_request", max_per_request)):
+        if count < 0:
+            raise RuntimeError(f"select_budget: {name} must be >= 0, got {count}")
     candidates: list[tuple[int, float, int, int]] = []  # tier, -score, request, column
     for request, row in enumerate(scores.tolist()):
         own: list[tuple[int, float, int, int]] = []
@@ -445,7 +450,8 @@ def select_budget(
                 )
             own.append((tier, -score, request, column))
         candidates += sorted(own)[:max_per_request]
-    kept = sorted(candidates)[:budget]
+    now = budget if limit is None else min(budget, max(0, int(limit)))
+    kept = sorted(candidates)[:now]
     trees = [[node[3] for node in kept if node[2] == request] for request in range(len(scores))]
     cu_nodes = torch.zeros(len(trees) + 1, dtype=torch.int32)
     cu_nodes[1:] = torch.tensor([len(tree) for tree in trees], dtype=torch.int32).cumsum(0)

@@ -116,9 +116,13 @@ def random_pool(seed: int, requests: int, columns: int, steps: int) -> Pool:
     return scores, tiers, parents
 
 
-def check_select_budget(kernels: Any, device: str, pool: Pool, budget: int, cap: int) -> None:
-    actual = kernels.select_budget(*(x.to(device) for x in pool), budget, cap)
-    expected = reference.select_budget(*pool, budget, cap)
+def check_select_budget(
+    kernels: Any, device: str, pool: Pool, budget: int, cap: int, limit: int | None = None
+) -> None:
+    there = None if limit is None else torch.tensor([limit], dtype=torch.int32)
+    held = None if there is None else there.to(device)
+    actual = kernels.select_budget(*(x.to(device) for x in pool), budget, cap, held)
+    expected = reference.select_budget(*pool, budget, cap, there)
     for one, other in zip(actual, expected, strict=True):
         assert_same(one, other)
 

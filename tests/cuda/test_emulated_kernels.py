@@ -57,6 +57,8 @@ def test_select_budget(kernels: Any, seed: int) -> None:
     for budget in {0, 1, draw.randint(0, 60), 10_000}:
         for cap in (0, draw.randint(1, 12), 10_000):
             checks.check_select_budget(kernels, "cpu", pool, budget, cap)
+    for limit in (-1, 0, draw.randint(1, 60), 10_000):
+        checks.check_select_budget(kernels, "cpu", pool, draw.randint(0, 60), 9, limit)
 
 
 def test_select_budget_over_many_requests(kernels: Any) -> None:

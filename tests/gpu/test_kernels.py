@@ -266,19 +266,21 @@ def captured(run: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def test_a_graph_follows_changing_trees(kernels: Any) -> None:
-    """One capture; every replay has other trees, samples and scores in the same memory."""
+    """One capture; every replay has other trees, samples, scores and another budget in the same
+    memory."""
     requests, most = 6, 256
     parents = torch.full((most,), -1, dtype=torch.int32, device="cuda")
     tokens = torch.zeros(most, dtype=torch.int32, device="cuda")
     cu_nodes = torch.zeros(requests + 1, dtype=torch.int32, device="cuda")
     sampled = torch.zeros(most + requests, dtype=torch.int64, device="cuda")
     pool = [x.cuda() for x in checks.random_pool(0, requests, 30, steps=3)]
+    limit = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def run() -> tuple[Any, Any, Any]:
         return (
             kernels.build_super_tree(parents, cu_nodes, 1),
             kernels.accept_path(sampled, tokens, parents, cu_nodes, 12),
-            kernels.select_budget(*pool, 50, 12),
+            kernels.select_budget(*pool, 50, 12, limit),
         )
 
     graph, (tree, path, chosen) = captured(run)
@@ -292,6 +294,7 @@ def test_a_graph_follows_changing_trees(kernels: Any) -> None:
         sampled[: size + requests] = samples.cuda()
         for held, new in zip(pool, new_pool, strict=True):
             held.copy_(new)
+        limit.fill_(8 * seed)
         graph.replay()
         rows = size + requests
         mask, depths = reference.build_super_tree(forest[0], forest[2], 1)
@@ -301,7 +304,8 @@ def test_a_graph_follows_changing_trees(kernels: Any) -> None:
         expected = reference.accept_path(samples, forest[1], forest[0], forest[2], 12)
         for one, other in zip(path, expected, strict=True):
             checks.assert_same(one, other)
-        for one, other in zip(chosen, reference.select_budget(*new_pool, 50, 12), strict=True):
+        selected = reference.select_budget(*new_pool, 50, 12, limit.cpu())
+        for one, other in zip(chosen, selected, strict=True):
             checks.assert_same(one, other)
 
 

@@ -106,6 +106,8 @@ def test_opcheck_select_budget() -> None:
     tiers = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 2]], dtype=torch.int32)
     parents = torch.tensor([[-1, 0, 0, 1], [-1, -1, 0, 1]])
     opcheck(torch.ops.echo_vllm.select_budget, scores, tiers, parents, 4, 3)
+    limit = torch.tensor([2], dtype=torch.int32)
+    opcheck(torch.ops.echo_vllm.select_budget, scores, tiers, parents, 4, 3, limit)
 
 
 def test_a_missing_library_names_the_remedy(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -91,6 +92,22 @@ def test_kernel_and_reference_agree(pool: Pool, budget: int, cap: int) -> None:
     ):
         assert found.dtype == wanted.dtype
         assert torch.equal(found, wanted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pool=pools(), budget=st.integers(0, 70), cap=st.integers(0, 14), limit=st.integers(-2, 90))
+@pytest.mark.parametrize("select", [ops.select_budget, reference.select_budget])
+def test_a_limit_in_memory_is_a_budget_in_a_result_of_the_same_size(
+    select: Callable[..., tuple[Tensor, Tensor]], pool: Pool, budget: int, cap: int, limit: int
+) -> None:
+    there = torch.tensor([limit], dtype=torch.int32)
+    arguments = (pool.scores, pool.tiers, pool.parents)
+    columns, bounds = select(*arguments, budget, cap, there)
+    wanted, wanted_bounds = select(*arguments, min(budget, max(0, limit)), cap)
+    assert torch.equal(bounds, wanted_bounds)
+    assert len(columns) == len(select(*arguments, budget, cap)[0])
+    assert torch.equal(columns[: len(wanted)], wanted)
+    assert (columns[len(wanted) :] == -1).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -284,6 +301,10 @@ def test_bad_arguments_are_refused() -> None:
         ops.select_budget(scores, tiers, parents, -1, 1)
     with pytest.raises(RuntimeError, match="max_per_request must be >= 0, got -1"):
         ops.select_budget(scores, tiers, parents, 1, -1)
+    with pytest.raises(RuntimeError, match="limit must be Int, got Long"):
+        ops.select_budget(scores, tiers, parents, 1, 1, torch.tensor([1]))
+    with pytest.raises(RuntimeError, match=r"limit.shape\[0\] must be 1"):
+        ops.select_budget(scores, tiers, parents, 1, 1, torch.zeros(2, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="scores must be Float, got Double"):
         ops.select_budget(scores.double(), tiers, parents, 1, 1)
     with pytest.raises(RuntimeError, match="tiers must be Int, got Long"):
