@@ -30,6 +30,7 @@ from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.trees.drawn import DrawnLevel, DrawnPool, OpenLevel, Survival
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import CandidatePool, Expansion
+from echo_vllm.trees.ranked import RankedTrees
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class DraftPolicy(ABC):
         learns: whether `observe` changes what it decides. A replay lets it settle first.
         draws: whether its trees may have drawn candidates (docs/drawn.md).
         has_fixed_size: whether every tree has `num_nodes` nodes, whatever the request and the step.
-            Such a policy has `columns`, too, and runs where the host never sees a tree.
+            Such a policy has `columns`, too.
+        has_order: whether a request's nodes are served in an order that neither the budget nor
+            another request changes: then it has `ranked`.
 
     Attributes, which `__init__` may set as well:
         needs_cost: whether it asks what forwards cost; the engine then measures at start-up.
@@ -181,6 +184,7 @@ class DraftPolicy(ABC):
     learns: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     has_fixed_size: ClassVar[bool] = False
+    has_order: ClassVar[bool] = False
 
     needs_cost: bool = False
     may_rest: bool = False
@@ -218,6 +222,10 @@ class DraftPolicy(ABC):
     def batch_limit(self, load: Load) -> int | None:
         """The most draft nodes of the whole batch in one step; None for N a request."""
         return None
+
+    def request_limit(self, load: Load) -> int:
+        """The most nodes of one request in one step."""
+        return self.max_nodes
 
     def observe(self, step: Observation) -> None:  # noqa: B027
         """Learn from a finished step."""
@@ -316,6 +324,19 @@ class DraftPolicy(ABC):
     def columns(self, pool: CandidatePool) -> torch.Tensor:
         """[R, n] int64, what `select` takes of the pool, on its device, if `has_fixed_size`."""
         raise NotImplementedError
+
+    def ranked(self, pool: CandidatePool) -> RankedTrees:
+        """What `select` chooses from, on the pool's device, if `has_fixed_size` or `has_order`.
+
+        A policy with one of them runs where the host never sees a tree. It must not ask the device
+        either: `expand` finds a pool that does not compact.
+        """
+        return RankedTrees.of(pool, self.columns(pool))
+
+    @classmethod
+    def runs_unseen(cls) -> bool:
+        """Whether it runs where the host never sees a tree."""
+        return cls.has_fixed_size or cls.has_order
 
     def observe_logits(  # noqa: B027
         self, tokens: torch.Tensor, logits: torch.Tensor

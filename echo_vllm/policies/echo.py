@@ -39,6 +39,7 @@ from echo_vllm.transfer import download
 from echo_vllm.trees.drawn import DrawnLevel
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
+from echo_vllm.trees.ranked import RankedTrees
 
 REST_BELOW = 0.25
 """Nodes of the budget a request below which nobody drafts: all would catch up and draft a level for
@@ -88,6 +89,7 @@ class EchoPolicy(DraftPolicy):
     without_profile = "its gates are built-in values that were never measured for this head"
     may_rest = True
     draws = True
+    has_order = True
 
     def __init__(
         self, config: EchoPolicyConfig, max_nodes: int, profile: DrafterProfile | None = None
@@ -122,6 +124,12 @@ class EchoPolicy(DraftPolicy):
         if self.k_max is not None:
             return max(0, self.k_max - load.prefill_tokens)
         return None if max_rows is None else max(0, int(max_rows) - load.rows)
+
+    def request_limit(self, load: Load) -> int:
+        limit = self.batch_limit(load)
+        if self.share == "batch" or limit is None:
+            return self.max_nodes
+        return min(self.max_nodes, limit // max(1, load.able))
 
     def budget(self, batch: DraftBatch) -> int:
         """Nodes that the trees of the batch may have in all."""
@@ -174,15 +182,22 @@ class EchoPolicy(DraftPolicy):
         budget, limit = self.budget(batch), self.max_nodes
         if self.share == "equal":
             limit = min(limit, budget // max(1, pool.num_requests))
+        scores, tiers = self._ranks(pool, limit)
+        columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
+        return pool.take_ragged(columns, cu_nodes)
+
+    def ranked(self, pool: CandidatePool) -> RankedTrees:
+        return RankedTrees.best(pool, *self._ranks(pool, self.max_nodes), self.max_nodes)
+
+    def _ranks(self, pool: CandidatePool, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and tiers [R, P] of the `limit` best candidates of each request."""
         rank = pool.rank()
         scores = pool.path_logprobs.masked_fill(rank >= limit, NO_CANDIDATE)
         # The k-th best of a request never comes before its parent: floors are ancestor-closed.
         tiers = torch.where(self._is_depth(pool), 1, 2)
         if self.width_at == "truncation":
             tiers += (tiers > 1) & ~self._is_width(pool)
-        tiers = tiers.masked_fill(rank < self.floor, 0).to(torch.int32)
-        columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
-        return pool.take_ragged(columns, cu_nodes)
+        return scores, tiers.masked_fill(rank < self.floor, 0).to(torch.int32)
 
     def drawn_cut(self, batch: DraftBatch) -> Cut:
         """An equal part of the budget: one that went by promise would tie a request's nodes to what

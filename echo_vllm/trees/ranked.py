@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
+"""Trees that stay where they were drafted, each in the order in which its nodes are served.
+
+Where the host never sees a tree, how many nodes a request verifies is decided after the drafting,
+and after the next batch is known. So a request keeps its nodes in the order of
+`ops.select_budget`: whatever number of them is taken, from the front, is a tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from echo_vllm.trees.forest import ROOT
+from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool
+
+FILLER_TIER = 1 << 30
+"""Of places behind a tree's last node, which are served when nothing else is left."""
+
+
+@dataclass(frozen=True)
+class RankedTrees:
+    """The trees of R requests, n places each; a parent stands before its children.
+
+    Attributes:
+        token_ids: [R, n] int64; 0 behind the last node.
+        parents: [R, n] int32, a place in the same row, or ROOT.
+        tiers: [R, n] int32, rising; FILLER_TIER behind the last node.
+        scores: [R, n] float32, falling in each tier; 0 behind the last node.
+    """
+
+    token_ids: torch.Tensor
+    parents: torch.Tensor
+    tiers: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """[R] int32, nodes of each tree."""
+        return (self.tiers < FILLER_TIER).sum(1, dtype=torch.int32)
+
+    @classmethod
+    def of(cls, pool: CandidatePool, columns: torch.Tensor) -> RankedTrees:
+        """Trees of one tier whose columns [R, n] are all nodes, in their order."""
+        token_ids, parents = pool.tree_of(columns)
+        tiers = torch.zeros_like(parents)
+        return cls(token_ids, parents, tiers, tiers.to(torch.float32))
+
+    @classmethod
+    def best(
+        cls, pool: CandidatePool, scores: torch.Tensor, tiers: torch.Tensor, most: int
+    ) -> RankedTrees:
+        """Each request's `most` best candidates, or as many as there are.
+
+        Args:
+            pool: of the candidates.
+            scores, tiers: [R, P] as `ops.select_budget` takes them.
+            most: n, but for a pool that has fewer columns.
+        """
+        exists = scores > NO_CANDIDATE
+        tiers = tiers.masked_fill(~exists, FILLER_TIER)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, tiers.gather(1, order).argsort(dim=1, stable=True))
+        columns = order[:, :most]
+        token_ids, parents = pool.tree_of(columns)
+        is_node = exists.gather(1, columns)
+        return cls(
+            token_ids.masked_fill(~is_node, 0),
+            parents.masked_fill(~is_node, ROOT),
+            tiers.gather(1, columns),
+            scores.gather(1, columns).masked_fill(~is_node, 0.0),
+        )
