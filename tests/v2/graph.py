@@ -4,11 +4,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBuffers, prepare_pos_seq_lens
 
 from echo_vllm import ops
+from echo_vllm.step.attention.cpu import EchoCPUAttentionImpl
+from tests.engine.conftest import TinyModel
+from tests.engine.engines import echo, engine, generate, runner
+from tests.engine.test_exactness import greedy, tiny_prompts
 from tests.v2.emulated_graph import CaptureError, EmulatedGraph
 
 
@@ -94,5 +100,68 @@ def test_our_masks_can_be_captured() -> None:
     assert mask.flatten().tolist() == [0b1, 0b11, 0b101, 0b1, 0b11, 0b111]
 
 
-def vars_of(buffers: InputBuffers) -> list[torch.Tensor]:
+@pytest.mark.full
+def test_tree_verification_replays_with_other_trees(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One capture of a layer's attention in an engine. The batches behind it have as many rows, and
+    other trees of other sizes, other contexts and other blocks, which the device alone knows."""
+    nodes, seen = 20, []
+    spec = echo(tiny.head, 16, policy="echo", k_max=nodes, gates={"1": 0.2, "2": 0.1})
+    with engine(
+        tiny.target, spec, skip_tokenizer_init=True, max_model_len=256, max_num_seqs=4
+    ) as llm:
+        stock: Any = EchoCPUAttentionImpl.forward
+        of_engine = runner(llm)
+        groups = [group for groups in of_engine.attn_groups for group in groups]
+        drafter = of_engine.speculator.draft_attn_layer_names
+        first = next(n for group in groups for n in group.layer_names if n not in drafter)
+        persistent = [
+            *vars_of(of_engine.input_buffers),
+            *vars_of(of_engine.tree_buffers),
+            *(held for group in groups for held in vars_of(group.get_metadata_builder())),
+            *of_engine.block_tables.input_block_tables,
+        ]
+        graph: EmulatedGraph | None = None
+        inputs: list[torch.Tensor] = []
+
+        def forward(
+            impl: Any,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            cache: torch.Tensor,
+            metadata: Any,
+            output: torch.Tensor,
+            **scales: Any,
+        ) -> Any:
+            nonlocal graph, inputs
+            result = stock(impl, layer, query, key, value, cache, metadata, output, **scales)
+            tree = getattr(metadata, "tree", None)
+            if layer.layer_name != first or tree is None or tree.num_rows != 4 + nodes:
+                return result
+            assert metadata.rest is None
+            seen.append(tuple(tree.suffix_len.tolist()))
+            if graph is None:
+                inputs = [query.clone(), key.clone(), value.clone(), torch.zeros_like(output)]
+                graph = EmulatedGraph([*persistent, *inputs, cache])
+                with graph.capture():
+                    stock(impl, layer, *inputs[:3], cache, metadata, inputs[3])
+                assert graph.strangers == []
+                return result
+            for held, new in zip(inputs, (query, key, value), strict=False):
+                held.copy_(new)
+            inputs[3].fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(inputs[3][: tree.num_rows], output[: tree.num_rows])
+            return result
+
+        monkeypatch.setattr(EchoCPUAttentionImpl, "forward", forward)
+        generate(llm, tiny_prompts(4), greedy(24))
+    assert len(seen) > 6
+    assert len(set(seen)) > 4
+
+
+def vars_of(buffers: object) -> list[torch.Tensor]:
     return [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]

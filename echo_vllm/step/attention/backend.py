@@ -47,6 +47,10 @@ class TreeMetadataBuilder(_Builder):
         super().__init__(*args, **kwargs)
         self.verification: VerificationRows | None = None
         """Set by the model runner for the duration of one build."""
+        # Sizes and context lengths of the trees, where a CUDA graph finds those of every batch.
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        self._sizes = torch.zeros(most, dtype=torch.int32, device=self.device)
+        self._context_lens = torch.zeros_like(self._sizes)
 
     def build(
         self,
@@ -58,11 +62,12 @@ class TreeMetadataBuilder(_Builder):
         if trees is None:
             return super().build(common_prefix_len, cm, fast_build)
         n = trees.num_requests
-        sizes = trees.row_start.diff()
+        row_start = trees.row_start
+        sizes = torch.sub(row_start[1:], row_start[:-1], out=self._sizes[:n])
         assert cm.positions is not None
         tree = TreeAttention(
             block_table=cm.block_table_tensor[:n],
-            context_lens=cm.seq_lens[:n] - sizes,
+            context_lens=torch.sub(cm.seq_lens[:n], sizes, out=self._context_lens[:n]),
             query_start=trees.row_start[:-1],
             row_start=trees.row_start,
             suffix_start=trees.row_start[:-1],
