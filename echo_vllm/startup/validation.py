@@ -33,7 +33,7 @@ from echo_vllm.config import (
     show_name,
 )
 from echo_vllm.ops import attention_table, dispatch
-from echo_vllm.policies import parse_section, policy_class
+from echo_vllm.policies import make_policy, parse_section, policy_class
 from echo_vllm.policies.registry import field_names
 from echo_vllm.startup.head import (
     FIELD,
@@ -522,11 +522,20 @@ def _check_v2(vllm_config: VllmConfig) -> None:
     assert spec is not None
     if not HAS_TRITON:
         refuse(f"{runner} without Triton", "unset the variable, or set it to 0")
-    if not policy_class(spec.echo.policy).has_fixed_size:
+    name = spec.echo.policy
+    if not policy_class(name).runs_unseen():
         refuse(
-            f"{runner} and policy {spec.echo.policy}",
-            "unset the variable, or choose a policy with trees of a fixed size, such as topn",
+            f"{runner} and policy {name}",
+            "unset the variable, or choose policy echo, or one with trees of a fixed size, such "
+            "as topn",
         )
+    if make_policy(spec.echo, spec.num_speculative_tokens).needs_cost:
+        raise EchoConfigError(
+            f"{SECTION}.k_max must be set for policy {name} on {runner}, which does not measure "
+            "what forwards cost, got null; set it to the most draft nodes of a step."
+        )
+    if spec.echo.trace is not None:
+        refuse(f"{runner} and {SECTION}.trace", "unset the variable, or remove trace")
     if spec.echo.candidates == "drawn":
         refuse(
             f"{runner} and candidates drawn",

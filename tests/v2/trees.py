@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Trees of fixed size on Model Runner V2: the very tokens of the same runner without speculation.
+"""Trees on Model Runner V2: the very tokens of the same runner without speculation.
 
-Synchronous and asynchronous, in float32, on the tests' tiny model.
+Synchronous and asynchronous, in float32, on the tests' tiny model. What only trees that share a
+budget have is in `budget.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.engine.tiny import make_head
 from tests.v2.emulated_graph import HOST_READS
 from tests.v2.stock import PROMPTS, TOKENS, scheduler, v2_engine
 
-FIXED = ("chain-5", "static-15", "topn-16", "topn-64")
+UNSEEN = ("chain-5", "static-15", "topn-64", "echo-16")
 MANY = tiny_prompts(14)
 
 both = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -63,8 +64,8 @@ def test_topn_is_exact(tiny: TinyModel, plain: list[list[int]], is_async: bool) 
 
 @both
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in FIXED if name != "topn-16"])
-def test_every_fixed_policy_is_exact(
+@pytest.mark.parametrize("name", UNSEEN)
+def test_every_policy_is_exact(
     tiny: TinyModel, plain: list[list[int]], name: str, is_async: bool
 ) -> None:
     with v2_engine(tiny, trees(tiny, name), async_scheduling=is_async) as llm:
@@ -100,14 +101,14 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@both
 @pytest.mark.full
+@pytest.mark.parametrize(("name", "is_async"), [("topn-16", False), ("echo-16", True)])
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_topn_stays_exact_where(
-    tiny: TinyModel, plain_many: list[list[int]], condition: str, is_async: bool
+def test_trees_stay_exact_where(
+    tiny: TinyModel, plain_many: list[list[int]], condition: str, name: str, is_async: bool
 ) -> None:
     options = CONDITIONS[condition]
-    with v2_engine(tiny, trees(tiny), async_scheduling=is_async, **options) as llm:
+    with v2_engine(tiny, trees(tiny, name), async_scheduling=is_async, **options) as llm:
         assert generate(llm, MANY, greedy(TOKENS)) == plain_many
         if condition == "the prefix is cached":
             assert generate(llm, MANY, greedy(TOKENS)) == plain_many
@@ -122,13 +123,15 @@ def _metric(llm: Any, name: str) -> float:
     return value
 
 
-@both
 @pytest.mark.full
-def test_requests_run_to_the_very_end_of_the_context(tiny: TinyModel, is_async: bool) -> None:
+@pytest.mark.parametrize(("name", "is_async"), [("topn-16", False), ("echo-16", True)])
+def test_requests_run_to_the_very_end_of_the_context(
+    tiny: TinyModel, name: str, is_async: bool
+) -> None:
     prompts = [prompt for prompt in MANY if len(prompt["prompt_token_ids"]) < 60]
     with v2_engine(tiny, None, max_model_len=96) as llm:
         plain = generate(llm, prompts, greedy(1000))
-    with v2_engine(tiny, trees(tiny), max_model_len=96, async_scheduling=is_async) as llm:
+    with v2_engine(tiny, trees(tiny, name), max_model_len=96, async_scheduling=is_async) as llm:
         assert generate(llm, prompts, greedy(1000)) == plain
     assert {len(p["prompt_token_ids"]) + len(t) for p, t in zip(prompts, plain, strict=True)} == {
         96
@@ -181,15 +184,20 @@ def test_seeds_give_what_plain_decoding_gives(tiny: TinyModel, is_async: bool) -
     ]
     with v2_engine(tiny, None) as llm:
         plain = generate(llm, PROMPTS, params)
-    with v2_engine(tiny, trees(tiny), async_scheduling=is_async) as llm:
-        assert generate(llm, PROMPTS, params) == plain
-        assert counters(llm)["spec_decode_num_accepted_tokens"] > 10
+    for name in ("topn-16", "echo-16"):
+        with v2_engine(tiny, trees(tiny, name), async_scheduling=is_async) as llm:
+            assert generate(llm, PROMPTS, params) == plain
+            assert counters(llm)["spec_decode_num_accepted_tokens"] > 10
 
 
-@both
 @pytest.mark.full
-def test_what_depends_on_the_path_goes_without_a_tree(tiny: TinyModel, is_async: bool) -> None:
-    """In one batch with requests that have one."""
+@pytest.mark.parametrize(
+    ("name", "is_async"), [("topn-16", False), ("topn-16", True), ("echo-16", True)]
+)
+def test_what_depends_on_the_path_goes_without_a_tree(
+    tiny: TinyModel, name: str, is_async: bool
+) -> None:
+    """In one batch with requests that have one; and log-probabilities are those of the tokens."""
     params = [
         greedy(TOKENS),
         greedy(TOKENS, repetition_penalty=1.3),
@@ -199,15 +207,18 @@ def test_what_depends_on_the_path_goes_without_a_tree(tiny: TinyModel, is_async:
         greedy(1),
     ]
 
-    def answers(llm: Any) -> list[Any]:
+    def answers(llm: Any) -> Any:
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-        assert outputs[3].outputs[0].logprobs is not None
-        assert len(outputs[3].outputs[0].logprobs) == TOKENS
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        scores = [
+            sorted((value.rank, token, round(value.logprob, 3)) for token, value in place.items())
+            for place in outputs[3].outputs[0].logprobs
+        ]
+        assert len(scores) == TOKENS
+        return [list(output.outputs[0].token_ids) for output in outputs], scores
 
     with v2_engine(tiny, None) as llm:
         plain = answers(llm)
-    with v2_engine(tiny, trees(tiny), async_scheduling=is_async) as llm:
+    with v2_engine(tiny, trees(tiny, name), async_scheduling=is_async) as llm:
         assert answers(llm) == plain
         # Two requests have trees, and none in the last step.
         assert 0 < counters(llm)["spec_decode_num_drafts"] <= 2 * TOKENS
@@ -234,12 +245,15 @@ class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", ["topn-16", "echo-16"])
 def test_the_host_waits_for_nothing(
-    tiny: TinyModel, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModel, plain: list[list[int]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In all that this package adds to a step of V2."""
     from echo_vllm.step.v2 import runner as module
+    from echo_vllm.step.v2.budget import TreeBudget
     from echo_vllm.step.v2.drafter import TreeSpeculator
+    from echo_vllm.step.v2.state import TreeSlots
 
     calls = []
 
@@ -258,22 +272,30 @@ def test_the_host_waits_for_nothing(
     watched(ops, "accept_path")
     watched(module.EchoRunnerV2Mixin, "commit")
     watched(TreeSpeculator, "_grow_trees")
-    with v2_engine(tiny, trees(tiny), async_scheduling=True) as llm:
+    watched(TreeSlots, "write")
+    watched(TreeBudget, "reallocate_drafts")
+    with v2_engine(tiny, trees(tiny, name), async_scheduling=True) as llm:
         assert generate(llm, PROMPTS, greedy(TOKENS)) == plain
-    assert set(calls) == {"scheduled_trees", "accept_path", "commit", "_grow_trees"}
+    shares = {"reallocate_drafts"} if name == "echo-16" else set()
+    always = {"scheduled_trees", "accept_path", "commit", "_grow_trees", "write"}
+    assert set(calls) == always | shares
 
 
 def refused() -> Iterator[tuple[dict[str, Any], str]]:
-    yield {"policy": "auto"}, "policy auto"
-    yield {"policy": "echo"}, "policy echo"
+    on_v2 = r"VLLM_USE_V2_MODEL_RUNNER=1\)"
+    yield {"policy": "auto"}, f"{on_v2} and policy auto; unset"
+    yield {"policy": "evict"}, f"{on_v2} and policy evict; unset"
+    yield {"policy": "topn", "candidates": "drawn"}, f"{on_v2} and candidates drawn; unset"
+    yield {"policy": "topn", "trace": "trace.jsonl"}, f"{on_v2} and .*echo.trace; unset"
+    yield {"policy": "echo"}, f"echo.k_max must be set for policy echo on .*{on_v2}"
 
 
-@pytest.mark.parametrize(("section", "what"), refused())
-def test_other_policies_are_refused_in_one_sentence(
-    tiny: TinyModel, section: dict[str, Any], what: str
+@pytest.mark.parametrize(("section", "sentence"), refused())
+def test_what_does_not_run_there_is_one_sentence(
+    tiny: TinyModel, section: dict[str, Any], sentence: str
 ) -> None:
     with (
-        pytest.raises(ValueError, match=f"VLLM_USE_V2_MODEL_RUNNER=1\\) and {what}; unset"),
+        pytest.raises(ValueError, match=sentence),
         v2_engine(tiny, echo(tiny.head, 8, **section)),
     ):
         pass

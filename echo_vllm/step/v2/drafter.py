@@ -20,18 +20,20 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
+from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.frontier import Frontier, LevelRows
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
 from echo_vllm.trees.pool import CandidatePool
+from echo_vllm.trees.ranked import RankedTrees
 
 
 class TreeSpeculator(EagleSpeculator):
     """vLLM's EAGLE-3 speculator with a tree in place of the chain.
 
     Args:
-        policy: one whose trees have a fixed size.
+        policy: one that runs unseen.
         slots: where the trees go.
     """
 
@@ -47,6 +49,12 @@ class TreeSpeculator(EagleSpeculator):
         self.slots = slots
         self.verified: ScheduledTrees | None = None
         """Set by the runner: what the step that drafts has just verified."""
+        self.plan = DraftPlan()
+        """Set by the runner, of the step that drafts."""
+        self.draft_token_confidence_probs: torch.Tensor | None = None
+        """vLLM's runner hands it to `TreeBudget`, which has the scores in the slots."""
+        self.drafted: RankedTrees | None = None
+        """Of the step that has just drafted; the runner takes it."""
         self._output: torch.Tensor | None = None
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -101,6 +109,7 @@ class TreeSpeculator(EagleSpeculator):
             if aux_hidden_states:
                 aux_hidden_states = [layer[order] for layer in aux_hidden_states]
         wants_trees = not dummy_run and num_speculative_tokens != 0
+        # A rest catches up as well, so that the drafter's cache never has holes.
         drafts = super().propose(
             input_batch,
             attn_metadata,
@@ -112,20 +121,24 @@ class TreeSpeculator(EagleSpeculator):
             last_sampled,
             *args,
             dummy_run=dummy_run,
-            num_speculative_tokens=int(wants_trees or dummy_run),
+            num_speculative_tokens=1,
             **kwargs,
         )
         if not wants_trees:
             return drafts
         assert self._output is not None
         num_reqs = input_batch.num_reqs
-        token_ids, parents = self._grow_trees(
+        ranked = self._grow_trees(
             output=self._output,
             features=self.hidden_states[:num_reqs].clone(),
             context_lens=input_batch.seq_lens[:num_reqs] - num_rejected,
+            are_read=num_sampled > 0,
         )
-        self.slots.parents[input_batch.idx_mapping, : parents.shape[1]] = parents
-        drafts[:, : token_ids.shape[1]] = token_ids
+        self.slots.write(input_batch.idx_mapping, ranked)
+        num_places = ranked.token_ids.shape[1]
+        drafts[:, :num_places] = ranked.token_ids
+        drafts[:, num_places:] = 0  # vLLM marks what it does not use with -1, which is no token.
+        self.drafted = ranked
         return drafts
 
     @staticmethod
@@ -147,22 +160,29 @@ class TreeSpeculator(EagleSpeculator):
         return order.scatter_(0, target.flatten(), source.flatten())
 
     def _grow_trees(
-        self, *, output: torch.Tensor, features: torch.Tensor, context_lens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        *,
+        output: torch.Tensor,
+        features: torch.Tensor,
+        context_lens: torch.Tensor,
+        are_read: torch.Tensor,
+    ) -> RankedTrees:
         """Grow the trees of R requests.
 
         Args:
             output: [R, hidden], what the drafter's head reads for the first level.
             features: [R, hidden], what the children of the root take as hidden state.
             context_lens: [R] int32, tokens in the drafter's paged cache.
-
-        Returns:
-            tokens [R, n] int64 and parents [R, n] int32, parents first.
+            are_read: [R] bool, whether a request's prompt was read to its end; the others have no
+                candidates and take nothing of what a policy shares out.
         """
         policy, frontier = self.policy, Frontier(features, self.policy)
         pool = CandidatePool.empty(len(output), output.device, compacts=False)
-        for depth, expansion, requests in policy.levels(pool, DraftBatch.of(len(output))):
-            if expansion.frontier is not None:
+        batch = DraftBatch(len(output), len(output), self.plan)
+        for depth, expansion, requests in policy.levels(pool, batch):
+            if expansion.frontier is None:
+                expansion = replace(expansion, going=are_read)
+            else:
                 output = self._expand_level(
                     frontier,
                     frontier.advance(pool.rows_above(expansion.frontier)),
@@ -173,7 +193,7 @@ class TreeSpeculator(EagleSpeculator):
             tokens, logprobs = self._top_tokens(output, policy.num_ranks)
             shape = (len(requests), frontier.width, policy.num_ranks)
             pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
-        return pool.tree_of(policy.columns(pool))
+        return policy.ranked(pool)
 
     def _expand_level(
         self,

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -22,8 +23,16 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from echo_vllm import ops
 from echo_vllm.step.commit import commit_paths
+from echo_vllm.step.v2.budget import TreeBudget, num_nodes_of, plan_of
 from echo_vllm.step.v2.drafter import TreeSpeculator
-from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots, fixed_policy, scheduled_trees
+from echo_vllm.step.v2.outputs import OutputWithSizes, TreeSizes
+from echo_vllm.step.v2.state import (
+    ScheduledTrees,
+    TreeSlots,
+    VerificationBuffers,
+    policy_of,
+    scheduled_trees,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Runner
@@ -38,6 +47,9 @@ class TreeVerifier:
         sampler: vLLM's plain sampler.
         runner: whose trees are verified and whose caches the accepted paths move in.
     """
+
+    enable_adaptive_verification = False
+    """vLLM's warm-up asks; it is the sampler's part of it that is meant."""
 
     def __init__(self, sampler: Sampler, runner: EchoRunnerV2Mixin) -> None:
         self.sampler = sampler
@@ -75,11 +87,15 @@ class EchoRunnerV2Mixin(_Runner):
     """The overrides that turn a V2 model runner into one that verifies trees."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        self.policy = fixed_policy(vllm_config)
+        self.policy = policy_of(vllm_config)
         max_reqs = vllm_config.scheduler_config.max_num_seqs
-        self.tree_slots = TreeSlots(max_reqs, self.policy.num_nodes, device)
+        self.tree_slots = TreeSlots(max_reqs, self.policy.max_nodes, device)
+        max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.tree_buffers = VerificationBuffers(max_reqs, max_rows, self.policy.max_nodes, device)
         self.trees: ScheduledTrees | None = None
         """Of the batch between its scheduling and its drafting."""
+        self._sizes: TreeSizes | None = None
+        """Of the last drafting, if the policy shares a budget out."""
 
         def init_speculator(config: VllmConfig, device: torch.device, _: Any) -> TreeSpeculator:
             return TreeSpeculator(config, device, self.policy, self.tree_slots)
@@ -93,20 +109,36 @@ class EchoRunnerV2Mixin(_Runner):
         assert self.sampler is not None
         self.rejection_sampler = TreeVerifier(self.sampler, self)
 
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        if self.policy.has_order:
+            # Set here, because vLLM would ask for full graphs if it made one itself.
+            self.adaptive_verification = TreeBudget(
+                self.tree_slots, self.req_states, self.input_buffers.query_start_loc
+            )
+
+    def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
+        if not dummy_run:
+            assert self.speculator is not None
+            self.speculator.plan = plan_of(scheduler_output)
+            if isinstance(self.adaptive_verification, TreeBudget):
+                self.adaptive_verification.num_nodes = num_nodes_of(scheduler_output)
+        return super().gather_batch_req_state(scheduler_output, dummy_run)
+
     def prepare_attn(self, input_batch: InputBatch) -> Any:
         """Slots by the order of the rows, which vLLM computes, then positions by the depth."""
         result = super().prepare_attn(input_batch)
         num_nodes = input_batch.num_draft_tokens_per_req
-        if num_nodes is None or not num_nodes.any():
+        if num_nodes is None or not input_batch.num_draft_tokens:
             return result
         # A tree stands behind one committed token, so that its root is its request's first row.
         is_tree = num_nodes > 0
         assert (input_batch.num_scheduled_tokens[is_tree] == num_nodes[is_tree] + 1).all()
         self.trees = trees = scheduled_trees(
             self.tree_slots,
+            self.tree_buffers,
             self.req_states.draft_tokens,
-            input_batch.idx_mapping,
-            num_nodes,
+            input_batch,
             are_chains=self.policy.max_frontier == 1 == self.policy.num_ranks,
         )
         if trees.rows is not None:
@@ -128,12 +160,30 @@ class EchoRunnerV2Mixin(_Runner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         assert self.speculator is not None
         self.speculator.verified = self.trees
+        state = self.execute_model_state
         try:
-            return super().sample_tokens(*args, **kwargs)
+            output = super().sample_tokens(*args, **kwargs)
         finally:
             if self.trees is not None:
                 self._announce(None)
             self.trees = None
+        if self.policy.has_order and state is not None:
+            output = self._with_sizes(output, state.input_batch)
+        return output
+
+    def _with_sizes(self, output: Any, input_batch: InputBatch) -> Any:
+        """`output`, and with it the sizes of the trees of the drafting before this step's."""
+        assert self.speculator is not None
+        before, self._sizes = self._sizes, None
+        if self.speculator.drafted is not None:
+            self._sizes = TreeSizes(
+                input_batch.req_ids,
+                self.speculator.drafted.sizes,
+                self.main_stream,
+                self.output_copy_stream,
+            )
+            self.speculator.drafted = None
+        return output if before is None else OutputWithSizes(output, before)
 
     def commit(self, input_batch: InputBatch, trees: ScheduledTrees) -> None:
         """Move the accepted paths' keys and values to where a chain would have left them."""

@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""vLLM's schedulers for Model Runner V2, told how many nodes a request's next tree has.
+"""vLLM's schedulers for Model Runner V2, told how many nodes a request's next tree may have.
 
 They hand out rows, never tokens: a draft is a list of placeholders, which the worker fills from the
-request's slot. Asynchronously, what is decided here is one or two steps older than what it meets.
+request's slot. How many nodes all trees of a batch have is decided here as well, from the batch
+itself; who gets them is decided on the device (`budget.py`), within each one's placeholders.
+Asynchronously, what is decided here is one or two steps older than what it meets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from echo_vllm.step.v2.state import fixed_policy
+from echo_vllm.forecast.plan import Load
+from echo_vllm.step.scheduler import trimmed
+from echo_vllm.step.v2.budget import num_nodes_of, tell
+from echo_vllm.step.v2.outputs import sizes_of
+from echo_vllm.step.v2.state import policy_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -22,14 +30,93 @@ else:
     _Scheduler = object
 
 
-class FixedTreesMixin(_Scheduler):
-    """Every request that can have a tree gets rows for the same number of nodes."""
+class UnseenTreesMixin(_Scheduler):
+    """Gives requests rows for trees that this process never sees."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        num_nodes = fixed_policy(self.vllm_config).num_nodes
+        self._policy = policy_of(self.vllm_config)
         # The table keeps vLLM from padding new requests with placeholders that have no tree.
-        self.dynamic_sd_lookup = [num_nodes] * (self.scheduler_config.max_num_seqs + 1)
+        most = [self._policy.num_nodes] * (self.scheduler_config.max_num_seqs + 1)
+        self.dynamic_sd_lookup = most
+        self._num_nodes = 0
+        """Of the batch whose output is processed."""
+        self._sizes: dict[str, int] = {}
+        """Request -> nodes of the last tree of it that is known here."""
+
+    # ---- Before the step ----
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._limit_drafts()
+        return super().schedule(*args, **kwargs)
+
+    def _limit_drafts(self) -> None:
+        """Leave requests as many placeholders as the batch has room for.
+
+        vLLM takes each of them for a row. Every running request keeps a row and, while prompts are
+        read, so do half of the others; then placeholders are no more than the nodes that the trees
+        will have, too. Without prompts they only bound what a request may get of these.
+        """
+        prompts = decoding = 0
+        for request in self.running:
+            left = self._left_to_read(request)
+            prompts += left if left > 1 else 0
+            decoding += left <= 1
+        seats = self.scheduler_config.max_num_seqs - len(self.running)
+        for request, _ in zip(self.waiting, range(seats), strict=False):
+            prompts += self._left_to_read(request)
+        room = max(0, self.max_num_scheduled_tokens - len(self.running))
+        budget = room - min(prompts, room // 2)
+        able = sum(bool(request.spec_token_ids) for request in self.running)
+        load = Load(decoding, min(prompts, room), num_drafting=(able,))
+        limit = self._policy.batch_limit(load)
+        if prompts and limit is not None:
+            budget = min(budget, limit)
+        of_one = self._policy.request_limit(load)
+        sizes = [min(of_one, len(request.spec_token_ids)) for request in self.running]
+        for request, kept in zip(self.running, trimmed(sizes, budget), strict=True):
+            if kept < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:kept]
+
+    @staticmethod
+    def _left_to_read(request: Request) -> int:
+        """Tokens that a request's next rows stand for, beside its draft; 1 where it decodes."""
+        return request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Decide how many nodes the batch verifies, and what is drafted at its end."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        others = [
+            count - len(drafts.get(req_id, ()))
+            for req_id, count in scheduler_output.num_scheduled_tokens.items()
+        ]
+        # One row alone may also be the end of a prompt; for what there is room for it is the same.
+        decoding = others.count(1)
+        limit = self._policy.batch_limit(Load(decoding, sum(others) - decoding))
+        # As many as the trees have, for all that is known: more would be rows for nothing.
+        num_nodes = sum(
+            min(len(tokens), self._sizes.get(req_id, len(tokens)))
+            for req_id, tokens in drafts.items()
+        )
+        num_nodes = num_nodes if limit is None else min(num_nodes, limit)
+        plan = self._policy.plan(self._next_load(scheduler_output))
+        if plan.max_depth == 0:
+            scheduler_output.num_spec_tokens_to_schedule = 0
+        tell(scheduler_output, plan, num_nodes)
+        super()._update_after_schedule(scheduler_output)
+
+    def _next_load(self, scheduler_output: SchedulerOutput) -> Load:
+        """What the step after a batch has to do, as if all that the batch drafts were accepted."""
+        prompts = decoding = able = 0
+        for request in self.running:
+            count = scheduler_output.num_scheduled_tokens.get(request.request_id, 0)
+            left = self._left_to_read(request) - count
+            if left > 0:
+                prompts += left
+            else:
+                decoding += 1
+                able += self._can_have_tree(request)
+        return Load(decoding, prompts, num_drafting=(able,))
 
     def _can_have_tree(self, request: Request) -> bool:
         """Whether rows that stand for different futures of a request can be sampled at once."""
@@ -48,14 +135,30 @@ class FixedTreesMixin(_Scheduler):
         left = request.max_tokens - request.num_output_tokens
         return not depends_on_path and left > 1
 
-    def _drop_drafts(self, req_ids: Any) -> None:
+    def _drop_drafts(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             request = self.requests.get(req_id)
             if request is not None and request.spec_token_ids and not self._can_have_tree(request):
                 request.spec_token_ids = []
 
+    # ---- After the step ----
 
-class EchoSchedulerV2(FixedTreesMixin, Scheduler):
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        self._num_nodes = num_nodes_of(scheduler_output)
+        self._sizes = sizes_of(model_runner_output) or {}
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, spec_decoding_stats: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics, with the nodes that were verified in place of the placeholders."""
+        if spec_decoding_stats is not None:
+            drafted = min(spec_decoding_stats.num_draft_tokens, self._num_nodes)
+            spec_decoding_stats.num_draft_tokens = drafted
+        return super().make_stats(spec_decoding_stats, *args, **kwargs)
+
+
+class EchoSchedulerV2(UnseenTreesMixin, Scheduler):
     """Synchronous: the drafts of a step are known to be there before the next is scheduled."""
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
@@ -63,9 +166,9 @@ class EchoSchedulerV2(FixedTreesMixin, Scheduler):
         self._drop_drafts(draft_token_ids.req_ids)
 
 
-class EchoAsyncSchedulerV2(FixedTreesMixin, AsyncScheduler):
+class EchoAsyncSchedulerV2(UnseenTreesMixin, AsyncScheduler):
     """Asynchronous: placeholders are handed out while the step that fills them still runs."""
 
-    def _update_after_schedule(self, scheduler_output: Any) -> None:
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         self._drop_drafts(scheduler_output.num_scheduled_tokens)

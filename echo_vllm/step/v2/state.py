@@ -12,21 +12,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from echo_vllm import ops
 from echo_vllm.policies import DraftPolicy, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
-from echo_vllm.transfer import upload
+from echo_vllm.trees.forest import ROOT
+from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+NO_TOKEN = -1
+"""What no target ever samples, so that a row with it is never accepted."""
 
 
-def fixed_policy(vllm_config: VllmConfig) -> DraftPolicy:
-    """The engine's policy, whose trees have a fixed size: start-up lets no other through."""
+def policy_of(vllm_config: VllmConfig) -> DraftPolicy:
+    """The engine's policy, which runs unseen: start-up lets no other through."""
     spec = vllm_config.speculative_config
     assert spec is not None
     profile = find_profile(spec.echo, spec.model)
@@ -37,12 +41,45 @@ class TreeSlots:
     """What vLLM's `req_states.draft_tokens` does not hold of a request's draft.
 
     Attributes:
-        parents: [max_reqs, N] int32, index of each node's parent in the same row, -1 for the root;
-            a parent stands before its children, so every prefix of a row is a tree.
+        parents: [max_reqs, N] int32, index of each node's parent in the same row, ROOT for the
+            root; a parent stands before its children, so every prefix of a row is a tree.
+        tiers, scores: [max_reqs, N] int32 and float32, by which nodes are served.
+        sizes: [max_reqs] int32, nodes of each tree; what follows them may fill a batch up.
     """
 
     def __init__(self, max_reqs: int, num_nodes: int, device: torch.device) -> None:
-        self.parents = torch.full((max_reqs, num_nodes), -1, dtype=torch.int32, device=device)
+        shape = max_reqs, num_nodes
+        self.parents = torch.full(shape, ROOT, dtype=torch.int32, device=device)
+        self.tiers = torch.full(shape, FILLER_TIER, dtype=torch.int32, device=device)
+        self.scores = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.sizes = torch.zeros(max_reqs, dtype=torch.int32, device=device)
+
+    def write(self, slots: torch.Tensor, trees: RankedTrees) -> None:
+        """The new trees of the requests in `slots` [R] int64."""
+        n = trees.parents.shape[1]
+        for held, new, behind in (
+            (self.parents, trees.parents, ROOT),
+            (self.tiers, trees.tiers, FILLER_TIER),
+            (self.scores, trees.scores, 0),
+        ):
+            held[slots, :n] = new
+            held[slots, n:] = behind
+        self.sizes[slots] = trees.sizes
+
+
+class VerificationBuffers:
+    """Where the target's forward finds a batch's trees: always at the same addresses, which is what
+    a CUDA graph keeps.
+
+    Attributes:
+        row_start: [max_reqs + 1] int32, the rows of each request.
+        mask: [max_rows, W] int64, W words for the largest tree there can be.
+    """
+
+    def __init__(self, max_reqs: int, max_rows: int, num_nodes: int, device: torch.device) -> None:
+        self.row_start = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
+        words = num_mask_words(1 + num_nodes)
+        self.mask = torch.zeros(max_rows, words, dtype=torch.int64, device=device)
 
 
 @dataclass
@@ -50,8 +87,8 @@ class ScheduledTrees:
     """The trees of one batch, whose requests with drafts come first.
 
     Attributes:
-        num_trees: T, the requests with drafts.
-        token_ids: [K] int64, of all nodes.
+        num_trees: T, the requests with drafts; where they share a budget some may have no node.
+        token_ids: [K] int64, of all nodes; NO_TOKEN in rows that only fill the batch up.
         parents: [K] int32.
         cu_nodes: [R + 1] int32, over all requests of the batch.
         rows: how attention sees them; None where all of them are chains, which are causal.
@@ -70,9 +107,9 @@ class ScheduledTrees:
 
 def scheduled_trees(
     slots: TreeSlots,
+    buffers: VerificationBuffers,
     draft_tokens: torch.Tensor,
-    request_slots: torch.Tensor,
-    num_nodes: np.ndarray,
+    batch: InputBatch,
     *,
     are_chains: bool,
 ) -> ScheduledTrees:
@@ -80,31 +117,36 @@ def scheduled_trees(
 
     Args:
         slots: of all requests.
+        buffers: that the batch's rows are written to.
         draft_tokens: [max_reqs, N] int64, vLLM's.
-        request_slots: [R] int64, slot of each request of the batch.
-        num_nodes: [R], nodes that each request got rows for; on the host, those above 0 first.
+        batch: whose host says how many nodes there are in all, and whose device says how many each
+            request has.
         are_chains: whether every tree is a chain.
     """
-    device = request_slots.device
-    num_requests, num_trees = len(num_nodes), int((num_nodes > 0).sum())
-    cu_nodes = np.zeros(num_requests + 1, dtype=np.int32)
-    np.cumsum(num_nodes, out=cu_nodes[1:])
-    total = int(cu_nodes[-1])
-    owner = np.repeat(np.arange(num_requests), num_nodes)
-    place = np.arange(total) - cu_nodes[owner]
-    packed = upload(torch.from_numpy(np.concatenate([owner, place, cu_nodes])), device)
-    owner_there, place_there, bounds = packed.split([total, total, num_requests + 1])
-    slot = request_slots[owner_there]
+    assert batch.num_draft_tokens_per_req is not None
+    device = draft_tokens.device
+    total = batch.num_draft_tokens
+    num_trees = int((batch.num_draft_tokens_per_req > 0).sum())
+    # Every request samples one token more than it has nodes.
+    bounds = torch.arange(batch.num_reqs + 1, dtype=torch.int32, device=device)
+    cu_nodes = batch.cu_num_logits - bounds
+    slot = batch.idx_mapping.repeat_interleave(cu_nodes.diff(), output_size=total)
+    start = cu_nodes[:-1].repeat_interleave(cu_nodes.diff(), output_size=total)
+    place = torch.arange(total, device=device) - start
     trees = ScheduledTrees(
         num_trees=num_trees,
-        token_ids=draft_tokens[slot, place_there],
-        parents=slots.parents[slot, place_there],
-        cu_nodes=bounds.to(torch.int32),
+        token_ids=draft_tokens[slot, place].masked_fill(place >= slots.sizes[slot], NO_TOKEN),
+        parents=slots.parents[slot, place],
+        cu_nodes=cu_nodes,
     )
     if not are_chains:
-        bounds = trees.cu_nodes[: num_trees + 1]
-        words = num_mask_words(1 + int(num_nodes.max()))
-        mask, depths = ops.build_super_tree(trees.parents, bounds, words)
-        row_start = bounds + torch.arange(num_trees + 1, dtype=torch.int32, device=device)
-        trees.rows = VerificationRows(num_trees, total + num_trees, row_start, depths, mask)
+        bounds, num_rows = cu_nodes[: num_trees + 1], total + num_trees
+        mask, depths = ops.build_super_tree(trees.parents, bounds, buffers.mask.shape[1])
+        trees.rows = VerificationRows(
+            num_trees,
+            num_rows,
+            buffers.row_start[: num_trees + 1].copy_(batch.cu_num_logits[: num_trees + 1]),
+            depths,
+            buffers.mask[:num_rows].copy_(mask),
+        )
     return trees
