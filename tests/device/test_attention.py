@@ -50,6 +50,8 @@ def builder_of(kind: str) -> Any:
     cls = getattr(cuda, f"Echo{name}AttentionMetadataBuilder")
     builder = cls.__new__(cls)
     builder.verification, builder.rswa_window = None, None
+    builder._sizes = torch.zeros(len(TREES), dtype=torch.int32)
+    builder._context_lens = torch.zeros_like(builder._sizes)
     if kind == "flash":
         builder.aot_schedule, builder.aot_sliding_window = False, (-1, -1)
         builder.use_full_cuda_graph, builder.dcp_world_size = False, 1
