@@ -74,9 +74,10 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> list[int]:
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from echo_vllm.step import commit
     from echo_vllm.step.attention.cuda import EchoFlashAttentionBackend
     from echo_vllm.step.v1 import drafter
-    from echo_vllm.step.v1.cpu import EchoCPUModelRunner, EchoCPUWorker
+    from echo_vllm.step.v1.cpu import EchoCPUWorker
     from echo_vllm.trees.pool import CPU, CandidatePool
 
     flash.install(patch)
@@ -86,7 +87,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> list[int]:
         "tree_backend",
         lambda self: (AttentionBackendEnum.CPU_ATTN, EchoFlashAttentionBackend),
     )
-    patch.setattr(EchoCPUModelRunner, "_kv_layout", lambda self, layer: "nhd")
+    patch.setattr(commit, "kv_layout", lambda layer: "nhd")
     draw_at_once(patch)
 
     class Pool(CandidatePool):
