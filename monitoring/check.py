@@ -22,9 +22,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,19 @@ from monitoring.panels import DASHBOARD, PANELS, VARIABLES, dashboard_json
 ROOT = Path(__file__).resolve().parents[1]
 RULES = ROOT / "monitoring" / "rules.yml"
 MODEL = "smollm2-135m-instruct"
-# A hinge in place of measured costs: `auto` drafts then, however busy the machine is.
+# `auto` that drafts and rests for certain, however busy the machine is: up to 8 rows a forward
+# takes as long as one of a single row, each row more takes as long again, and nothing is learnt.
 CONFIG = (
     '{"method": "echo", "model": "models/smollm2-135m-eagle3", "num_speculative_tokens": 8, '
-    '"echo": {"policy": "auto", "max_depth": 4, "k_max": 24, "gamma": 0.1}}'
+    '"echo": {"policy": "auto", "max_depth": 4, "k_max": 8, "gamma": 1, "online": false}}'
 )
+AT_ONCE = (1, 4, 8, 2)
+"""Requests of the load's phases: beside 8 a node costs a whole forward, beside fewer nothing."""
+HAPPENED = ("echo_trees_total", "echo_resting_steps_total", "echo_accepted_tokens_total")
+"""Counters without which the panels would show a load that says nothing."""
 SCRAPE_S = 2
 RATE_INTERVAL = "15s"
+TIMEOUT_S = 60
 
 Series = list[tuple[str, list[tuple[float, float]]]]
 """Legends and their points: seconds, value."""
@@ -65,9 +71,12 @@ def main() -> None:
         folder = Path(name)
         url = stack.enter_context(server(ports[0], folder))
         prometheus = stack.enter_context(scraping(ports[0], ports[1], folder))
+        # What happens before the first reading is in no rate.
+        wait_for(prometheus, "vllm:echo_steps_total")
         begin = time.time()
         load(url, options.seconds)
-        time.sleep(2 * SCRAPE_S)
+        wait_for(prometheus, f"timestamp(vllm:echo_steps_total) > {time.time()}")
+        time.sleep(2 * SCRAPE_S)  # Until the rules have seen that.
         end = time.time()
         found = {
             panel.title: [
@@ -83,6 +92,7 @@ def main() -> None:
             if not any(math.isfinite(y) for _, points in lines for _, y in points)
         ]
         empty += rules_without_data(prometheus)
+        empty += [name for name in HAPPENED if not sum(instant(prometheus, f"vllm:{name}"))]
     if options.picture:
         draw({t: [line for _, lines in qs for line in lines] for t, qs in found.items()}, begin,
              options.picture)  # fmt: skip
@@ -156,28 +166,46 @@ def scraping(target: int, port: int, folder: Path) -> Iterator[str]:
 
 
 def load(url: str, seconds: float) -> None:
-    """Chats at a changing number of requests at once."""
+    """Chats at a changing number of requests at once: all phases, as often as the time allows."""
     until = time.monotonic() + seconds
     prompts = itertools.cycle(turns[0] for turns in read_conversations(PROMPTS))
 
-    def ask(client: httpx.Client) -> None:
+    def ask(prompt: str) -> None:
         body = {
             "model": MODEL,
-            "messages": [{"role": "user", "content": next(prompts)}],
+            "messages": [{"role": "user", "content": prompt}],
             "max_tokens": 48,
             "temperature": 0,
+            "ignore_eos": True,  # So that a phase keeps its number of requests.
         }
         client.post("/v1/chat/completions", json=body).raise_for_status()
 
     with httpx.Client(base_url=url, timeout=300) as client:
-        for at_once in itertools.cycle((1, 4, 8, 2)):
+        while True:
+            for at_once in AT_ONCE:
+                with ThreadPoolExecutor(at_once) as pool:
+                    list(pool.map(ask, itertools.islice(prompts, at_once)))  # Raises their errors.
             if time.monotonic() > until:
                 return
-            threads = [threading.Thread(target=ask, args=(client,)) for _ in range(at_once)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+
+
+def instant(prometheus: str, expression: str) -> list[float]:
+    """The values that PromQL has now."""
+    answer = httpx.get(
+        f"{prometheus}/api/v1/query", params={"query": expression}, timeout=TIMEOUT_S
+    )
+    if not answer.is_success:
+        sys.exit(f"error: {expression}: {answer.text}")
+    return [float(result["value"][1]) for result in answer.json()["data"]["result"]]
+
+
+def wait_for(prometheus: str, expression: str) -> None:
+    """Until PromQL has a value."""
+    until = time.monotonic() + 120
+    while not instant(prometheus, expression):
+        if time.monotonic() > until:
+            sys.exit(f"error: Prometheus has no {expression} after 120 s")
+        time.sleep(0.5)
 
 
 def series(prometheus: str, expression: str, legend: str, begin: float, end: float) -> Series:
@@ -188,6 +216,7 @@ def series(prometheus: str, expression: str, legend: str, begin: float, end: flo
     answer = httpx.get(
         f"{prometheus}/api/v1/query_range",
         params={"query": expression, "start": begin, "end": end, "step": SCRAPE_S},
+        timeout=TIMEOUT_S,
     )
     if not answer.is_success:
         sys.exit(f"error: {expression}: {answer.text}")
@@ -208,10 +237,7 @@ def rules_without_data(prometheus: str) -> list[str]:
     bad = []
     for rule in (rule for group in groups for rule in group["rules"]):
         has_data = rule["type"] == "alerting" or any(
-            math.isfinite(float(result["value"][1]))
-            for result in httpx.get(
-                f"{prometheus}/api/v1/query", params={"query": rule["name"]}
-            ).json()["data"]["result"]
+            map(math.isfinite, instant(prometheus, rule["name"]))
         )
         if rule["health"] != "ok" or not has_data:
             bad.append(f"rule {rule['name']} ({rule.get('lastError', 'no value')})")
