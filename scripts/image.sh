@@ -10,7 +10,8 @@
 # Environment: ENGINE (docker, podman or buildah: the first that works), VARIANT (cpu; cuda builds on
 # vLLM's own image), IMAGE (echo-vllm, or echo-vllm:cuda), PYTHON_IMAGE (cpu: another base with Python
 # 3.11 to 3.13 and pip), VLLM_IMAGE (cuda: another image that holds vLLM), IMAGE_ARGS (more options of
-# the build, such as -v and --build-arg for a proxy or a package index), PORT of the test.
+# the build, such as -v and --build-arg for a proxy or a package index), PORT of the test, ARGS
+# (more options of its `vllm serve`).
 #
 # With buildah the test enters the image's files with chroot, as root, and mounts them read-only:
 # what an engine adds (network, memory limits, its own health checks) is not tried then.
@@ -91,7 +92,7 @@ start() { # start ARGUMENT...: the entrypoint, as the image's user, with a read-
     pid=$!
   else
     container=$("$engine" run -d --init --read-only -v "echo-vllm-test-$$:/cache" --shm-size 1g \
-      --cap-add SYS_NICE -e "PORT=$PORT" -p "127.0.0.1:$PORT:$PORT" "$IMAGE" "$@")
+      --cap-add SYS_NICE -e "PORT=$PORT" -e "ARGS=${ARGS:-}" -p "127.0.0.1:$PORT:$PORT" "$IMAGE" "$@")
   fi
 }
 
@@ -101,7 +102,7 @@ inside() { # inside ARGUMENT...: buildah's container; the first argument may be 
     command=$2
     shift 2
   fi
-  exec setsid env -i "${settings[@]}" "PORT=$PORT" HOST=127.0.0.1 \
+  exec setsid env -i "${settings[@]}" "PORT=$PORT" HOST=127.0.0.1 "ARGS=${ARGS:-}" \
     chroot --userspec=echo:echo "$root" "$command" "$@"
 }
 
