@@ -94,6 +94,7 @@ LONGEST = (
     "triton/test_triton.py",
     "cuda/test_emulated_kernels.py",
     "engine/test_tensor_parallel.py",
+    "startup/test_examples.py",
     "startup/test_serve.py",
 )
 

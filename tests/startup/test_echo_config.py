@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from echo_vllm.policies.registry import (
     section_type,
 )
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TREE = [[0], [1], [0, 0]]
 
 
@@ -417,36 +415,3 @@ def test_any_section_is_either_valid_or_one_sentence(section: Any, num_nodes: in
     # A filled-in config means the same when it is read again.
     again = config.model_dump(mode="json", exclude_none=True)
     assert parse(again, num_nodes) == config
-
-
-@pytest.mark.parametrize(
-    ("name", "num_nodes", "policy"),
-    [
-        ("echo.json", 16, "auto"),
-        ("chain.json", 4, "chain"),
-        ("evict.json", 16, "evict"),
-        ("graft.json", 16, "graft"),
-        ("static.json", 16, "static"),
-        ("topn-64.json", 64, "topn"),
-        ("topn.json", 16, "topn"),
-    ],
-)
-def test_the_examples_are_valid(name: str, num_nodes: int, policy: str) -> None:
-    example = json.loads((EXAMPLES / name).read_text())
-    assert example.keys() == {"method", "model", "num_speculative_tokens", "echo"}
-    assert example["method"] == "echo"
-    assert example["num_speculative_tokens"] == num_nodes
-    assert parse(example["echo"], num_nodes).policy == policy
-    assert (EXAMPLES.parent / example["model"] / "config.json").is_file()
-
-
-def test_no_example_is_left_out() -> None:
-    assert {file.name for file in EXAMPLES.glob("*.json")} == {
-        "echo.json",
-        "chain.json",
-        "evict.json",
-        "graft.json",
-        "static.json",
-        "topn-64.json",
-        "topn.json",
-    }
