@@ -61,6 +61,13 @@ YOUNG = 64
 
 YOUNG_PROBES = 4.0
 
+FIRST_PAUSES, YOUNG_PAUSES = 4, 8.0
+"""Pauses up to which `YOUNG_PAUSES` times as much time goes to them, where log(speed) gains no more
+than `DOUBTFUL`: until then nobody knows what plain decoding takes here, and what is thought of it
+is wrong by a fifth at times."""
+
+DOUBTFUL = 0.3
+
 PROBES = (1, 2, 4, 8)
 MOST_PROBES = PROBES[-1]
 """Requests of one step that draft to full depth, so that their scores can be remembered."""
@@ -306,6 +313,7 @@ class Forecaster:
         self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
         self._attempt_until = self._pause_until = 0
+        self._num_pauses = 0
         self._next_attempt, self._attempt_steps = 0, ATTEMPT_STEPS[0]
         # By the octave of the load.
         self._num_trials: dict[int, int] = {}
@@ -432,12 +440,14 @@ class Forecaster:
         is_attempt = self._is_drafting and not self._drafting
         is_young = self._is_drafting and self._num_drafts < YOUNG
         self._probes.passes(step * (YOUNG_PROBES if is_young else 1.0))
-        self._plain_steps.passes(step)
+        is_doubtful = self._num_pauses < FIRST_PAUSES and now.gain < DOUBTFUL
+        self._plain_steps.passes(step * (YOUNG_PAUSES if is_doubtful else 1.0))
         # Where prompts leave no room for trees, this step alone has none.
         if self._is_drafting and (now.gain > 0 or not load.prefill_tokens):
             lost = PAUSE * step * max(0.0, math.expm1(now.gain))
             if not is_attempt and self._plain_steps.buys(lost):
                 self._pause_until = self._step + PAUSE
+                self._num_pauses += 1
             if self._step < self._pause_until:
                 return plan
             plan = replace(
