@@ -15,22 +15,23 @@ so a busy machine does no harm.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from echo_vllm import atomic
 from echo_vllm.conversations import CHATS, Question, next_turn, read_conversations, shuffled
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
+from echo_vllm.offline.bench.intervals import ratio
 from echo_vllm.offline.bench.tables import markdown
 from echo_vllm.offline.engine import LocalEngine
 from echo_vllm.step.v1.window import DrafterWindow
 
-BLOCK = 16
+BLOCK = 32
 FULL = 1 << 20
 LEADS = (0, 1)
 ANSWER = 128
@@ -156,18 +157,15 @@ def main() -> None:
         row = [label]
         for temperature in temperatures:
             each, whole = found[tokens, lead, temperature], found[FULL, 0, temperature]
-            ratios = np.log(each / whole)
-            half = float(stats.sem(ratios) * stats.t.ppf(0.975, len(ratios) - 1))
-            middle = float(ratios.mean())
-            low, ratio, high = (float(np.exp(middle + x)) for x in (-half, 0.0, half))
-            row.append(f"{each.mean():.2f}, {ratio:.2f} [{low:.2f}, {high:.2f}]")
+            of_whole = ratio((each / whole).tolist())
+            row.append(f"{each.mean():.2f}, {of_whole}")
             report.append(
                 {
                     "window": tokens if tokens < FULL else None,
                     "lead_blocks": lead,
                     "temperature": temperature,
                     "tokens_per_step": each.round(3).tolist(),
-                    "of_whole": [round(x, 3) for x in (low, ratio, high)],
+                    "of_whole": asdict(of_whole),
                 }
             )
         rows.append(row)
