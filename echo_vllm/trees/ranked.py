@@ -10,11 +10,12 @@ and after the next batch is known. So a request keeps its nodes in the order of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from echo_vllm.trees.forest import ROOT
-from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool
+from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, best_first
 
 FILLER_TIER = 1 << 30
 """Of places behind a tree's last node, which are served when nothing else is left."""
@@ -36,7 +37,7 @@ class RankedTrees:
     tiers: torch.Tensor
     scores: torch.Tensor
 
-    @property
+    @cached_property
     def sizes(self) -> torch.Tensor:
         """[R] int32, nodes of each tree."""
         return (self.tiers < FILLER_TIER).sum(1, dtype=torch.int32)
@@ -61,7 +62,7 @@ class RankedTrees:
         """
         exists = scores > NO_CANDIDATE
         tiers = tiers.masked_fill(~exists, FILLER_TIER)
-        order = scores.argsort(dim=1, descending=True, stable=True)
+        order = best_first(scores)
         order = order.gather(1, tiers.gather(1, order).argsort(dim=1, stable=True))
         columns = order[:, :most]
         token_ids, parents = pool.tree_of(columns)

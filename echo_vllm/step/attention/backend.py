@@ -68,9 +68,9 @@ class TreeMetadataBuilder(_Builder):
         tree = TreeAttention(
             block_table=cm.block_table_tensor[:n],
             context_lens=torch.sub(cm.seq_lens[:n], sizes, out=self._context_lens[:n]),
-            query_start=trees.row_start[:-1],
-            row_start=trees.row_start,
-            suffix_start=trees.row_start[:-1],
+            query_start=row_start[:-1],
+            row_start=row_start,
+            suffix_start=row_start[:-1],
             suffix_len=sizes,
             mask=trees.mask,
             positions=cm.positions[: trees.num_rows],

@@ -130,8 +130,9 @@ def scheduled_trees(
     # Every request samples one token more than it has nodes.
     bounds = torch.arange(batch.num_reqs + 1, dtype=torch.int32, device=device)
     cu_nodes = batch.cu_num_logits - bounds
-    slot = batch.idx_mapping.repeat_interleave(cu_nodes.diff(), output_size=total)
-    start = cu_nodes[:-1].repeat_interleave(cu_nodes.diff(), output_size=total)
+    sizes = cu_nodes.diff()
+    slot = batch.idx_mapping.repeat_interleave(sizes, output_size=total)
+    start = cu_nodes[:-1].repeat_interleave(sizes, output_size=total)
     place = torch.arange(total, device=device) - start
     trees = ScheduledTrees(
         num_trees=num_trees,
