@@ -109,22 +109,20 @@ class CostAwarePolicy(DraftPolicy):
     def observe(self, step: Observation) -> None:
         if self._cost is None or not self.online:
             return
+        if step.committed:
+            self._cost.observe_draft(step.level_rows, step.committed, step.draft_s)
         trees = step.num_nodes > 0
         self._rests = self._rests + 1 if step.rested else 0
         # The first plain steps behind others are not what a row of them is; and a step may have no
         # tree and yet be no plain one: it samples as if there were some.
-        is_typical = trees or not self.may_rest or self._rests > UNSETTLED
-        if is_typical and step.other_s is not None and self.gamma is None:
-            seconds = step.verify_s + step.draft_s + step.other_s
-            if not trees or step.committed:
+        if not trees and self.may_rest and self._rests <= UNSETTLED:
+            return
+        if self.gamma is None:  # Else the user says what a target forward costs.
+            if step.other_s is not None and (step.committed or not trees):
+                seconds = step.verify_s + step.draft_s + step.other_s
                 self._cost.observe_step(
                     step.rows, step.level_rows, step.committed, seconds, trees=trees
                 )
-        if step.committed:
-            self._cost.observe_draft(step.level_rows, step.committed, step.draft_s)
-        if not is_typical:
-            return
-        if self.gamma is None:  # Else the user says what a target forward costs.
             self._cost.observe_verify(step.rows, step.verify_s, trees=trees)
         if step.other_s is not None:
             self._cost.observe_other(step.other_s, trees=trees)
