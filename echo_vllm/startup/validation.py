@@ -74,7 +74,7 @@ PASSED_ON = frozenset(
     {
         *("method", "model", "num_speculative_tokens", "echo"),
         *("revision", "code_revision", "quantization", "draft_load_config", "moe_backend"),
-        *("enforce_eager", "draft_tensor_parallel_size"),
+        *("enforce_eager", "draft_tensor_parallel_size", "disable_eagle_block_drop"),
         *("target_model_config", "target_parallel_config"),
         *("draft_model_config", "draft_parallel_config"),
     }
@@ -83,7 +83,7 @@ PASSED_ON = frozenset(
 _TYPED_BY_VLLM = frozenset(
     {
         *("revision", "code_revision", "quantization", "draft_load_config", "moe_backend"),
-        *("enforce_eager", "draft_tensor_parallel_size"),
+        *("enforce_eager", "draft_tensor_parallel_size", "disable_eagle_block_drop"),
     }
 )
 
@@ -95,7 +95,6 @@ FIXED: dict[str, tuple[object, str]] = {
     "kv_cache_dtype": (None, "the draft head's cache has the target's type"),
     "max_model_len": (None, "the draft head covers the target's max_model_len"),
     "index_share_for_mtp_iteration": (None, "it belongs to method mtp"),
-    "disable_eagle_block_drop": (False, "the draft head needs the dropped block recomputed"),
     "use_local_argmax_reduction": (False, "a tree needs more than the best token of a node"),
     "use_heterogeneous_vocab": (False, "it belongs to method draft_model"),
     "prompt_lookup_max": (None, "it belongs to method ngram"),
@@ -188,6 +187,9 @@ def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
         _read_head({**values, "model": model})
     check_files(config, model, values.get("revision"))
     return {
+        # As many tokens from the prefix cache as without speculation. vLLM's drafters have the last
+        # block computed again, for one position whose next token may be another.
+        "disable_eagle_block_drop": True,
         **values,
         "method": "eagle3",
         "disable_padded_drafter_batch": True,

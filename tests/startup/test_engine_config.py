@@ -61,6 +61,7 @@ def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeC
     assert spec.method == "eagle3"
     assert spec.use_eagle()
     assert spec.disable_padded_drafter_batch
+    assert not spec.use_eagle_block_drop()
     assert spec.num_speculative_tokens == config.num_lookahead_tokens == 16
     assert spec.echo == TopNConfig(max_depth=6, top_k=5)
     assert config.parallel_config.worker_cls == validation.CPU_WORKER
@@ -68,6 +69,13 @@ def test_method_echo_becomes_eagle3_with_the_section_attached(make_config: MakeC
     assert config.scheduler_config.async_scheduling is False
     assert config.use_v2_model_runner is False
     assert config.model_config.disable_cascade_attn is True
+
+
+def test_vllms_way_with_the_last_cached_block_is_there_for_who_asks_for_it(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config({"disable_eagle_block_drop": False})
+    assert config.speculative_config.use_eagle_block_drop()
 
 
 def test_ray_is_refused_before_vllm_looks_for_it(
