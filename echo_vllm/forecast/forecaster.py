@@ -325,7 +325,8 @@ class Forecaster:
         self._expected: _Expected
         self._order: tuple[NDArray[Any], ...] = ()
         self._weights: Floats = np.ones(0)
-        self._known: dict[tuple[object, ...], Forecast] = {}
+        self._known: dict[tuple[int, ...], Forecast] = {}
+        self._known_costs: Costs | None = None
 
     def observe_draft(
         self, scores: list[float], depths: list[int], widths: list[int], kind: Kind = "best"
@@ -605,7 +606,9 @@ class Forecaster:
     def _best(self, load: Load, costs: Costs) -> Forecast:
         """`forecast`, or what it said a few steps ago for the same load at the same cost."""
         self._renew(load)
-        key = (load.num_decoding, load.able, load.prefill_tokens, costs)
+        if costs is not self._known_costs:
+            self._known, self._known_costs = {}, costs
+        key = (load.num_decoding, load.able, load.prefill_tokens)
         if key not in self._known:
             self._known[key] = self.forecast(load, costs)
         return self._known[key]

@@ -10,9 +10,8 @@ and asks for the load that is ahead (`Load.ahead`).
 from __future__ import annotations
 
 import math
-
-import numpy as np
-from numpy.typing import ArrayLike
+from bisect import bisect_right
+from collections.abc import Sequence
 
 from echo_vllm.forecast.plan import AHEAD
 
@@ -49,7 +48,7 @@ class Turnover:
         """Of the tokens that an answer may have, those that it is expected to use."""
         return (self._used + PRIOR) / (self._allowed + PRIOR)
 
-    def ahead(self, left: ArrayLike, queued: int, places: int) -> tuple[float, ...]:
+    def ahead(self, left: Sequence[int], queued: int, places: int) -> tuple[float, ...]:
         """Requests that decode at each point of `AHEAD` but the last.
 
         Args:
@@ -57,9 +56,15 @@ class Turnover:
             queued: requests that wait for a place.
             places: requests that can run at once.
         """
-        tokens = np.array(AHEAD[:-1])
-        expected = np.sort(self.share * np.asarray(left, np.float64))
-        stay = len(expected) - np.searchsorted(expected, tokens, side="right")
-        come = np.where(tokens > 0, queued, 0) + self._coming * tokens
-        loads: list[float] = np.minimum(stay + come, places).tolist()
-        return tuple(loads)
+        share, coming = self.share, self._coming
+        expected = sorted(share * tokens for tokens in left)
+        return tuple(
+            min(
+                len(expected)
+                - bisect_right(expected, tokens)
+                + (queued if tokens > 0 else 0)
+                + coming * tokens,
+                places,
+            )
+            for tokens in AHEAD[:-1]
+        )

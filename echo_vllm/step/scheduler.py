@@ -152,20 +152,21 @@ class EchoScheduler(Scheduler):
         """What the policy is told for the drafting at the end of this step."""
         num_decoding, prefill_tokens = self._next_load(output)
         self._turnover.step(len(output.scheduled_new_reqs))
-        # [running, 3]: the last token, those that are there, those behind this step.
-        facts = [(self._last(r), r.num_tokens, r.num_computed_tokens) for r in self.running]
-        last, there, computed = np.array(facts, np.int64).reshape(-1, 3).T
-        left = abs(last) - there
-        # This step's token is not there yet, and after a path comes a bonus token.
-        depths = np.clip(left[(there <= computed) & (last > 0)] - 2, 0, MAX_DEPTH)
-        at_least = np.bincount(depths, minlength=2)
-        at_least = np.cumsum(at_least[:0:-1])[::-1]
+        # Plain numbers: in the cold caches behind a forward array operations take longer.
+        left, by_depth = [], [0] * (1 + MAX_DEPTH)
+        for request in self.running:
+            last, there = self._last(request), request.num_tokens
+            left.append(abs(last) - there)
+            if last > 0 and there <= request.num_computed_tokens:
+                # This step's token is not there yet, and after a path comes a bonus token.
+                by_depth[min(max(0, last - there - 2), MAX_DEPTH)] += 1
+        at_least = tuple(itertools.accumulate(by_depth[:0:-1]))[::-1]
         return Load(
             num_decoding,
             prefill_tokens,
             waiting=self._waiting,
             num_reading=len(self.running) - num_decoding,
-            num_drafting=tuple(at_least.tolist()),
+            num_drafting=at_least,
             ahead=self._turnover.ahead(left, len(self.waiting), self.max_num_running_reqs),
         )
 

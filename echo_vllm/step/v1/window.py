@@ -158,13 +158,14 @@ class FeatureRing:
             num_layers, hidden_size, dtype: of the features: those of `num_layers` hidden states.
         """
         self.capacity = capacity
-        self._layers = torch.empty(
+        layers = torch.empty(
             num_layers, num_slots * capacity, hidden_size, dtype=dtype, device=device
         )
+        self._layers = layers.unbind()
 
     @property
     def nbytes(self) -> int:
-        return self._layers.nbytes
+        return sum(layer.nbytes for layer in self._layers)
 
     def put(
         self, features: Sequence[torch.Tensor], slots: Ints, positions: Ints, rows: Ints | None
@@ -174,7 +175,7 @@ class FeatureRing:
         Args:
             slots, positions: [n], whose they are. No two of them share a place.
         """
-        device = self._layers.device
+        device = self._layers[0].device
         place = upload(torch.from_numpy(slots * self.capacity + positions % self.capacity), device)
         index = None if rows is None else upload(torch.from_numpy(rows), device)
         for layer, values in zip(self._layers, features, strict=True):
@@ -184,5 +185,5 @@ class FeatureRing:
     def take(self, slots: Ints, positions: Ints) -> torch.Tensor:
         """[n, num_layers * hidden]: the features of `positions` [n] of `slots` [n]."""
         place = slots * self.capacity + positions % self.capacity
-        index = upload(torch.from_numpy(place), self._layers.device)
+        index = upload(torch.from_numpy(place), self._layers[0].device)
         return torch.cat([layer[index] for layer in self._layers], dim=-1)
