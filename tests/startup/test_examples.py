@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Every file in `examples/` is one that `vllm serve` takes, on any machine."""
+"""Every file in `examples/` works, on any machine; `tests/server` serves one by its path."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import httpx
 import pytest
 
 from echo_vllm.machine import fast_dtype
 from echo_vllm.policies import parse_section
-from tests.conftest import ROOT, ServerFactory
-from tests.server.metrics import wait_until_idle
+from tests.conftest import ROOT
+from tests.engine.engines import counters, engine, generate
+from tests.engine.prompts import chat
+from tests.engine.test_exactness import greedy
 
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
@@ -31,26 +32,15 @@ def test_an_example_is_valid_and_names_the_head_of_the_demo(example: Path, demo_
 
 @pytest.mark.full
 @every_example
-def test_an_example_is_served_and_its_trees_are_accepted(
-    example: Path, server: ServerFactory, demo_target: Path
+def test_the_trees_of_an_example_are_accepted(
+    example: Path, demo_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = server(
-        demo_target,
-        *("--speculative-config", str(example.relative_to(ROOT))),
-        *("--served-model-name", "demo"),
-        *("--dtype", fast_dtype()),
-        *("--max-model-len", "256"),
-        *("--max-num-seqs", "2"),
-        "--enforce-eager",
-    )
-    question = {"role": "user", "content": "What is the capital of France?"}
-    answer = httpx.post(
-        f"{served.url}/v1/chat/completions",
-        json={"model": "demo", "messages": [question], "temperature": 0, "max_tokens": 24},
-        timeout=120,
-    )
-    assert answer.is_success, answer.text
-    assert "Paris" in answer.json()["choices"][0]["message"]["content"]
-    metrics = wait_until_idle(served)
-    assert metrics.total("echo_trees_total") > 0
-    assert metrics.total("echo_accepted_tokens_total") > 0
+    monkeypatch.chdir(ROOT)
+    config = json.loads(example.read_text())
+    options = {"dtype": fast_dtype(), "max_model_len": 256, "max_num_seqs": 2}
+    with engine(demo_target, config, **options) as llm:
+        (tokens,) = generate(llm, chat(demo_target, ["What is the capital of France?"]), greedy(24))
+        assert "Paris" in llm.get_tokenizer().decode(tokens)
+        found = counters(llm)
+    assert found["echo_trees"] > 0
+    assert found["echo_accepted_tokens"] > 0
