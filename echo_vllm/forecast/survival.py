@@ -130,6 +130,25 @@ class SurvivalModel:
         return moved
 
 
+def counted(
+    chances: torch.Tensor, depths: torch.Tensor, num_accepted: torch.Tensor, num_levels: int
+) -> torch.Tensor:
+    """[2, num_levels] float32, per depth from 1 on: the sum of the verified nodes' probabilities,
+    and how many of them were accepted. Nothing waits for the device.
+
+    Args:
+        chances: [K] float32, of the verified nodes; 0 for what is none.
+        depths: [K] int.
+        num_accepted: [R] int, accepted nodes of each tree.
+        num_levels: depths that are told apart.
+    """
+    found = chances.new_zeros(2, num_levels)
+    found[0].index_add_(0, (depths.to(torch.int64) - 1).clamp(0, num_levels - 1), chances)
+    levels = torch.arange(num_levels, device=chances.device)
+    found[1].copy_((num_accepted.unsqueeze(1) > levels).sum(0))
+    return found
+
+
 class OnlineSurvival:
     """Per depth, how many more (or fewer) nodes are accepted now than the model predicts.
 

@@ -11,6 +11,9 @@ takes, at the current price of a second in tokens; a level is drafted if all req
 pay together for what it costs whoever goes on. Whether to draft at all, and down to which level,
 is in the plan.
 
+Where the host never sees a tree, a level costs the same whoever goes on, so all do, down to the
+plan's level.
+
 Of drawn candidates nothing may be chosen by what was drawn, so the forecast chooses: of the drafts
 that it remembers it takes as many nodes as pay, and what the last of them is worth is what a slot
 must be worth now. Depth is each request's own matter: it pays for its share of a level.
@@ -25,12 +28,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.forecaster import PROBED_NODES, Forecaster, Kind
 from echo_vllm.forecast.plan import DraftPlan, Load
-from echo_vllm.forecast.survival import SurvivalModel
+from echo_vllm.forecast.survival import SurvivalModel, counted
 from echo_vllm.policies.base import Cut, DraftBatch, Observation
 from echo_vllm.policies.cost_aware import CostAwareConfig, CostAwarePolicy
 from echo_vllm.policies.elastic import Floor, Profile
@@ -38,6 +42,7 @@ from echo_vllm.transfer import download, upload
 from echo_vllm.trees.drawn import NO_SLOT, DrawnLevel, DrawnPool, Survival
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion, best_first
+from echo_vllm.trees.ranked import RankedTrees
 
 Sample = tuple[list[float], list[int], list[int]]
 """Path log-probabilities, depths and least widths of a draft's best candidates."""
@@ -135,19 +140,22 @@ class AutoPolicy(CostAwarePolicy):
             return Expansion(frontier=None, children=None)
         requests, plan = pool.active, batch.plan
         frontier = pool.best_frontier(depth - 1, self.frontier_of(batch), requests)
-        going = torch.ones(len(requests), dtype=torch.bool)
+        going = np.ones(len(requests), np.bool_)
         if plan.max_depth is not None and depth > plan.max_depth:
             going[:] = False
-        elif plan.cost is not None and plan.price > 0:
+        elif plan.cost is not None and plan.price > 0 and not pool.unseen:
             going = self._pays(depth, frontier, pool, batch)
         if len(batch.probes):
-            going |= torch.isin(requests, batch.probes)
-        requests, frontier = requests[going], frontier[pool.on_device(going.nonzero().squeeze(1))]
+            going |= np.isin(requests.numpy(), batch.probes.numpy())
+        kept = np.flatnonzero(going)
+        if len(kept) < len(requests):
+            chosen = torch.from_numpy(kept)
+            requests, frontier = requests[chosen], frontier[pool.on_device(chosen)]
         return Expansion(frontier, None, requests) if len(requests) else None
 
     def _pays(
         self, depth: int, frontier: torch.Tensor, pool: CandidatePool, batch: DraftBatch
-    ) -> torch.Tensor:
+    ) -> NDArray[np.bool_]:
         """[A] bool: which of the active requests are worth another level."""
         plan = batch.plan
         assert plan.cost is not None
@@ -166,7 +174,7 @@ class AutoPolicy(CostAwarePolicy):
         going = np.zeros(num_active, dtype=bool)
         if np.maximum(net, 0).sum() > plan.price * fixed:
             going[order[: int((net > 0).sum())]] = True
-        return torch.from_numpy(going)
+        return going
 
     def report(
         self,
@@ -179,33 +187,65 @@ class AutoPolicy(CostAwarePolicy):
         """Per depth how many nodes were accepted and how many the calibration predicts of those
         verified; of a drafting what the forecast remembers (`samples`), and how its requests
         begin (`first`: how many, and the sum of the probabilities of their best first nodes)."""
-        found = {**counted(self.survival, verified, num_accepted), "samples": [], "first": (0, 0.0)}
+        found = {**_counted_in(self.survival, verified, num_accepted)}
+        found |= {"samples": [], "first": (0, 0.0)}
         if pool is not None:
             (best,) = download(pool.path_logprobs[:, pool.level(1)].amax(1))
             found["first"] = first_of(self.survival, best)
             found["samples"] = self.samples(pool, probes)
         return found
 
+    def notes_of_verified(
+        self, path_logprobs: torch.Tensor, depths: torch.Tensor, num_accepted: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        chances = self._survival_on(depths.device).probability(path_logprobs, depths)
+        return (counted(chances, depths, num_accepted, self.max_depth),)
+
+    def notes_of_drafted(
+        self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        best = pool.best_of_level(1)
+        ones = torch.ones_like(best, dtype=torch.int64)
+        chances = self._survival_on(pool.device).probability(best, ones)
+        first = torch.stack([(best > NO_CANDIDATE).sum().to(chances.dtype), chances.sum()])
+        gains = super().notes_of_drafted(pool, trees, probes)
+        return *gains, first, *self._remembered(pool, probes)
+
+    def report_of_notes(
+        self, verified: Sequence[NDArray[Any]], drafted: Sequence[NDArray[Any]]
+    ) -> dict[str, Any] | None:
+        if not verified and not drafted:
+            return None
+        return {
+            **(super().report_of_notes(verified, drafted[:1]) or {}),
+            **_as_lists(verified[0] if verified else np.zeros((2, 0))),
+            "first": tuple(drafted[1].tolist()) if drafted else (0, 0.0),
+            "samples": _drafts_of(drafted[2:]),
+        }
+
     def samples(self, pool: CandidatePool, probes: torch.Tensor) -> list[Sample]:
         """What the forecast remembers of each probe that drafted to full depth.
 
         Of no other request, even if it was drafted as deep: those are the promising ones.
         """
+        return _drafts_of([field.numpy() for field in download(*self._remembered(pool, probes))])
+
+    def _remembered(self, pool: CandidatePool, probes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`samples` on the pool's device: log-probabilities, depths and least widths
+        [probes, max_nodes], and whether each drafted to full depth, as the score of a node there.
+        Empty without any."""
         if pool.num_levels < self.max_depth or not len(probes):
-            return []
+            return ()
         best = pool.rows_of(probes, pool.best_first())[:, : self.max_nodes]
         logprobs = pool.rows_of(probes, pool.path_logprobs)
         parents = pool.rows_of(probes, pool.parents)
         widths = least_widths(logprobs, parents, pool.level_starts, self.forecaster.widths)
-        fields = download(
+        return (
             logprobs.gather(1, best),
             pool.depths()[best],
             widths.gather(1, best),
             logprobs[:, pool.level_starts[-1]].contiguous(),
         )
-        *nodes, deepest = (field.tolist() for field in fields)
-        drafts = zip(*nodes, deepest, strict=True)
-        return [tuple(draft) for *draft, last in drafts if last > NO_CANDIDATE]
 
     # ---- Drawn candidates ----
 
@@ -276,7 +316,7 @@ class AutoPolicy(CostAwarePolicy):
             for own, levels, widths in zip(*fields, strict=True):
                 exists = own > NO_SLOT
                 samples.append(tuple(x[exists].tolist() for x in (own, levels, widths)))
-        counts = counted(self.drawn_model, verified, num_accepted)
+        counts = _counted_in(self.drawn_model, verified, num_accepted)
         return {**counts, "samples": samples, "first": first}
 
 
@@ -317,17 +357,30 @@ def first_of(survival: SurvivalModel, best: torch.Tensor) -> tuple[int, float]:
     )
 
 
-def counted(
+def _counted_in(
     survival: SurvivalModel, verified: DraftForest, num_accepted: torch.Tensor
 ) -> dict[str, Any]:
     """Per depth how many verified nodes were accepted and how many the calibration predicts."""
     depths = verified.depths.to(torch.int64)
-    num_levels = int(depths.max()) if len(depths) else 0
-    predicted = torch.zeros(num_levels).index_add_(
-        0, depths - 1, survival.probability(verified.path_logprobs, depths)
-    )
-    reached = num_accepted.unsqueeze(1) > torch.arange(num_levels)
-    return {"predicted": predicted.tolist(), "accepted": reached.sum(0).tolist()}
+    if not len(depths):
+        return _as_lists(np.zeros((2, 0)))
+    chances = survival.probability(verified.path_logprobs, depths)
+    return _as_lists(counted(chances, depths, num_accepted, int(depths.max())).numpy())
+
+
+def _as_lists(found: NDArray[Any]) -> dict[str, Any]:
+    """What `counted` found, down to the deepest node that was verified."""
+    deepest = 1 + int(np.flatnonzero(found.any(0)).max(initial=-1))
+    predicted, accepted = found[:, :deepest]
+    return {"predicted": predicted.tolist(), "accepted": accepted.astype(int).tolist()}
+
+
+def _drafts_of(fields: Sequence[NDArray[Any]]) -> list[Sample]:
+    """`AutoPolicy._remembered` as lists, of those that drafted to full depth."""
+    if not fields:
+        return []
+    drafts = zip(*(field.tolist() for field in fields), strict=True)
+    return [tuple(draft) for *draft, last in drafts if last > NO_CANDIDATE]
 
 
 def _growth(profile: DrafterProfile | None, max_depth: int) -> list[float]:

@@ -105,6 +105,9 @@ class Level(NamedTuple):
 class Observation:
     """A finished step, as the scheduler tells it to its policy.
 
+    Where the drafter's first forward is part of every step, as on Model Runner V2, it is part of
+    `verify_s`, and `committed` counts the requests that were drafted for.
+
     Attributes:
         rows: rows of the target's forward; 0 where there is no time to learn from.
         num_nodes: draft nodes among them.
@@ -227,6 +230,20 @@ class DraftPolicy(ABC):
         """The most nodes of one request in one step."""
         return self.max_nodes
 
+    def num_nodes_of(
+        self, load: Load, sizes: Sequence[int], plan: DraftPlan, num_probes: int
+    ) -> int:
+        """Nodes that the trees of a batch have in all, where the device says who gets them.
+
+        Args:
+            load: of that batch.
+            sizes: of its trees, the most nodes that each can have as far as is known.
+            plan: that they were drafted by.
+            num_probes: how many of them are probes.
+        """
+        most, limit = sum(sizes), self.batch_limit(load)
+        return most if limit is None else min(most, limit)
+
     def observe(self, step: Observation) -> None:  # noqa: B027
         """Learn from a finished step."""
 
@@ -325,11 +342,11 @@ class DraftPolicy(ABC):
         """[R, n] int64, what `select` takes of the pool, on its device, if `has_fixed_size`."""
         raise NotImplementedError
 
-    def ranked(self, pool: CandidatePool) -> RankedTrees:
+    def ranked(self, pool: CandidatePool, batch: DraftBatch) -> RankedTrees:
         """What `select` chooses from, on the pool's device, if `has_fixed_size` or `has_order`.
 
         A policy with one of them runs where the host never sees a tree. It must not ask the device
-        either: `expand` finds a pool that does not compact.
+        either: `expand` finds a pool that is unseen.
         """
         return RankedTrees.of(pool, self.columns(pool))
 
@@ -364,4 +381,36 @@ class DraftPolicy(ABC):
             pool: the candidates of the drafting at the end of the step; None without one.
             probes: of the batch of that drafting.
         """
+        return None
+
+    # ---- The same where the host never sees a tree: two parts of it on the device. ----
+
+    def notes_of_verified(
+        self, path_logprobs: torch.Tensor, depths: torch.Tensor, num_accepted: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """What is to be known of a verification; nothing may wait for the device.
+
+        Args:
+            path_logprobs: [K] float32, of all nodes; NO_CANDIDATE of rows that only fill up.
+            depths: [K] int32.
+            num_accepted: [R] int32, accepted nodes of each tree.
+        """
+        return ()
+
+    def notes_of_drafted(
+        self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The same of a drafting.
+
+        Args:
+            pool: the candidates.
+            trees: made of them.
+            probes: of the batch, on the host.
+        """
+        return ()
+
+    def report_of_notes(
+        self, verified: Sequence[NDArray[Any]], drafted: Sequence[NDArray[Any]]
+    ) -> dict[str, Any] | None:
+        """`report`, of the notes of a step; empty where nothing was verified or drafted."""
         return None

@@ -9,27 +9,42 @@ that maximises
 
 which for a step time that depends on the number of rows alone is the best of all ancestor-closed
 selections, because a node is never more probable than its parent.
+
+Where the host never sees a tree, K is chosen before the probabilities are known that it will meet.
+So the device says of every drafting what the best nodes of it come to (`gain_curve`), and K is what
+would have been best for the last few of them, at the load and the costs of now; which nodes they
+are is decided by the probabilities of now (`ranked`).
 """
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from echo_vllm import ops
 from echo_vllm.config import SECTION, EchoConfigError
 from echo_vllm.forecast import Costs, Hinge, OnlineCost, StepCost
 from echo_vllm.forecast.forecaster import PROBED_NODES
-from echo_vllm.forecast.plan import Load
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.survival import SurvivalModel
 from echo_vllm.policies.base import DraftBatch, DraftPolicy, Observation
 from echo_vllm.policies.elastic import ElasticConfig
 from echo_vllm.transfer import download
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool
+from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
+
+HEARD_TREES = 8
+"""Trees after which what was heard of earlier ones counts half: one tree says little of the next,
+and a large batch needs no memory."""
+
+TOTALS = 128
+"""Numbers of nodes that are priced for a batch."""
 
 UNSETTLED = 2
 """Plain steps behind others that are no measure of plain decoding."""
@@ -68,6 +83,7 @@ class CostAwareConfig(ElasticConfig):
 class CostAwarePolicy(DraftPolicy):
     """Selects by expected tokens a second; how trees grow is the subclass's matter."""
 
+    has_order = True
     needs_cost = True
 
     def __init__(
@@ -91,6 +107,9 @@ class CostAwarePolicy(DraftPolicy):
         self._rests = 0
         """Steps that rested, up to now."""
         self._moved: tuple[SurvivalModel, torch.device, SurvivalModel] | None = None
+        # Of draftings that nobody saw: what k nodes a tree come to, and what the last one ran.
+        self._gains: NDArray[np.float64] | None = None
+        self._levels: Sequence[int] = ()
 
     # ---- In the scheduler's process ----
 
@@ -106,7 +125,32 @@ class CostAwarePolicy(DraftPolicy):
     def batch_limit(self, load: Load) -> int | None:
         return None if self.k_max is None else max(0, self.k_max - load.prefill_tokens)
 
+    def num_nodes_of(
+        self, load: Load, sizes: Sequence[int], plan: DraftPlan, num_probes: int
+    ) -> int:
+        """The number with the most expected tokens a second, and no less than all floors; before
+        anything was heard of a drafting, as many as the plan expects."""
+        most = super().num_nodes_of(load, sizes, plan, num_probes)
+        if plan.max_rows is not None:
+            most = min(most, max(0, int(plan.max_rows) - load.rows))
+        count = len(sizes)
+        of_probes = max(self.floor, PROBED_NODES) - self.floor
+        least = min(most, count * self.floor + num_probes * of_probes)
+        if plan.cost is None or not most:
+            return most
+        if self._gains is None:
+            return max(least, min(most, round(plan.nodes * count)))
+        totals = np.unique(np.linspace(least, most, TOTALS).round())
+        places = np.arange(len(self._gains))
+        gains = count * np.interp(totals / max(1, count), places, self._gains)
+        seconds = plan.cost.step(load.rows + totals, self._levels, count)
+        return int(totals[np.argmax((load.num_decoding + gains) / seconds)])
+
     def observe(self, step: Observation) -> None:
+        num_trees, *gains = (step.report or {}).get("gains", [0.0])
+        if num_trees:
+            self._hear(num_trees, np.array(gains))
+            self._levels = step.level_rows
         if self._cost is None or not self.online:
             return
         if step.committed:
@@ -126,6 +170,13 @@ class CostAwarePolicy(DraftPolicy):
             self._cost.observe_verify(step.rows, step.verify_s, trees=trees)
         if step.other_s is not None:
             self._cost.observe_other(step.other_s, trees=trees)
+
+    def _hear(self, num_trees: float, gains: NDArray[np.float64]) -> None:
+        """`gain_curve` of a drafting."""
+        if self._gains is not None:
+            keep = 0.5 ** (num_trees / HEARD_TREES)
+            gains = keep * self._gains + (1 - keep) * gains
+        self._gains = gains
 
     # ---- In the worker's process ----
 
@@ -165,17 +216,34 @@ class CostAwarePolicy(DraftPolicy):
         return survival
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
-        rank = pool.rank()
-        exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
-        scores = self.probabilities(pool, batch).masked_fill(~exists, NO_CANDIDATE)
-        floors = rank.new_full((pool.num_requests, 1), self.floor)
-        if len(batch.probes):
-            # Whatever they are thought to be worth: an estimate that nobody tests stays wrong.
-            floors[pool.on_device(batch.probes)] = max(self.floor, PROBED_NODES)
-        tiers = torch.where(rank < floors, 0, 1).to(torch.int32)
+        scores, tiers = self._ranks(pool, batch)
         budget = self.budget(scores, tiers, pool, batch)
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, self.max_nodes)
         return pool.take_ragged(columns, cu_nodes)
+
+    def ranked(self, pool: CandidatePool, batch: DraftBatch) -> RankedTrees:
+        return RankedTrees.best(pool, *self._ranks(pool, batch), self.max_nodes)
+
+    def _ranks(self, pool: CandidatePool, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and tiers [R, P] of the `max_nodes` best candidates of each request."""
+        rank = pool.rank()
+        exists = (pool.path_logprobs > NO_CANDIDATE) & (rank < self.max_nodes)
+        scores = self.probabilities(pool, batch).masked_fill(~exists, NO_CANDIDATE)
+        floors = torch.full((pool.num_requests, 1), self.floor)
+        if len(batch.probes):
+            # Whatever they are thought to be worth: an estimate that nobody tests stays wrong.
+            floors[batch.probes] = max(self.floor, PROBED_NODES)
+        return scores, torch.where(rank < pool.on_device(floors), 0, 1).to(torch.int32)
+
+    def notes_of_drafted(
+        self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return (gain_curve(trees, self.max_nodes),)
+
+    def report_of_notes(
+        self, verified: Sequence[NDArray[Any]], drafted: Sequence[NDArray[Any]]
+    ) -> dict[str, Any] | None:
+        return {"gains": drafted[0].tolist()} if drafted else None
 
     def budget(
         self, scores: torch.Tensor, tiers: torch.Tensor, pool: CandidatePool, batch: DraftBatch
@@ -206,3 +274,16 @@ class CostAwarePolicy(DraftPolicy):
         width = self.frontier_of(batch)
         levels = [size * width for size in pool.level_sizes()[1:]]
         return cost.step(batch.rows + num_nodes, levels, pool.num_requests)
+
+
+def gain_curve(trees: RankedTrees, max_nodes: int) -> torch.Tensor:
+    """[2 + max_nodes] float32, of trees whose scores are probabilities: how many trees have nodes,
+    then for k = 0 .. max_nodes what the best k nodes a tree, over all of them, come to together,
+    in accepted tokens a tree. Nothing waits for the device."""
+    is_node = trees.tiers < FILLER_TIER
+    num_trees = is_node.any(1).sum()
+    best = trees.scores.masked_fill(~is_node, 0.0).flatten().sort(descending=True).values
+    sums = torch.cat([best.new_zeros(1), best.cumsum(0)])
+    places = torch.arange(1 + max_nodes, device=best.device) * num_trees
+    gains = sums[places.clamp(max=len(best))] / num_trees.clamp(min=1)
+    return torch.cat([num_trees.to(gains.dtype).view(1), gains])

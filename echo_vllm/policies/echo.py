@@ -186,7 +186,7 @@ class EchoPolicy(DraftPolicy):
         columns, cu_nodes = ops.select_budget(scores, tiers, pool.parents, budget, limit)
         return pool.take_ragged(columns, cu_nodes)
 
-    def ranked(self, pool: CandidatePool) -> RankedTrees:
+    def ranked(self, pool: CandidatePool, batch: DraftBatch) -> RankedTrees:
         return RankedTrees.best(pool, *self._ranks(pool, self.max_nodes), self.max_nodes)
 
     def _ranks(self, pool: CandidatePool, limit: int) -> tuple[torch.Tensor, torch.Tensor]:

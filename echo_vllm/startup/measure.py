@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -67,8 +67,15 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def measured_cost(runner: Any) -> StepCost:
-    """The cost of this engine's steps: cached, or measured now."""
+def measured_cost(
+    runner: Any, forwards_of: Callable[[Any], AbstractContextManager[Forwards]] | None = None
+) -> StepCost:
+    """The cost of this engine's steps: cached, or measured now.
+
+    Args:
+        runner: a model runner.
+        forwards_of: its forwards; those of a V1 runner without.
+    """
     config: VllmConfig = runner.vllm_config
     spec = config.speculative_config
     assert spec is not None
@@ -80,7 +87,7 @@ def measured_cost(runner: Any) -> StepCost:
     key = cost_key(runner, max_rows)
     cache = CostCache()
     cost = _of_first_rank(lambda: cache.load(key))
-    with _forwards(runner) as forwards:
+    with (forwards_of or _forwards)(runner) as forwards:
         if cost is not None and not _holds(cost, forwards, max_rows):
             logger.info("Forwards no longer cost what %s says.", cache.path(key))
             cost = None
@@ -135,7 +142,7 @@ def cost_key(runner: Any, max_rows: int) -> CostKey:
 
 
 @dataclass(frozen=True)
-class _Forwards:
+class Forwards:
     """Each runs a forward of so many rows, with what follows it in a step.
 
     `target_sizes` and `draft_sizes` are the rows that the models' CUDA graphs were captured for.
@@ -149,7 +156,7 @@ class _Forwards:
 
 
 @contextmanager
-def _forwards(runner: Any) -> Iterator[_Forwards]:
+def _forwards(runner: Any) -> Iterator[Forwards]:
     drafter = runner.drafter
 
     # A CPU has no graphs; on a GPU steps run in those that were captured, if any were.
@@ -189,7 +196,7 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
     dummy_run, drafter.dummy_run = drafter.dummy_run, lambda *args, **kwargs: None
     try:
         with torch.inference_mode():
-            yield _Forwards(
+            yield Forwards(
                 target,
                 draft,
                 catch_up,
@@ -201,7 +208,7 @@ def _forwards(runner: Any) -> Iterator[_Forwards]:
         ids.copy_(before)
 
 
-def _measure(forwards: _Forwards, max_rows: int) -> StepCost:
+def _measure(forwards: Forwards, max_rows: int) -> StepCost:
     """Time forwards of up to `max_rows` rows."""
     # Not two sizes next to each other at the end, whose slope would be chance.
     sizes = sorted({rows for rows in ROWS if 6 * rows < 5 * max_rows} | {max_rows})
@@ -222,7 +229,7 @@ def _measure(forwards: _Forwards, max_rows: int) -> StepCost:
     return StepCost(verify, draft_level, catch_up)
 
 
-def _holds(cost: StepCost, forwards: _Forwards, max_rows: int) -> bool:
+def _holds(cost: StepCost, forwards: Forwards, max_rows: int) -> bool:
     """Whether forwards of target and drafter still have the proportions of `cost`: the sizes of
     each to one another, and the two to one another."""
     sizes = sorted({min(rows, max_rows) for rows in CHECKED_ROWS})
@@ -275,6 +282,7 @@ def _engine(config: VllmConfig) -> str:
         f"{config.compute_hash()} {spec.draft_model_config.compute_hash()}, "
         f"compilation {compilation.mode}, graphs {compilation.cudagraph_mode} up to "
         f"{compilation.max_cudagraph_capture_size}"
+        f"{', Model Runner V2' if config.use_v2_model_runner else ''}"
     )
 
 

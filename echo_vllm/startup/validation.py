@@ -33,7 +33,7 @@ from echo_vllm.config import (
     show_name,
 )
 from echo_vllm.ops import attention_table, dispatch
-from echo_vllm.policies import make_policy, parse_section, policy_class
+from echo_vllm.policies import parse_section, policy_class
 from echo_vllm.policies.registry import field_names
 from echo_vllm.startup.head import (
     FIELD,
@@ -528,13 +528,7 @@ def _check_v2(vllm_config: VllmConfig) -> None:
     if not policy_class(name).runs_unseen():
         refuse(
             f"{runner} and policy {name}",
-            "unset the variable, or choose policy echo, or one with trees of a fixed size, such "
-            "as topn",
-        )
-    if make_policy(spec.echo, spec.num_speculative_tokens).needs_cost:
-        raise EchoConfigError(
-            f"{SECTION}.k_max must be set for policy {name} on {runner}, which does not measure "
-            "what forwards cost, got null; set it to the most draft nodes of a step."
+            "unset the variable, or choose another policy, such as auto",
         )
     if spec.echo.trace is not None:
         refuse(f"{runner} and {SECTION}.trace", "unset the variable, or remove trace")

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Where the time of an engine step goes, in three parts."""
+"""Where the time of an engine step goes, in three parts.
+
+`StepClock` tells it at the end of the step, `StepMarks` when the device has come so far.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 import torch
+
+LONGEST_GAP_S = 0.05
+"""A longer time between two steps is a lack of requests, not work of the scheduler."""
 
 
 class StepClock:
@@ -95,3 +102,43 @@ def clock_of(device: torch.device) -> StepClock:
     if device.type == "cpu":
         return StepClock()
     return DeviceClock(lambda: torch.cuda.Event(enable_timing=True))
+
+
+class HostMark:
+    """A moment of the host, asked as a `torch.cuda.Event` is."""
+
+    def record(self) -> None:
+        self.at = perf_counter()
+
+    def elapsed_time(self, later: HostMark) -> float:
+        """Milliseconds up to `later`."""
+        return 1000 * (later.at - self.at)
+
+
+class StepMarks:
+    """Moments of one step on the device's own clock, for which nobody waits.
+
+    Attributes:
+        begun, verified, drafted: when the step began, when target and drafter were up to date with
+            its tokens, and when the next drafts were there.
+    """
+
+    def __init__(self, make_mark: Callable[[], Any]) -> None:
+        self.begun, self.verified, self.drafted = (make_mark() for _ in range(3))
+
+    def seconds(self, before: StepMarks | None) -> tuple[float, float, float]:
+        """(up to `verified`, from there to `drafted`, between the step `before` and this one), once
+        the device has passed all of them; the last is 0 for a first step."""
+        gap = 0.0 if before is None else before.drafted.elapsed_time(self.begun)
+        verify, draft = (
+            start.elapsed_time(stop)
+            for start, stop in ((self.begun, self.verified), (self.verified, self.drafted))
+        )
+        return verify / 1000, draft / 1000, gap / 1000
+
+
+def marks_on(device: torch.device) -> Callable[[], StepMarks]:
+    """Makes the marks of a step on `device`."""
+    if device.type == "cpu":
+        return lambda: StepMarks(HostMark)
+    return lambda: StepMarks(lambda: torch.cuda.Event(enable_timing=True))

@@ -29,13 +29,11 @@ from echo_vllm.forecast.turnover import Turnover
 from echo_vllm.policies import Observation, draws_of, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.acceptance_watch import AcceptanceWatch
+from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.grammar import AllowedTree, allow
 from echo_vllm.step.stats import StepStats
 from echo_vllm.step.v1.slots import takes_trees
-
-LONGEST_GAP_S = 0.05
-"""A longer time between two steps is a lack of requests, not work of the scheduler."""
 
 
 def trimmed(sizes: Sequence[int], budget: int) -> list[int]:

@@ -75,6 +75,8 @@ class CandidatePool:
         compacts: whether requests that stop leave the frontier, for which the host must know which
             ones they are. On a GPU it would have to wait for that, so there they stay in it
             (`Expansion.going`), unless the policy has to ask the device anyway.
+        unseen: whether nobody may ask the device for anything of it: then nobody leaves but by the
+            plan, and the trees are `DraftPolicy.ranked`.
 
     All tensors but `active` are on the device of the drafter.
     """
@@ -88,6 +90,7 @@ class CandidatePool:
     roots: torch.Tensor | None = None
     parent_rows: torch.Tensor | None = None
     compacts: bool = True
+    unseen: bool = False
 
     @classmethod
     def empty(
@@ -102,6 +105,13 @@ class CandidatePool:
             active=torch.arange(num_requests),
             compacts=device.type == "cpu" if compacts is None else compacts,
         )
+
+    @classmethod
+    def empty_unseen(cls, num_requests: int, device: torch.device = CPU) -> CandidatePool:
+        """A pool without candidates that nobody asks."""
+        pool = cls.empty(num_requests, device, compacts=False)
+        pool.unseen = True
+        return pool
 
     @property
     def device(self) -> torch.device:

@@ -30,12 +30,16 @@ class RankedTrees:
         parents: [R, n] int32, a place in the same row, or ROOT.
         tiers: [R, n] int32, rising; FILLER_TIER behind the last node.
         scores: [R, n] float32, falling in each tier; 0 behind the last node.
+        depths: [R, n] int32, from 1; 0 behind the last node.
+        path_logprobs: [R, n] float32; NO_CANDIDATE behind the last node.
     """
 
     token_ids: torch.Tensor
     parents: torch.Tensor
     tiers: torch.Tensor
     scores: torch.Tensor
+    depths: torch.Tensor
+    path_logprobs: torch.Tensor
 
     @cached_property
     def sizes(self) -> torch.Tensor:
@@ -47,7 +51,14 @@ class RankedTrees:
         """Trees of one tier whose columns [R, n] are all nodes, in their order."""
         token_ids, parents = pool.tree_of(columns)
         tiers = torch.zeros_like(parents)
-        return cls(token_ids, parents, tiers, tiers.to(torch.float32))
+        return cls(
+            token_ids,
+            parents,
+            tiers,
+            tiers.to(torch.float32),
+            pool.depths().to(torch.int32)[columns],
+            pool.path_logprobs.gather(1, columns),
+        )
 
     @classmethod
     def best(
@@ -72,4 +83,6 @@ class RankedTrees:
             parents.masked_fill(~is_node, ROOT),
             tiers.gather(1, columns),
             scores.gather(1, columns).masked_fill(~is_node, 0.0),
+            pool.depths().to(torch.int32)[columns].masked_fill(~is_node, 0),
+            pool.path_logprobs.gather(1, columns).masked_fill(~is_node, NO_CANDIDATE),
         )

@@ -78,7 +78,7 @@ def test_target_and_drafter_are_held_against_each_other(
     """A machine may be slower as a whole, but a target in another format is another target."""
     # Each size CHECKS times for the target, and then for the drafter.
     machine = on(lambda rows, times: CURVE(rows) * (target if times < measure.CHECKS else draft))
-    forwards = measure._Forwards(machine.forward, machine.forward, machine.forward)
+    forwards = measure.Forwards(machine.forward, machine.forward, machine.forward)
     cost = StepCost(CURVE, CURVE, CURVE)
     assert measure._holds(cost, forwards, 512) == holds
 
@@ -135,7 +135,7 @@ def test_a_wrong_cost_in_the_cache_is_measured_again(
 
 def test_curves_pad_to_what_cuda_graphs_were_captured_for(on: Callable[..., Machine]) -> None:
     machine = on(lambda rows, times: CURVE(rows))
-    forwards = measure._Forwards(
+    forwards = measure.Forwards(
         machine.forward, machine.forward, machine.forward, target_sizes=[8, 16, 32]
     )
     cost = measure._measure(forwards, 64)

@@ -217,8 +217,20 @@ class Serving:
         self, batch: DraftBatch, sure: NDArray[np.float64]
     ) -> tuple[CandidatePool, NDArray[np.int64], DraftForest, list[int]]:
         """Candidates, accepted nodes of each request, the forest, and rows of each level."""
-        policy, random, k = self.policy, self._random, self.policy.num_ranks
         pool = CandidatePool.empty(batch.num_requests)
+        alive, levels = self._grow(pool, batch, sure)
+        forest = self.policy.select(pool, batch)
+        assert forest.columns is not None
+        owner = forest.request_of_node()
+        hits = alive[owner, forest.columns.long()].long()
+        accepted = torch.zeros(batch.num_requests, dtype=torch.int64).index_add_(0, owner, hits)
+        return pool, accepted.numpy(), forest, levels
+
+    def _grow(
+        self, pool: CandidatePool, batch: DraftBatch, sure: NDArray[np.float64]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Fill the pool; which of its columns the target would take, and rows of each level."""
+        policy, random, k = self.policy, self._random, self.policy.num_ranks
         alive = torch.zeros(batch.num_requests, 0, dtype=torch.bool)
         levels = []
         for _, expansion, active in policy.levels(pool, batch):
@@ -245,12 +257,7 @@ class Serving:
             level = torch.zeros(batch.num_requests, pool.num_columns - first, dtype=torch.bool)
             level[active] = chosen.flatten(1)
             alive = torch.cat([alive, level], dim=1)
-        forest = policy.select(pool, batch)
-        assert forest.columns is not None
-        owner = forest.request_of_node()
-        hits = alive[owner, forest.columns.long()].long()
-        accepted = torch.zeros(batch.num_requests, dtype=torch.int64).index_add_(0, owner, hits)
-        return pool, accepted.numpy(), forest, levels
+        return alive, levels
 
     def run(self, steps: int) -> Serving:
         for _ in range(steps):

@@ -33,11 +33,13 @@ def grow(
     batch: DraftBatch | None = None,
     *,
     compacts: bool = True,
+    pool: CandidatePool | None = None,
 ) -> CandidatePool:
     """Run the drafter's loop with the table in place of the network; as there, a request leaves at
     its own depth limit."""
     batch = DraftBatch.of(num_requests) if batch is None else batch
-    pool = CandidatePool.empty(num_requests, compacts=compacts)
+    if pool is None:
+        pool = CandidatePool.empty(num_requests, compacts=compacts)
     paths: list[list[tuple[int, ...]]] = [[] for _ in range(num_requests)]
     for _, expansion, active in policy.levels(pool, batch):
         tokens, logprobs = [], []

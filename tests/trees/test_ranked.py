@@ -51,7 +51,7 @@ def served(trees: RankedTrees, budget: int) -> list[int]:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_budget_that_comes_later_buys_the_same_nodes(name: str, seed: int) -> None:
     pool = grow(policy(name, 1000), REQUESTS, seed, compacts=False)
-    trees = policy(name, 1000).ranked(pool)
+    trees = policy(name, 1000).ranked(pool, DraftBatch.of(REQUESTS))
     for budget in range(3, int(trees.sizes.sum()) + 1, 5):
         at_once = policy(name, budget).select(pool, DraftBatch.of(REQUESTS))
         counts = served(trees, budget)
@@ -66,7 +66,7 @@ def test_a_budget_that_comes_later_buys_the_same_nodes(name: str, seed: int) -> 
 def test_what_fills_a_batch_up_comes_last(name: str) -> None:
     """Whatever number the host said, the rows are as many, and no node gives way to a filler."""
     pool = grow(policy(name, 1000), REQUESTS, 3, compacts=False)
-    trees = policy(name, 1000).ranked(pool)
+    trees = policy(name, 1000).ranked(pool, DraftBatch.of(REQUESTS))
     places, sizes = trees.parents.shape[1], trees.sizes.tolist()
     for budget in range(REQUESTS * places + 1):
         counts = served(trees, budget)

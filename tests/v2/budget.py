@@ -49,6 +49,8 @@ class Watch:
     _open: list[Decided] = field(default_factory=list)
 
     def decided(self, scheduler_output: Any, num_nodes: int) -> None:
+        if not scheduler_output.num_scheduled_tokens:
+            return  # Nothing runs.
         drafts = scheduler_output.scheduled_spec_decode_tokens
         others = [
             count - len(drafts.get(req_id, ()))
@@ -72,9 +74,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     found = Watch()
     reallocate = TreeBudget.reallocate_drafts
 
-    def told(scheduler_output: Any, plan: Any, num_nodes: int) -> None:
+    def told(scheduler_output: Any, plan: Any, num_nodes: int, probes: Any) -> None:
         found.decided(scheduler_output, num_nodes)
-        tell(scheduler_output, plan, num_nodes)
+        tell(scheduler_output, plan, num_nodes, probes)
 
     def reallocated(budget: TreeBudget, *args: Any, **kwargs: Any) -> Any:
         result = reallocate(budget, *args, **kwargs)
@@ -155,7 +157,7 @@ def test_a_budget_of_nothing_is_plain_decoding(
     """No placeholder, no level drafted."""
     from echo_vllm.step.v2.drafter import TreeSpeculator
 
-    monkeypatch.delattr(TreeSpeculator, "_grow_trees")
+    monkeypatch.delattr(TreeSpeculator, "_grow")
     with v2_engine(tiny, sharing(tiny, k_max=0), async_scheduling=is_async) as llm:
         assert generate(llm, PROMPTS, greedy(TOKENS)) == plain
     assert not any(step.placeholders for step in watch.steps)

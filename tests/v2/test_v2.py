@@ -42,4 +42,4 @@ def test_vllms_own_chain_on_v2() -> None:
 
 @pytest.mark.full
 def test_trees_on_v2() -> None:
-    run_pytest("tests/v2/trees.py", "tests/v2/budget.py")
+    run_pytest("tests/v2/trees.py", "tests/v2/budget.py", "tests/v2/learning.py")

@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_vllm import ops
+from echo_vllm.policies import policy_class
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine, free_blocks, generate, runner
 from tests.engine.test_exactness import POLICIES, greedy, tiny_prompts
@@ -245,11 +246,12 @@ class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["topn-16", "echo-16"])
+@pytest.mark.parametrize("name", ["topn-16", "echo-16", "auto-16"])
 def test_the_host_waits_for_nothing(
     tiny: TinyModel, plain: list[list[int]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In all that this package adds to a step of V2."""
+    from echo_vllm.forecast import CostCurve, StepCost
     from echo_vllm.step.v2 import runner as module
     from echo_vllm.step.v2.budget import TreeBudget
     from echo_vllm.step.v2.drafter import TreeSpeculator
@@ -271,23 +273,33 @@ def test_the_host_waits_for_nothing(
     watched(module, "scheduled_trees")
     watched(ops, "accept_path")
     watched(module.EchoRunnerV2Mixin, "commit")
-    watched(TreeSpeculator, "_grow_trees")
+    watched(TreeSpeculator, "_grow")
     watched(TreeSlots, "write")
     watched(TreeBudget, "reallocate_drafts")
-    with v2_engine(tiny, trees(tiny, name), async_scheduling=True) as llm:
+    spec = trees(tiny, name)
+    policy = policy_class(spec["echo"]["policy"])
+    for of_policy in ("ranked", "notes_of_verified", "notes_of_drafted"):
+        watched(policy, of_policy)
+    free = CostCurve((1.0,), (1e-6,))
+    monkeypatch.setattr(
+        "echo_vllm.step.v2.worker.measured_cost", lambda *_: StepCost(free, free, free)
+    )
+    if name == "auto-16":
+        spec["echo"]["online"] = False
+    with v2_engine(tiny, spec, async_scheduling=True) as llm:
         assert generate(llm, PROMPTS, greedy(TOKENS)) == plain
-    shares = {"reallocate_drafts"} if name == "echo-16" else set()
-    always = {"scheduled_trees", "accept_path", "commit", "_grow_trees", "write"}
-    assert set(calls) == always | shares
+    assert set(calls) == {
+        *("scheduled_trees", "accept_path", "commit", "_grow", "write"),
+        *("ranked", "notes_of_verified", "notes_of_drafted"),
+        *(() if name == "topn-16" else ("reallocate_drafts",)),
+    }
 
 
 def refused() -> Iterator[tuple[dict[str, Any], str]]:
     on_v2 = r"VLLM_USE_V2_MODEL_RUNNER=1\)"
-    yield {"policy": "auto"}, f"{on_v2} and policy auto; unset"
-    yield {"policy": "evict"}, f"{on_v2} and policy evict; unset"
+    yield {"policy": "graft"}, f"{on_v2} and policy graft; unset"
     yield {"policy": "topn", "candidates": "drawn"}, f"{on_v2} and candidates drawn; unset"
     yield {"policy": "topn", "trace": "trace.jsonl"}, f"{on_v2} and .*echo.trace; unset"
-    yield {"policy": "echo"}, f"echo.k_max must be set for policy echo on .*{on_v2}"
 
 
 @pytest.mark.parametrize(("section", "sentence"), refused())

@@ -12,6 +12,7 @@ nodes has rows that fill it up, which are served last.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 from unittest.mock import patch
 
@@ -32,16 +33,24 @@ Ints = NDArray[np.int32]
 UNLIMITED = 1 << 30
 
 
-def tell(scheduler_output: SchedulerOutput, plan: DraftPlan, num_nodes: int) -> None:
+def tell(
+    scheduler_output: SchedulerOutput, plan: DraftPlan, num_nodes: int, probes: Collection[str]
+) -> None:
     """Attach what the scheduler decided for the batch: the plan of the drafting at the end of the
-    step, and the nodes that all its trees have."""
+    step and the requests that are its probes, and the nodes that all trees of the batch have."""
     scheduler_output.echo_plan = plan
     scheduler_output.echo_nodes = num_nodes
+    scheduler_output.echo_probes = probes
 
 
 def plan_of(scheduler_output: SchedulerOutput) -> DraftPlan:
     """The plan of a batch; vLLM's warm-up makes batches without one."""
     return getattr(scheduler_output, "echo_plan", DraftPlan())
+
+
+def probes_of(scheduler_output: SchedulerOutput) -> Collection[str]:
+    """The requests of a batch that are probes of the plan."""
+    return getattr(scheduler_output, "echo_probes", ())
 
 
 def num_nodes_of(scheduler_output: SchedulerOutput) -> int:

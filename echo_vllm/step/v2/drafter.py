@@ -6,14 +6,17 @@ vLLM's own first forward brings the drafter's paged cache up to date with what w
 many rows as the target had: the accepted rows of a tree are moved to the front of its request's
 rows first, so that what follows them is rejected, as in a chain. Every level is one forward over
 the same number of frontier nodes for every request; its keys and values go to a scratch buffer.
-The trees stay in their requests' slots.
+The trees stay in their requests' slots. For which requests a level runs is in the plan, so the host
+knows it without asking: all of the batch, or its probes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
@@ -23,10 +26,58 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
+from echo_vllm.step.clock import StepMarks
 from echo_vllm.step.frontier import Frontier, LevelRows
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
+from echo_vllm.transfer import upload
 from echo_vllm.trees.pool import CandidatePool
-from echo_vllm.trees.ranked import RankedTrees
+
+
+@dataclass
+class Drafting:
+    """What a step drafted.
+
+    Attributes:
+        req_ids: of the R requests that it drafted for.
+        sizes: [R] int32, nodes of their trees, on the device.
+        notes: for the policy of the scheduler's process.
+        level_rows: of each level that was a forward.
+    """
+
+    req_ids: list[str]
+    sizes: torch.Tensor
+    notes: tuple[torch.Tensor, ...]
+    level_rows: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Roots:
+    """What the trees of R requests grow from.
+
+    Attributes:
+        output: [R, hidden], what the drafter's head reads for the first level.
+        features: [R, hidden], what the children of the root take as hidden state.
+        context_lens: [R] int32, tokens in the drafter's paged cache.
+        are_read: [R] bool, whether a request's prompt was read to its end; the others have no
+            candidates and take nothing of what a policy shares out.
+        block_tables: [R, max blocks] int32, of each cache group.
+    """
+
+    output: torch.Tensor
+    features: torch.Tensor
+    context_lens: torch.Tensor
+    are_read: torch.Tensor
+    block_tables: Sequence[torch.Tensor]
+
+    def of(self, places: torch.Tensor) -> Roots:
+        """Of the requests at `places` [r] int64, on the device."""
+        return Roots(
+            self.output[places],
+            self.features[places],
+            self.context_lens[places],
+            self.are_read[places],
+            [table[places] for table in self.block_tables],
+        )
 
 
 class TreeSpeculator(EagleSpeculator):
@@ -50,10 +101,13 @@ class TreeSpeculator(EagleSpeculator):
         self.verified: ScheduledTrees | None = None
         """Set by the runner: what the step that drafts has just verified."""
         self.plan = DraftPlan()
-        """Set by the runner, of the step that drafts."""
+        self.probes: Collection[str] = ()
+        """Set by the runner, of the step that drafts: what was decided, and who its probes are."""
+        self.marks: StepMarks | None = None
+        """Set by the runner, of the same step."""
         self.draft_token_confidence_probs: torch.Tensor | None = None
         """vLLM's runner hands it to `TreeBudget`, which has the scores in the slots."""
-        self.drafted: RankedTrees | None = None
+        self.drafting: Drafting | None = None
         """Of the step that has just drafted; the runner takes it."""
         self._output: torch.Tensor | None = None
 
@@ -124,21 +178,35 @@ class TreeSpeculator(EagleSpeculator):
             num_speculative_tokens=1,
             **kwargs,
         )
+        if self.marks is not None and not dummy_run:
+            self.marks.verified.record()
         if not wants_trees:
             return drafts
         assert self._output is not None
         num_reqs = input_batch.num_reqs
-        ranked = self._grow_trees(
-            output=self._output,
-            features=self.hidden_states[:num_reqs].clone(),
-            context_lens=input_batch.seq_lens[:num_reqs] - num_rejected,
-            are_read=num_sampled > 0,
+        roots = Roots(
+            self._output,
+            self.hidden_states[:num_reqs].clone(),
+            input_batch.seq_lens[:num_reqs] - num_rejected,
+            num_sampled > 0,
+            [table[:num_reqs] for table in self.block_tables.input_block_tables],
         )
-        self.slots.write(input_batch.idx_mapping, ranked)
-        num_places = ranked.token_ids.shape[1]
-        drafts[:, :num_places] = ranked.token_ids
-        drafts[:, num_places:] = 0  # vLLM marks what it does not use with -1, which is no token.
-        self.drafted = ranked
+        req_ids, slots = input_batch.req_ids, input_batch.idx_mapping
+        probes = np.array([i for i, name in enumerate(req_ids) if name in self.probes], np.int64)
+        drafts.zero_()  # vLLM marks what it does not use with -1, which is no token.
+        if self.plan.max_depth == 0:  # Nobody else drafts.
+            places = upload(torch.from_numpy(probes), self.device)
+            req_ids, slots, roots = [req_ids[i] for i in probes], slots[places], roots.of(places)
+            probes = np.arange(len(probes))
+        else:
+            places = torch.arange(num_reqs, device=self.device)
+        batch = DraftBatch(len(req_ids), num_reqs, self.plan, torch.from_numpy(probes))
+        pool, level_rows = self._grow(roots, batch)
+        trees = self.policy.ranked(pool, batch)
+        self.slots.write(slots, trees)
+        drafts[places, : trees.token_ids.shape[1]] = trees.token_ids
+        notes = self.policy.notes_of_drafted(pool, trees, batch.probes)
+        self.drafting = Drafting(req_ids, trees.sizes, notes, level_rows)
         return drafts
 
     @staticmethod
@@ -159,41 +227,29 @@ class TreeSpeculator(EagleSpeculator):
         source = first + torch.where(is_path, accepted, 0)
         return order.scatter_(0, target.flatten(), source.flatten())
 
-    def _grow_trees(
-        self,
-        *,
-        output: torch.Tensor,
-        features: torch.Tensor,
-        context_lens: torch.Tensor,
-        are_read: torch.Tensor,
-    ) -> RankedTrees:
-        """Grow the trees of R requests.
-
-        Args:
-            output: [R, hidden], what the drafter's head reads for the first level.
-            features: [R, hidden], what the children of the root take as hidden state.
-            context_lens: [R] int32, tokens in the drafter's paged cache.
-            are_read: [R] bool, whether a request's prompt was read to its end; the others have no
-                candidates and take nothing of what a policy shares out.
-        """
-        policy, frontier = self.policy, Frontier(features, self.policy)
-        pool = CandidatePool.empty(len(output), output.device, compacts=False)
-        batch = DraftBatch(len(output), len(output), self.plan)
+    def _grow(self, roots: Roots, batch: DraftBatch) -> tuple[CandidatePool, list[int]]:
+        """The candidates of a batch, and the rows of each level that was a forward."""
+        policy, frontier, output = self.policy, Frontier(roots.features, self.policy), roots.output
+        pool = CandidatePool.empty_unseen(len(output), output.device)
+        level_rows: list[int] = []
         for depth, expansion, requests in policy.levels(pool, batch):
+            frontier.keep(requests)
             if expansion.frontier is None:
-                expansion = replace(expansion, going=are_read)
+                expansion = replace(expansion, going=roots.are_read)
             else:
                 output = self._expand_level(
                     frontier,
                     frontier.advance(pool.rows_above(expansion.frontier)),
-                    pool.token_ids.gather(1, expansion.frontier),
+                    pool.rows_of(requests, pool.token_ids).gather(1, expansion.frontier),
                     depth,
-                    context_lens,
+                    pool.rows_of(requests, roots.context_lens),
+                    [pool.rows_of(requests, table) for table in roots.block_tables],
                 )
-            tokens, logprobs = self._top_tokens(output, policy.num_ranks)
+                level_rows.append(len(output))
+            tokens, logprobs = self.top_tokens(output, policy.num_ranks)
             shape = (len(requests), frontier.width, policy.num_ranks)
             pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
-        return policy.ranked(pool)
+        return pool, level_rows
 
     def _expand_level(
         self,
@@ -202,37 +258,47 @@ class TreeSpeculator(EagleSpeculator):
         token_ids: torch.Tensor,
         depth: int,
         context_lens: torch.Tensor,
+        block_tables: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """One drafter forward over a level of `token_ids` [R, W]; see `_grow_trees`."""
-        num_reqs, width = token_ids.shape
+        """One drafter forward over a level of `token_ids` [A, W]; of its requests, see `Roots`."""
+        width = token_ids.shape[1]
         positions = context_lens.to(torch.int64) - 1 + (depth - 1)
         positions = positions.clamp(max=self.max_model_len - 1).repeat_interleave(width)
         metadata: dict[str, Any] = {}
-        for gid, groups in enumerate(self.attn_groups):
+        for groups, block_table in zip(self.attn_groups, block_tables, strict=True):
             tree = level.attention(
-                block_table=self.block_tables.input_block_tables[gid][:num_reqs],
-                context_lens=context_lens,
-                positions=positions,
+                block_table=block_table, context_lens=context_lens, positions=positions
             )
             for group in groups:
                 of_group = TreeAttentionMetadata(tree=tree, rest=None)
                 metadata |= dict.fromkeys(group.layer_names, of_group)
-        with set_forward_context(
-            metadata,
-            self.vllm_config,
-            num_tokens=num_reqs * width,
-            slot_mapping={},  # Nothing goes to the paged cache.
-        ):
-            output, features = self.model(
-                input_ids=token_ids.flatten().to(torch.int32),
-                positions=positions,
-                hidden_states=level.hidden.flatten(0, 1),
-                inputs_embeds=None,
-            )
+        output, features = self.run_level(
+            token_ids.flatten(), positions, level.hidden.flatten(0, 1), metadata
+        )
         frontier.ran(features)
         return output
 
-    def _top_tokens(self, output: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_level(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        metadata: dict[str, Any] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the drafter on n rows, [n], [n] and [n, hidden]; returns (what the head reads, what
+        the next level reads), both [n, hidden]. Nothing goes to the paged cache."""
+        with set_forward_context(
+            metadata, self.vllm_config, num_tokens=len(token_ids), slot_mapping={}
+        ):
+            output, features = self.model(
+                input_ids=token_ids.to(torch.int32),
+                positions=positions,
+                hidden_states=hidden_states,
+                inputs_embeds=None,
+            )
+        return output, features
+
+    def top_tokens(self, output: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best tokens after each row, in the target's vocabulary, and their
         log-probabilities, both [rows, k]."""
         model = self.model

@@ -1,55 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""How the sizes of drafted trees come to the scheduler without anybody waiting for them.
+"""How what a step leaves to learn comes to the scheduler without anybody waiting for it.
 
-A drafting ends after its step's tokens are on their way to the host, so its sizes go with the
-tokens of the step behind it. They are copied on the stream that copies tokens: where the tokens
-have arrived, the sizes have.
+A drafting ends after its step's tokens are on their way to the host, so what is to be known of the
+step goes with the tokens of the step behind it: the sizes of its trees, what the policy noted of
+verification and drafting, and its times. They are copied on the stream that copies tokens: where
+the later tokens have arrived, they have, and the device has passed the step's marks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np, stream
 
+from echo_vllm.forecast import StepCost
+from echo_vllm.policies import DraftPolicy, Observation
+from echo_vllm.step.clock import StepMarks
+from echo_vllm.step.v2.drafter import Drafting
 
-class TreeSizes:
-    """Nodes of the trees of one drafting, on their way to the host.
+
+@dataclass
+class Heard:
+    """What the scheduler's process learns of one step, with the output of the next.
+
+    Attributes:
+        sizes: request -> nodes that were drafted for it, for those that have any.
+        step: for the policy.
+        cost: what start-up measured, with the first step.
+    """
+
+    sizes: dict[str, int]
+    step: Observation
+    cost: StepCost | None = None
+
+
+class StepNotes:
+    """What a step leaves to learn, on its way to the host.
 
     Args:
-        req_ids: of its R requests.
-        sizes: [R] int32, on the device.
+        policy: the worker's.
+        step: what the host knows of it.
+        verified: the policy's notes of the verification, on the device.
+        drafting: at the end of the step, if there was one.
+        marks, before: of this step and of the one before it.
         main_stream, copy_stream: the step's, and the one that copies its tokens.
     """
 
     def __init__(
-        self, req_ids: list[str], sizes: torch.Tensor, main_stream: Any, copy_stream: Any
+        self,
+        policy: DraftPolicy,
+        step: Observation,
+        *,
+        verified: Sequence[torch.Tensor],
+        drafting: Drafting | None,
+        marks: StepMarks,
+        before: StepMarks | None,
+        main_stream: Any,
+        copy_stream: Any,
     ) -> None:
-        self._req_ids = req_ids
-        self._there = sizes  # Kept, because the copy reads it on another stream.
+        self._policy, self._step = policy, step
+        self._marks, self._before = marks, before
+        self._req_ids = [] if drafting is None else drafting.req_ids
+        drafted = () if drafting is None else (drafting.sizes, *drafting.notes)
+        self._num_verified = len(verified)
+        self._there = (*verified, *drafted)  # Kept, as the copies read them on another stream.
+        self.cost: StepCost | None = None
         with stream(copy_stream, main_stream):
             copy_stream.wait_stream(main_stream)
-            self._sizes = async_copy_to_np(sizes)
+            self._here = [async_copy_to_np(notes) for notes in self._there]
 
-    def arrived(self) -> dict[str, int]:
-        """Request -> nodes, for those that have any."""
-        sizes = zip(self._req_ids, self._sizes.tolist(), strict=True)
-        return {req_id: size for req_id, size in sizes if size}
+    def arrived(self) -> Heard:
+        """Once the tokens of a later step are here."""
+        verify_s, draft_s, other_s = self._marks.seconds(self._before)
+        verified = self._here[: self._num_verified]
+        sizes, *drafted = self._here[self._num_verified :] or [[]]
+        step = replace(
+            self._step,
+            verify_s=verify_s,
+            draft_s=draft_s,
+            other_s=None if self._before is None else other_s,
+            report=self._policy.report_of_notes(verified, drafted),
+        )
+        by_request = zip(self._req_ids, (int(size) for size in sizes), strict=True)
+        return Heard({req_id: size for req_id, size in by_request if size}, step, self.cost)
 
 
-class OutputWithSizes(AsyncModelRunnerOutput):
-    """A step's output that brings along, as `echo_sizes`, what was drafted before the step."""
+class OutputWithNotes(AsyncModelRunnerOutput):
+    """A step's output that brings along, as `echo_heard`, what the step before it left."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, sizes: TreeSizes) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, notes: StepNotes) -> None:
         self._output = output
-        self._sizes = sizes
+        self._notes = notes
 
     def get_output(self) -> Any:
         result: Any = self._output.get_output()
-        result.echo_sizes = self._sizes.arrived()
+        result.echo_heard = self._notes.arrived()
         return result
 
     def get_kv_connector_output(self) -> Any:
@@ -57,6 +107,6 @@ class OutputWithSizes(AsyncModelRunnerOutput):
         return self._output.get_kv_connector_output()
 
 
-def sizes_of(model_runner_output: Any) -> dict[str, int] | None:
-    """Request -> nodes that were drafted for it, as far as this output knows; None for nothing."""
-    return getattr(model_runner_output, "echo_sizes", None)
+def heard_with(model_runner_output: Any) -> Heard | None:
+    """What came with an output; None for nothing."""
+    return getattr(model_runner_output, "echo_heard", None)

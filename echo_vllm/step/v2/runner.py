@@ -22,10 +22,13 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from echo_vllm import ops
+from echo_vllm.forecast import StepCost
+from echo_vllm.policies import Observation
+from echo_vllm.step.clock import StepMarks, marks_on
 from echo_vllm.step.commit import commit_paths
-from echo_vllm.step.v2.budget import TreeBudget, num_nodes_of, plan_of
+from echo_vllm.step.v2.budget import TreeBudget, num_nodes_of, plan_of, probes_of
 from echo_vllm.step.v2.drafter import TreeSpeculator
-from echo_vllm.step.v2.outputs import OutputWithSizes, TreeSizes
+from echo_vllm.step.v2.outputs import OutputWithNotes, StepNotes
 from echo_vllm.step.v2.state import (
     ScheduledTrees,
     TreeSlots,
@@ -77,6 +80,9 @@ class TreeVerifier:
             self.runner.req_states.prefill_len.gpu,
         )
         trees.accepted_rows = accepted
+        trees.notes = self.runner.policy.notes_of_verified(
+            trees.path_logprobs, trees.depths, num_accepted
+        )
         self.runner.commit(input_batch, trees)
         output.sampled_token_ids = sampled[rows.to(torch.int64)]
         output.num_sampled, output.num_rejected = num_sampled, num_rejected
@@ -94,8 +100,14 @@ class EchoRunnerV2Mixin(_Runner):
         self.tree_buffers = VerificationBuffers(max_reqs, max_rows, self.policy.max_nodes, device)
         self.trees: ScheduledTrees | None = None
         """Of the batch between its scheduling and its drafting."""
-        self._sizes: TreeSizes | None = None
-        """Of the last drafting, if the policy shares a budget out."""
+        self.cost: StepCost | None = None
+        """Measured at start-up; reported once to the scheduler, which keeps it true."""
+        self._make_marks = marks_on(device)
+        self._marks: StepMarks | None = None
+        """Of this step, or of the last one."""
+        self._marks_before: StepMarks | None = None
+        self._notes: StepNotes | None = None
+        """Of the last step, if the policy shares a budget out."""
 
         def init_speculator(config: VllmConfig, device: torch.device, _: Any) -> TreeSpeculator:
             return TreeSpeculator(config, device, self.policy, self.tree_slots)
@@ -119,8 +131,12 @@ class EchoRunnerV2Mixin(_Runner):
 
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
         if not dummy_run:
+            self._marks_before, self._marks = self._marks, self._make_marks()
+            self._marks.begun.record()
             assert self.speculator is not None
             self.speculator.plan = plan_of(scheduler_output)
+            self.speculator.probes = probes_of(scheduler_output)
+            self.speculator.marks = self._marks
             if isinstance(self.adaptive_verification, TreeBudget):
                 self.adaptive_verification.num_nodes = num_nodes_of(scheduler_output)
         return super().gather_batch_req_state(scheduler_output, dummy_run)
@@ -159,7 +175,7 @@ class EchoRunnerV2Mixin(_Runner):
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         assert self.speculator is not None
-        self.speculator.verified = self.trees
+        self.speculator.verified = trees = self.trees
         state = self.execute_model_state
         try:
             output = super().sample_tokens(*args, **kwargs)
@@ -168,22 +184,37 @@ class EchoRunnerV2Mixin(_Runner):
                 self._announce(None)
             self.trees = None
         if self.policy.has_order and state is not None:
-            output = self._with_sizes(output, state.input_batch)
+            output = self._with_notes(output, state.input_batch, trees)
         return output
 
-    def _with_sizes(self, output: Any, input_batch: InputBatch) -> Any:
-        """`output`, and with it the sizes of the trees of the drafting before this step's."""
+    def _with_notes(
+        self, output: Any, input_batch: InputBatch, trees: ScheduledTrees | None
+    ) -> Any:
+        """`output`, and with it what the step before this one left to learn."""
         assert self.speculator is not None
-        before, self._sizes = self._sizes, None
-        if self.speculator.drafted is not None:
-            self._sizes = TreeSizes(
-                input_batch.req_ids,
-                self.speculator.drafted.sizes,
-                self.main_stream,
-                self.output_copy_stream,
-            )
-            self.speculator.drafted = None
-        return output if before is None else OutputWithSizes(output, before)
+        assert self._marks is not None
+        self._marks.drafted.record()
+        drafting, self.speculator.drafting = self.speculator.drafting, None
+        before, self._notes = (
+            self._notes,
+            StepNotes(
+                self.policy,
+                Observation(
+                    rows=input_batch.num_tokens,
+                    num_nodes=input_batch.num_draft_tokens,
+                    committed=0 if drafting is None else len(drafting.req_ids),
+                    level_rows=() if drafting is None else drafting.level_rows,
+                ),
+                verified=() if trees is None else trees.notes,
+                drafting=drafting,
+                marks=self._marks,
+                before=self._marks_before,
+                main_stream=self.main_stream,
+                copy_stream=self.output_copy_stream,
+            ),
+        )
+        self._notes.cost, self.cost = self.cost, None
+        return output if before is None else OutputWithNotes(output, before)
 
     def commit(self, input_batch: InputBatch, trees: ScheduledTrees) -> None:
         """Move the accepted paths' keys and values to where a chain would have left them."""

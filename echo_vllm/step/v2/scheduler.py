@@ -6,11 +6,14 @@ They hand out rows, never tokens: a draft is a list of placeholders, which the w
 request's slot. How many nodes all trees of a batch have is decided here as well, from the batch
 itself; who gets them is decided on the device (`budget.py`), within each one's placeholders.
 Asynchronously, what is decided here is one or two steps older than what it meets.
+
+The policy of this process learns from finished steps what their outputs bring (`outputs.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,10 +21,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from echo_vllm.forecast.plan import Load
+from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.policies import Observation
+from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.scheduler import trimmed
 from echo_vllm.step.v2.budget import num_nodes_of, tell
-from echo_vllm.step.v2.outputs import sizes_of
+from echo_vllm.step.v2.outputs import Heard, heard_with
 from echo_vllm.step.v2.state import policy_of
 
 if TYPE_CHECKING:
@@ -43,6 +48,9 @@ class UnseenTreesMixin(_Scheduler):
         """Of the batch whose output is processed."""
         self._sizes: dict[str, int] = {}
         """Request -> nodes of the last tree of it that is known here."""
+        self._plan = DraftPlan()
+        self._probes: list[str] = []
+        """Of the drafting at the end of the step scheduled last, and who its probes are."""
 
     # ---- Before the step ----
 
@@ -69,11 +77,12 @@ class UnseenTreesMixin(_Scheduler):
         budget = room - min(prompts, room // 2)
         able = sum(bool(request.spec_token_ids) for request in self.running)
         load = Load(decoding, min(prompts, room), num_drafting=(able,))
-        limit = self._policy.batch_limit(load)
-        if prompts and limit is not None:
-            budget = min(budget, limit)
         of_one = self._policy.request_limit(load)
         sizes = [min(of_one, len(request.spec_token_ids)) for request in self.running]
+        if prompts:
+            of_requests = zip((request.request_id for request in self.running), sizes, strict=True)
+            most = {req_id: size for req_id, size in of_requests if size}
+            budget = min(budget, self._num_nodes_of(load, most))
         for request, kept in zip(self.running, trimmed(sizes, budget), strict=True):
             if kept < len(request.spec_token_ids):
                 request.spec_token_ids = request.spec_token_ids[:kept]
@@ -92,31 +101,42 @@ class UnseenTreesMixin(_Scheduler):
         ]
         # One row alone may also be the end of a prompt; for what there is room for it is the same.
         decoding = others.count(1)
-        limit = self._policy.batch_limit(Load(decoding, sum(others) - decoding))
-        # As many as the trees have, for all that is known: more would be rows for nothing.
-        num_nodes = sum(
-            min(len(tokens), self._sizes.get(req_id, len(tokens)))
-            for req_id, tokens in drafts.items()
-        )
-        num_nodes = num_nodes if limit is None else min(num_nodes, limit)
-        plan = self._policy.plan(self._next_load(scheduler_output))
-        if plan.max_depth == 0:
+        load = Load(decoding, sum(others) - decoding)
+        most = {req_id: len(tokens) for req_id, tokens in drafts.items()}
+        num_nodes = self._num_nodes_of(load, most)
+        load, able = self._next_load(scheduler_output)
+        self._plan = plan = self._policy.plan(load)
+        here = [name for name in able if name in scheduler_output.num_scheduled_tokens]
+        self._probes = [here[i] for i in plan.probed(len(here))]
+        if plan.max_depth == 0 and not self._probes:
             scheduler_output.num_spec_tokens_to_schedule = 0
-        tell(scheduler_output, plan, num_nodes)
+        tell(scheduler_output, plan, num_nodes, self._probes)
         super()._update_after_schedule(scheduler_output)
 
-    def _next_load(self, scheduler_output: SchedulerOutput) -> Load:
-        """What the step after a batch has to do, as if all that the batch drafts were accepted."""
-        prompts = decoding = able = 0
+    def _num_nodes_of(self, load: Load, most: dict[str, int]) -> int:
+        """Nodes of a batch of `load` whose requests may have `most` nodes each: no more than their
+        trees have, for all that is known, which would be rows for nothing."""
+        sizes = [min(n, self._sizes.get(req_id, n)) for req_id, n in most.items()]
+        num_probes = len(most.keys() & self._probes)
+        return self._policy.num_nodes_of(load, sizes, self._plan, num_probes)
+
+    def _next_load(self, scheduler_output: SchedulerOutput) -> tuple[Load, list[str]]:
+        """What the step after a batch has to do, as if all that the batch drafts were accepted, and
+        which requests may have a tree in it."""
+        prompts = decoding = reading = 0
+        able = []
         for request in self.running:
             count = scheduler_output.num_scheduled_tokens.get(request.request_id, 0)
             left = self._left_to_read(request) - count
             if left > 0:
                 prompts += left
+                reading += 1
             else:
                 decoding += 1
-                able += self._can_have_tree(request)
-        return Load(decoding, prompts, num_drafting=(able,))
+                if self._can_have_tree(request):
+                    able.append(request.request_id)
+        load = Load(decoding, prompts, num_reading=reading, num_drafting=(len(able),))
+        return load, able
 
     def _can_have_tree(self, request: Request) -> bool:
         """Whether rows that stand for different futures of a request can be sampled at once."""
@@ -136,9 +156,13 @@ class UnseenTreesMixin(_Scheduler):
         return not depends_on_path and left > 1
 
     def _drop_drafts(self, req_ids: Iterable[str]) -> None:
+        """Take placeholders from those that the step scheduled last drafts no tree for."""
+        rests = self._plan.max_depth == 0
         for req_id in req_ids:
             request = self.requests.get(req_id)
-            if request is not None and request.spec_token_ids and not self._can_have_tree(request):
+            if request is None or not request.spec_token_ids:
+                continue
+            if (rests and req_id not in self._probes) or not self._can_have_tree(request):
                 request.spec_token_ids = []
 
     # ---- After the step ----
@@ -147,8 +171,20 @@ class UnseenTreesMixin(_Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
         self._num_nodes = num_nodes_of(scheduler_output)
-        self._sizes = sizes_of(model_runner_output) or {}
+        heard = heard_with(model_runner_output)
+        self._sizes = {} if heard is None else heard.sizes
+        if heard is not None:
+            self._learn(heard)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _learn(self, heard: Heard) -> None:
+        step = heard.step
+        if heard.cost is not None:  # The first step, which is like no other.
+            self._policy.set_cost(heard.cost)
+            step = Observation(report=step.report)
+        elif step.other_s is not None and step.other_s > LONGEST_GAP_S:
+            step = replace(step, other_s=None)
+        self._policy.observe(step)
 
     def make_stats(self, spec_decoding_stats: Any = None, *args: Any, **kwargs: Any) -> Any:
         """vLLM's statistics, with the nodes that were verified in place of the placeholders."""

@@ -19,6 +19,7 @@ from echo_vllm.policies import DraftPolicy, make_policy
 from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
 from echo_vllm.trees.forest import ROOT
+from echo_vllm.trees.pool import NO_CANDIDATE
 from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class TreeSlots:
         parents: [max_reqs, N] int32, index of each node's parent in the same row, ROOT for the
             root; a parent stands before its children, so every prefix of a row is a tree.
         tiers, scores: [max_reqs, N] int32 and float32, by which nodes are served.
+        depths, path_logprobs: [max_reqs, N] int32 and float32, of each node; see `RankedTrees`.
         sizes: [max_reqs] int32, nodes of each tree; what follows them may fill a batch up.
     """
 
@@ -52,6 +54,8 @@ class TreeSlots:
         self.parents = torch.full(shape, ROOT, dtype=torch.int32, device=device)
         self.tiers = torch.full(shape, FILLER_TIER, dtype=torch.int32, device=device)
         self.scores = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.depths = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.path_logprobs = torch.full(shape, NO_CANDIDATE, device=device)
         self.sizes = torch.zeros(max_reqs, dtype=torch.int32, device=device)
 
     def write(self, slots: torch.Tensor, trees: RankedTrees) -> None:
@@ -61,6 +65,8 @@ class TreeSlots:
             (self.parents, trees.parents, ROOT),
             (self.tiers, trees.tiers, FILLER_TIER),
             (self.scores, trees.scores, 0),
+            (self.depths, trees.depths, 0),
+            (self.path_logprobs, trees.path_logprobs, NO_CANDIDATE),
         ):
             held[slots, :n] = new
             held[slots, n:] = behind
@@ -89,20 +95,24 @@ class ScheduledTrees:
     Attributes:
         num_trees: T, the requests with drafts; where they share a budget some may have no node.
         token_ids: [K] int64, of all nodes; NO_TOKEN in rows that only fill the batch up.
-        parents: [K] int32.
+        parents, depths, path_logprobs: [K] int32, int32 and float32.
         cu_nodes: [R + 1] int32, over all requests of the batch.
         rows: how attention sees them; None where all of them are chains, which are causal.
         causal_positions: [rows], the positions that the trees' rows have by their order.
         accepted_rows: [R, D + 1] int32, as of `ops.accept_path`; set when the batch was verified.
+        notes: of the verification, for the policy of the scheduler's process.
     """
 
     num_trees: int
     token_ids: torch.Tensor
     parents: torch.Tensor
+    depths: torch.Tensor
+    path_logprobs: torch.Tensor
     cu_nodes: torch.Tensor
     rows: VerificationRows | None = None
     causal_positions: torch.Tensor | None = None
     accepted_rows: torch.Tensor | None = None
+    notes: tuple[torch.Tensor, ...] = ()
 
 
 def scheduled_trees(
@@ -138,6 +148,8 @@ def scheduled_trees(
         num_trees=num_trees,
         token_ids=draft_tokens[slot, place].masked_fill(place >= slots.sizes[slot], NO_TOKEN),
         parents=slots.parents[slot, place],
+        depths=slots.depths[slot, place],
+        path_logprobs=slots.path_logprobs[slot, place],
         cu_nodes=cu_nodes,
     )
     if not are_chains:

@@ -14,8 +14,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from echo_vllm.startup.measure import measured_cost
 from echo_vllm.step.attention.cpu import EchoCPUAttentionBackend
 from echo_vllm.step.v1.worker import EchoWorkerMixin
+from echo_vllm.step.v2.costs import forwards_of
 from echo_vllm.step.v2.runner import EchoRunnerV2Mixin
 
 
@@ -28,10 +30,14 @@ class EchoCPUModelRunnerV2(EchoRunnerV2Mixin, cpu_model_runner.CPUModelRunner):
 
 
 class EchoWorkerV2Mixin(EchoWorkerMixin):
-    """Trees of a fixed size need to know of no cost, so nothing is measured."""
+    """What steps cost is measured with V2's own forwards."""
 
     def compile_or_warm_up_model(self) -> Any:
-        return super(EchoWorkerMixin, self).compile_or_warm_up_model()
+        times = super(EchoWorkerMixin, self).compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        if runner.policy.needs_cost:
+            runner.cost = measured_cost(runner, forwards_of)
+        return times
 
 
 class EchoCPUWorkerV2(EchoWorkerV2Mixin, CPUWorker):
