@@ -44,6 +44,9 @@ from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion, best_first
 from echo_vllm.trees.ranked import RankedTrees
 
+NO_FIRST = 0.0, 0.0
+"""`first_of` no request."""
+
 Sample = tuple[list[float], list[int], list[int]]
 """Path log-probabilities, depths and least widths of a draft's best candidates."""
 
@@ -187,13 +190,12 @@ class AutoPolicy(CostAwarePolicy):
         """Per depth how many nodes were accepted and how many the calibration predicts of those
         verified; of a drafting what the forecast remembers (`samples`), and how its requests
         begin (`first`: how many, and the sum of the probabilities of their best first nodes)."""
-        found = {**_counted_in(self.survival, verified, num_accepted)}
-        found |= {"samples": [], "first": (0, 0.0)}
-        if pool is not None:
-            (best,) = download(pool.path_logprobs[:, pool.level(1)].amax(1))
-            found["first"] = first_of(self.survival, best)
-            found["samples"] = self.samples(pool, probes)
-        return found
+        counts = _counted_in(self.survival, verified, num_accepted)
+        if pool is None:
+            return {**counts, "samples": [], "first": NO_FIRST}
+        (best,) = download(pool.best_of_level(1))
+        first = tuple(first_of(self.survival, best).tolist())
+        return {**counts, "samples": self.samples(pool, probes), "first": first}
 
     def notes_of_verified(
         self, path_logprobs: torch.Tensor, depths: torch.Tensor, num_accepted: torch.Tensor
@@ -204,11 +206,8 @@ class AutoPolicy(CostAwarePolicy):
     def notes_of_drafted(
         self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        best = pool.best_of_level(1)
-        ones = torch.ones_like(best, dtype=torch.int64)
-        chances = self._survival_on(pool.device).probability(best, ones)
-        first = torch.stack([(best > NO_CANDIDATE).sum().to(chances.dtype), chances.sum()])
         gains = super().notes_of_drafted(pool, trees, probes)
+        first = first_of(self._survival_on(pool.device), pool.best_of_level(1))
         return *gains, first, *self._remembered(pool, probes)
 
     def report_of_notes(
@@ -219,7 +218,7 @@ class AutoPolicy(CostAwarePolicy):
         return {
             **(super().report_of_notes(verified, drafted[:1]) or {}),
             **_as_lists(verified[0] if verified else np.zeros((2, 0))),
-            "first": tuple(drafted[1].tolist()) if drafted else (0, 0.0),
+            "first": tuple(drafted[1].tolist()) if drafted else NO_FIRST,
             "samples": _drafts_of(drafted[2:]),
         }
 
@@ -302,10 +301,10 @@ class AutoPolicy(CostAwarePolicy):
         probes: torch.Tensor,
     ) -> dict[str, Any]:
         samples = []
-        first = 0, 0.0
+        first = NO_FIRST
         if pool is not None:
             (best,) = download(pool.best(torch.arange(pool.num_requests), 1)[1].flatten())
-            first = first_of(self.drawn_model, best)
+            first = tuple(first_of(self.drawn_model, best).tolist())
         if pool is not None and pool.depth == self.max_depth:
             # Those that drafted to full depth; see `samples`.
             full = probes[torch.isin(probes, pool.active)]
@@ -348,13 +347,11 @@ def least_widths(
     return least
 
 
-def first_of(survival: SurvivalModel, best: torch.Tensor) -> tuple[int, float]:
-    """Of the requests that have a first node, with the scores `best` [R]: how many, and the sum of
-    the probabilities that it is accepted."""
-    best = best[best > NO_CANDIDATE]
-    return len(best), float(
-        survival.probability(best, torch.ones_like(best, dtype=torch.int64)).sum()
-    )
+def first_of(survival: SurvivalModel, best: torch.Tensor) -> torch.Tensor:
+    """[2] float32: how many requests have a first node, with the scores `best` [R], and the sum of
+    the probabilities that it is accepted. Nothing waits for the device."""
+    chances = survival.probability(best, torch.ones_like(best, dtype=torch.int64))
+    return torch.stack([(best > NO_CANDIDATE).sum().to(chances.dtype), chances.sum()])
 
 
 def _counted_in(

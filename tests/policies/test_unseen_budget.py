@@ -5,6 +5,7 @@ what was heard of steps two before, who gets them from the scores of now."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from echo_vllm import ops
 from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.forecast.forecaster import PROBED_NODES
+from echo_vllm.forecast.online_cost import OnlineCost
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies import DraftBatch, DraftPolicy, Observation
 from echo_vllm.policies.cost_aware import CostAwarePolicy, gain_curve
@@ -142,7 +145,7 @@ def hear(policy: CostAwarePolicy, gains: list[float], trees: int = 100) -> None:
 
 def falling(first: float, keep: float) -> list[float]:
     """A gain curve: every further node a tree is worth `keep` of the last."""
-    return np.cumsum([0.0, *(first * keep**k for k in range(NODES))]).tolist()
+    return list(itertools.accumulate((first * keep**k for k in range(NODES)), initial=0.0))
 
 
 def test_before_anything_was_heard_the_forecast_says_how_many() -> None:
@@ -269,7 +272,9 @@ class UnseenServing(Serving):
         if plan.max_depth == 0:
             probes = list(range(len(probes)))
         batch = DraftBatch(len(requests), count, plan, torch.tensor(probes, dtype=torch.int64))
-        self._drafted, drafted, levels, draft_s = None, [], [], 0.0
+        self._drafted, draft_s = None, 0.0
+        drafted: list[NDArray[Any]] = []
+        levels: list[int] = []
         if len(requests):
             pool = CandidatePool.empty_unseen(len(requests))
             alive, levels = self._grow(pool, batch, self._sure[requests])
@@ -287,6 +292,7 @@ class UnseenServing(Serving):
             Observation(
                 rows=count + nodes,
                 num_nodes=nodes,
+                rested=not nodes and not drafted,
                 verify_s=verify_s * self._noise(),
                 other_s=true.other * self._noise(),
                 draft_s=draft_s * self._noise(),
@@ -324,11 +330,25 @@ def test_it_drafts_where_that_pays_and_rests_where_not(
     assert (run.share_drafting(last=100) < 0.1) != drafts
 
 
+def test_rests_teach_what_plain_decoding_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught: list[bool] = []
+
+    def observe(_: OnlineCost, rows: int, seconds: float, *, trees: bool) -> None:
+        taught.append(trees)
+
+    monkeypatch.setattr(OnlineCost, "observe_verify", observe)
+    true = MACHINES["dear-drafter"]
+    run = UnseenServing(auto(true), true, Prompts(0.15), 64).run(300)
+    num_plain = sum(not drafts for _, drafts, *_ in run.steps)
+    assert taught.count(False) > 0.8 * num_plain > 200
+
+
 def test_evict_has_as_many_nodes_as_pay() -> None:
     def nodes(machine: str) -> float:
         policy = cost_aware("evict")
         policy.set_cost(MACHINES[machine])
-        run = UnseenServing(policy, MACHINES[machine], Prompts(0.6), 16).run(60)
+        run = UnseenServing(policy, MACHINES[machine], Prompts(0.6), 16)
+        run.run(60)
         return float(np.mean([step.num_nodes for step in run._coming]))
 
     assert nodes("gpu") > 2 * nodes("steep") > 0

@@ -101,7 +101,12 @@ def test_what_costs_nothing_is_drafted_and_exact(
 @both
 @pytest.mark.full
 def test_what_costs_much_is_not_drafted(
-    tiny: TinyModel, plain: list[list[int]], is_async: bool, costing: Costing, watch: Watch
+    tiny: TinyModel,
+    plain: list[list[int]],
+    is_async: bool,
+    costing: Costing,
+    watch: Watch,
+    steps: list[Observation],
 ) -> None:
     """But by the few that show what drafting would bring: no placeholders for anybody else."""
     costing(StepCost(FLAT, DEAR, DEAR))
@@ -116,6 +121,10 @@ def test_what_costs_much_is_not_drafted(
         assert step.given is not None
         assert sum(step.given) == step.num_nodes >= 2 * len(step.placeholders)
         assert all(count >= 2 for count in step.given if count)
+    # The policy hears which steps were plain ones, from which it learns what these take.
+    heard = [step for step in steps if step.rows]
+    assert all(step.rested == (not step.num_nodes and not step.committed) for step in heard)
+    assert sum(step.rested for step in heard) > len(heard) / 2
 
 
 @pytest.mark.full

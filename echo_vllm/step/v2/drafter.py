@@ -202,11 +202,11 @@ class TreeSpeculator(EagleSpeculator):
             places = torch.arange(num_reqs, device=self.device)
         batch = DraftBatch(len(req_ids), num_reqs, self.plan, torch.from_numpy(probes))
         pool, level_rows = self._grow(roots, batch)
-        trees = self.policy.ranked(pool, batch)
-        self.slots.write(slots, trees)
-        drafts[places, : trees.token_ids.shape[1]] = trees.token_ids
-        notes = self.policy.notes_of_drafted(pool, trees, batch.probes)
-        self.drafting = Drafting(req_ids, trees.sizes, notes, level_rows)
+        drafted = self.policy.ranked(pool, batch)
+        self.slots.write(slots, drafted)
+        drafts[places, : drafted.token_ids.shape[1]] = drafted.token_ids
+        notes = self.policy.notes_of_drafted(pool, drafted, batch.probes)
+        self.drafting = Drafting(req_ids, drafted.sizes, notes, level_rows)
         return drafts
 
     @staticmethod

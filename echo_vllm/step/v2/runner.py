@@ -202,6 +202,7 @@ class EchoRunnerV2Mixin(_Runner):
                 Observation(
                     rows=input_batch.num_tokens,
                     num_nodes=input_batch.num_draft_tokens,
+                    rested=trees is None and drafting is None,
                     committed=0 if drafting is None else len(drafting.req_ids),
                     level_rows=() if drafting is None else drafting.level_rows,
                 ),
