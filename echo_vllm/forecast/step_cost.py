@@ -19,8 +19,9 @@ from echo_vllm.forecast.curve import CostCurve, CostError
 class StepCost:
     """The parts of a step, each a function of what it works on.
 
-    On Model Runner V2 the drafter's first forward runs in every step over the target's rows and is
-    part of `verify`; `catch_up` is what drafting begins with, over the requests that draft.
+    On Model Runner V2 the drafter's first forward runs over the target's rows in every step but a
+    rest, and is part of `verify`; `catch_up` is what drafting begins with, over the requests that
+    draft.
 
     Attributes:
         verify: target forward, sampling and commit, over rows (roots, nodes, prefill tokens).

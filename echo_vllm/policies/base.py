@@ -105,8 +105,8 @@ class Level(NamedTuple):
 class Observation:
     """A finished step, as the scheduler tells it to its policy.
 
-    Where the drafter's first forward is part of every step, as on Model Runner V2, it is part of
-    `verify_s`, and `committed` counts the requests that were drafted for.
+    On Model Runner V2 the drafter's first forward, over all rows, is part of `verify_s`, and
+    `committed` counts the requests that were drafted for.
 
     Attributes:
         rows: rows of the target's forward; 0 where there is no time to learn from.

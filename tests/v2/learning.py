@@ -5,19 +5,21 @@ drafted and how many nodes a batch has."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from echo_vllm.forecast import CostCurve, StepCost
+from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies import Observation
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate
 from tests.engine.test_exactness import greedy
 from tests.v2.budget import Watch, watch
 from tests.v2.stock import PROMPTS, TOKENS, scheduler, v2_engine
-from tests.v2.trees import MANY, both, plain, plain_many, sampling
+from tests.v2.trees import MANY, both, plain, plain_many, sampling, trees
 
 __all__ = ["plain", "plain_many", "watch"]
 
@@ -125,6 +127,46 @@ def test_what_costs_much_is_not_drafted(
     heard = [step for step in steps if step.rows]
     assert all(step.rested == (not step.num_nodes and not step.committed) for step in heard)
     assert sum(step.rested for step in heard) > len(heard) / 2
+
+
+@pytest.mark.full
+def test_a_drafter_that_rested_drafts_as_if_it_had_not(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After short and long rests, with requests that end in one, and from the prefix cache."""
+    from echo_vllm.policies.echo import EchoPolicy
+    from echo_vllm.step.v2.drafter import TreeSpeculator
+
+    num_forwards = 0
+    forward = TreeSpeculator._run_model
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_forwards
+        num_forwards += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(TreeSpeculator, "_run_model", counted)
+    found, forwards = [], []
+    for most in (4, 0):
+        monkeypatch.setattr("echo_vllm.step.v2.rests.RESTS", most)
+        step, num_forwards = itertools.count(), 0
+
+        def plan(_: EchoPolicy, load: Load, step: Any = step) -> DraftPlan:
+            return DraftPlan(max_depth=0 if next(step) % 14 < 10 else None)
+
+        monkeypatch.setattr(EchoPolicy, "plan", plan)
+        options = {"enable_prefix_caching": True, "block_size": 32}
+        with v2_engine(tiny, trees(tiny, "echo-16"), **options) as llm:
+            first = generate(llm, PROMPTS, greedy(TOKENS))
+            more = [
+                {"prompt_token_ids": prompt["prompt_token_ids"] + tokens}
+                for prompt, tokens in zip(PROMPTS, first, strict=True)
+            ]
+            found.append((first, generate(llm, more, greedy(TOKENS)), counters(llm)))
+        forwards.append(num_forwards)
+    assert found[0] == found[1]
+    assert found[0][2]["spec_decode_num_accepted_tokens"] > 5
+    assert forwards[0] < 0.7 * forwards[1]
 
 
 @pytest.mark.full

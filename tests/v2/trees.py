@@ -302,7 +302,7 @@ def refused() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"policy": "topn", "trace": "trace.jsonl"}, f"{on_v2} and .*echo.trace; unset"
 
 
-@pytest.mark.parametrize(("section", "sentence"), refused())
+@pytest.mark.parametrize(("section", "sentence"), list(refused()))
 def test_what_does_not_run_there_is_one_sentence(
     tiny: TinyModel, section: dict[str, Any], sentence: str
 ) -> None:

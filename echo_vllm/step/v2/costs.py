@@ -3,7 +3,7 @@
 """The forwards of Model Runner V2 that start-up times, for `startup.measure`.
 
 The target's is a dummy run of vLLM's, in the graph that a step of so many rows runs in, and with it
-the drafter's first forward, which every step has. Levels are run without attention.
+the drafter's first forward, which every step but a rest has. Levels are run without attention.
 """
 
 from __future__ import annotations

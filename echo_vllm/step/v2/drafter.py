@@ -4,10 +4,11 @@
 
 vLLM's own first forward brings the drafter's paged cache up to date with what was accepted, over as
 many rows as the target had: the accepted rows of a tree are moved to the front of its request's
-rows first, so that what follows them is rejected, as in a chain. Every level is one forward over
-the same number of frontier nodes for every request; its keys and values go to a scratch buffer.
-The trees stay in their requests' slots. For which requests a level runs is in the plan, so the host
-knows it without asking: all of the batch, or its probes.
+rows first, so that what follows them is rejected, as in a chain. A step of plain decoding only
+keeps what that forward would have read (`rests.py`). Every level is one forward over the same
+number of frontier nodes for every request; its keys and values go to a scratch buffer. The trees
+stay in their requests' slots. For which requests a level runs is in the plan, so the host knows it
+without asking: all of the batch, or its probes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
@@ -28,6 +30,7 @@ from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.clock import StepMarks
 from echo_vllm.step.frontier import Frontier, LevelRows
+from echo_vllm.step.v2.rests import RESTS, RestedRows
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
 from echo_vllm.transfer import upload
 from echo_vllm.trees.pool import CandidatePool
@@ -109,7 +112,19 @@ class TreeSpeculator(EagleSpeculator):
         """vLLM's runner hands it to `TreeBudget`, which has the scores in the slots."""
         self.drafting: Drafting | None = None
         """Of the step that has just drafted; the runner takes it."""
+        self.rested: RestedRows | None = None
+        """What the drafter has yet to see, for a policy that may rest."""
         self._output: torch.Tensor | None = None
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        super().load_model(target_model)
+        if self.policy.may_rest and self.model.model.use_aux_hidden_state:
+            self.rested = RestedRows(
+                min(self.max_num_tokens, RESTS * self.max_num_reqs),
+                self.model.model.fc_input_size,
+                self.dtype,
+                self.device,
+            )
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep what the drafter's head reads for the first level; nothing is sampled here."""
@@ -126,6 +141,7 @@ class TreeSpeculator(EagleSpeculator):
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
         *args: Any,
         dummy_run: bool = False,
         num_speculative_tokens: int | None = None,
@@ -137,7 +153,16 @@ class TreeSpeculator(EagleSpeculator):
             [R, N] int64, the trees' tokens.
         """
         trees, self.verified = self.verified, None
+        num_reqs = input_batch.num_reqs
+        wants_trees = not dummy_run and num_speculative_tokens != 0
         if not dummy_run:
+            if not wants_trees and aux_hidden_states and self._may_rest(input_batch):
+                self._rest(
+                    input_batch, num_sampled, last_sampled, next_prefill_tokens, aux_hidden_states
+                )
+                self._mark_verified()
+                return self.draft_tokens[:num_reqs]
+            self.catch_up()
             n = input_batch.num_tokens
             # The target's metadata may be that of trees, and the drafter's layers share it.
             attn_metadata = self.model_state.prepare_attn(
@@ -162,8 +187,6 @@ class TreeSpeculator(EagleSpeculator):
             last_hidden_states = last_hidden_states[order]
             if aux_hidden_states:
                 aux_hidden_states = [layer[order] for layer in aux_hidden_states]
-        wants_trees = not dummy_run and num_speculative_tokens != 0
-        # A rest catches up as well, so that the drafter's cache never has holes.
         drafts = super().propose(
             input_batch,
             attn_metadata,
@@ -173,17 +196,17 @@ class TreeSpeculator(EagleSpeculator):
             num_sampled,
             num_rejected,
             last_sampled,
+            next_prefill_tokens,
             *args,
             dummy_run=dummy_run,
             num_speculative_tokens=1,
             **kwargs,
         )
-        if self.marks is not None and not dummy_run:
-            self.marks.verified.record()
+        if not dummy_run:
+            self._mark_verified()
         if not wants_trees:
             return drafts
         assert self._output is not None
-        num_reqs = input_batch.num_reqs
         roots = Roots(
             self._output,
             self.hidden_states[:num_reqs].clone(),
@@ -208,6 +231,86 @@ class TreeSpeculator(EagleSpeculator):
         notes = self.policy.notes_of_drafted(pool, drafted, batch.probes)
         self.drafting = Drafting(req_ids, drafted.sizes, notes, level_rows)
         return drafts
+
+    def _mark_verified(self) -> None:
+        if self.marks is not None:
+            self.marks.verified.record()
+
+    def _may_rest(self, input_batch: InputBatch) -> bool:
+        """Whether the drafter may see a batch later: one of a row a request."""
+        n = input_batch.num_reqs
+        return self.rested is not None and n == input_batch.num_tokens and self.rested.has_room(n)
+
+    def _rest(
+        self,
+        input_batch: InputBatch,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor],
+    ) -> None:
+        """Keep what the drafter has to see of a batch; for the arguments see `propose`."""
+        assert self.rested is not None
+        n, slots = input_batch.num_reqs, input_batch.idx_mapping
+        self.rested.put(
+            input_batch.idx_mapping_np,
+            torch.where(  # Who samples nothing reads a prompt.
+                num_sampled > 0,
+                last_sampled.flatten()[slots],
+                next_prefill_tokens.flatten()[slots],
+            ),
+            input_batch.positions[:n],
+            [layer[:n] for layer in aux_hidden_states],
+        )
+
+    def leaves(self, slot: int | None) -> None:
+        """The request in `slot`, if there is one, gives its blocks back."""
+        if self.rested is not None and slot in self.rested:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Pass what steps that rested have left through the drafter, in one forward."""
+        if self.rested is None or not (of_slot := self.rested.take()):
+            return
+        counts = np.array([len(rows) for rows in of_slot.values()])
+        bounds = torch.from_numpy(np.append(0, counts.cumsum()).astype(np.int32))
+        rows = self._upload(np.concatenate(list(of_slot.values())))
+        slots = self._upload(np.fromiter(of_slot, np.int64))
+        owners = self._upload(np.arange(len(counts)).repeat(counts))
+        positions = self.rested.positions[rows]
+        tables = [table.gpu[slots] for table in self.block_tables.block_tables]
+        slot_mappings = torch.stack(
+            [
+                table[owners, positions // size] * size + positions % size
+                for table, size in zip(tables, self.block_tables.block_sizes, strict=True)
+            ]
+        )
+        row_start = upload(bounds, self.device)
+        metadata = build_attn_metadata(
+            self.attn_groups,
+            num_reqs=len(counts),
+            num_tokens=len(rows),
+            query_start_loc_gpu=row_start,
+            query_start_loc_cpu=bounds,
+            max_query_len=int(counts.max()),
+            seq_lens=positions[row_start[1:].to(torch.int64) - 1].to(torch.int32) + 1,
+            max_seq_len=self.max_model_len,
+            block_tables=tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=torch.full_like(bounds[1:], self.max_model_len),
+            positions=positions,
+        )
+        self.run_level(
+            self.rested.token_ids[rows],
+            positions,
+            self.model.combine_hidden_states(self.rested.features[rows]),
+            metadata,
+            build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
+        )
+
+    def _upload(self, values: np.ndarray) -> torch.Tensor:
+        return upload(torch.from_numpy(values), self.device)
 
     @staticmethod
     def _accepted_first(input_batch: InputBatch, accepted: torch.Tensor) -> torch.Tensor:
@@ -284,11 +387,15 @@ class TreeSpeculator(EagleSpeculator):
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         metadata: dict[str, Any] | None,
+        slot_mapping: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the drafter on n rows, [n], [n] and [n, hidden]; returns (what the head reads, what
-        the next level reads), both [n, hidden]. Nothing goes to the paged cache."""
+        the next level reads), both [n, hidden]. Without slots nothing goes to the paged cache."""
         with set_forward_context(
-            metadata, self.vllm_config, num_tokens=len(token_ids), slot_mapping={}
+            metadata,
+            self.vllm_config,
+            num_tokens=len(token_ids),
+            slot_mapping=slot_mapping or {},
         ):
             output, features = self.model(
                 input_ids=token_ids.to(torch.int32),

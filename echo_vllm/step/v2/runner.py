@@ -129,6 +129,13 @@ class EchoRunnerV2Mixin(_Runner):
                 self.tree_slots, self.req_states, self.input_buffers.query_start_loc
             )
 
+    def _remove_request(self, req_id: str) -> bool:
+        """What the drafter has not seen yet of a request goes through it first: the blocks that the
+        request gives back may be found in the prefix cache."""
+        if self.speculator is not None:
+            self.speculator.leaves(self.req_states.req_id_to_index.get(req_id))
+        return super()._remove_request(req_id)
+
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
         if not dummy_run:
             self._marks_before, self._marks = self._marks, self._make_marks()
