@@ -117,7 +117,9 @@ class Serving:
         """As the scheduler would say it."""
         limits = np.clip(self._left - 2, 0, 32)[self._may_draft]
         at_least = [int((limits >= depth).sum()) for depth in range(1, 33)]
-        ahead = self._turnover.ahead(self._left, 0, 1024) if self.lengths is not None else ()
+        ahead: tuple[float, ...] = ()
+        if self.lengths is not None:
+            ahead = self._turnover.ahead(self._left.tolist(), 0, 1024)
         return Load(
             len(self._left), waiting=self._waiting, num_drafting=tuple(at_least), ahead=ahead
         )
