@@ -328,11 +328,8 @@ class OnlineCost:
         is not 0 (see `observe_draft`), and the time in between."""
         if rows <= 0 or self._verify.seen(rows) < FEW:
             return  # The curve has yet to learn, which is no matter of kinds.
-        if trees:
-            predicted = self._trees.step(rows, level_rows, committed)
-        else:
-            predicted = float(self._current.plain_step(rows))
-        ratio = _log_ratio(seconds / self.pace, predicted)
+        cost = self._trees if trees else self._current
+        ratio = _log_ratio(seconds / self.pace, cost.step(rows, level_rows, committed))
         if ratio is not None:
             self._contrast.observe(ratio, trees=trees)
 
