@@ -27,6 +27,11 @@ RESOLUTION = 256
 FEWEST_STEPS = 32
 """Steps after which one counts half at the earliest, however many nodes a large batch has."""
 
+SLACK, ALARM = 0.14, 16.0
+"""A shift of acceptance is noticed when the nodes accepted too few, or too many, sum up to ALARM
+beyond SLACK of those expected: a fall by twice the slack after some ALARM / SLACK nodes, and where
+there is none nothing in some thousands of nodes (Page's cumulative sum)."""
+
 _ENTRIES = int(-LOWEST) * RESOLUTION + 2
 """Table entries of one depth: 0 for what is below LOWEST, then LOWEST up to 0."""
 
@@ -149,8 +154,37 @@ def counted(
     return found
 
 
+class _Shift:
+    """Looks for the place from which on acceptance is lower (`sign` -1) or higher (1) than thought.
+
+    Attributes:
+        predicted, accepted: sums since that place, if there is one.
+    """
+
+    def __init__(self, sign: int) -> None:
+        self._sign = sign
+        self.reset()
+
+    def reset(self) -> None:
+        """It has not been found."""
+        self._excess = self.predicted = self.accepted = 0.0
+
+    def is_seen(self, predicted: float, accepted: float, factor: float) -> bool:
+        """Whether it has, after a step of which the model predicted so many nodes, which `factor`
+        corrects."""
+        expected = factor * predicted
+        self._excess += self._sign * (accepted - expected) - SLACK * expected
+        self.predicted += predicted
+        self.accepted += accepted
+        if self._excess <= 0:
+            self.reset()
+        return self._excess > ALARM
+
+
 class OnlineSurvival:
     """Per depth, how many more (or fewer) nodes are accepted now than the model predicts.
+
+    Where acceptance shifts, as with another temperature, what was before the shift is forgotten.
 
     The sums forget exponentially; the clock of a depth is the nodes that were accepted there, or
     that should have been, whichever are more, so that a depth which is rarely verified keeps what
@@ -187,6 +221,7 @@ class OnlineSurvival:
         self._keep = math.exp2(-1.0 / resting_half_life)
         self._predicted = [0.0] * max_depth
         self._accepted = [0.0] * max_depth
+        self._shifts = [(_Shift(-1), _Shift(1)) for _ in range(max_depth)]
 
     def update(self, predicted: Sequence[float], accepted: Sequence[int]) -> None:
         """Learn from one step.
@@ -200,9 +235,13 @@ class OnlineSurvival:
         for i, (p, a) in enumerate(zip(predicted, accepted, strict=False)):
             if i == len(self._predicted):
                 break
+            factor = self._factor(i)
             keep = math.exp2(-min(max(p, a) / self.half_life, 1 / FEWEST_STEPS))
             self._predicted[i] = keep * self._predicted[i] + p
             self._accepted[i] = keep * self._accepted[i] + a
+            for shift in [shift for shift in self._shifts[i] if shift.is_seen(p, a, factor)]:
+                self._predicted[i], self._accepted[i] = shift.predicted, shift.accepted
+                shift.reset()
 
     def forget(self) -> None:
         """A step passed in which nothing was verified."""
@@ -211,10 +250,11 @@ class OnlineSurvival:
 
     def factors(self) -> list[float]:
         """Per depth, what to scale the model's probabilities with; between 0.25 and 4."""
-        return [
-            min(4.0, max(0.25, (a + self.prior) / (p + self.prior)))
-            for p, a in zip(self._predicted, self._accepted, strict=True)
-        ]
+        return [self._factor(i) for i in range(len(self._predicted))]
+
+    def _factor(self, i: int) -> float:
+        ratio = (self._accepted[i] + self.prior) / (self._predicted[i] + self.prior)
+        return min(4.0, max(0.25, ratio))
 
     def errors(self) -> list[float]:
         """Per depth, the relative standard error of its factor."""

@@ -18,6 +18,7 @@ further, and what follows it is masked by the grammar's first state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,7 +95,13 @@ def forced_text(manager: Any, grammar: Any) -> list[int]:
     if (matcher := getattr(grammar, "matcher", None)) is None or tokenizer is None:
         return []
     text = matcher.find_jump_forward_string()
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+    return list(_tokens_of(tokenizer, text)) if text else []
+
+
+@functools.lru_cache(4096)
+def _tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The same keys and brackets come again and again."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def is_allowed(mask: torch.Tensor, token: int) -> bool:

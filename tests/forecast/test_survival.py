@@ -145,14 +145,36 @@ def test_the_correction_finds_the_true_ratio_and_follows_it() -> None:
         assert online.factors()[1:] == [1.0, 1.0]  # Nothing was verified there.
 
 
+def after(shift: float, num_nodes: int) -> float:
+    """The factor of the first depth, `num_nodes` predicted nodes after acceptance was multiplied by
+    `shift`; it was as predicted for a long time."""
+    online = OnlineSurvival(1, half_life=256)
+    for _ in range(4000):
+        online.update([2.0], [2])
+    accepted = 0
+    for step in range(1, num_nodes // 2 + 1):
+        online.update([2.0], [round(2 * shift * step) - accepted])
+        accepted = round(2 * shift * step)
+    return online.factors()[0]
+
+
 def test_half_of_what_was_seen_is_forgotten_after_a_half_life() -> None:
-    online = OnlineSurvival(1, half_life=100, prior=1e-9)
-    for _ in range(100_000):
-        online.update([1.0], [0])
-    before = online._predicted[0]
-    for _ in range(100):
-        online.update([0.0], [1])
-    assert online._predicted[0] == pytest.approx(before / 2, rel=1e-6)
+    assert after(0.9, 256) == pytest.approx(0.95, abs=0.005)
+
+
+@pytest.mark.parametrize("shift", [0.7, 1.4])
+def test_a_shift_is_noticed_long_before_that(shift: float) -> None:
+    """As when a temperature of 1 follows upon greedy requests."""
+    assert after(shift, 160) == pytest.approx(shift, rel=0.08)
+
+
+def test_chance_is_no_shift() -> None:
+    random, online = np.random.default_rng(0), OnlineSurvival(1)
+    factors = []
+    for _ in range(5000):
+        online.update([2.0], [int(random.binomial(4, 0.5))])
+        factors.append(online.factors()[0])
+    assert np.std(factors[500:]) < 0.05
 
 
 @given(

@@ -17,10 +17,10 @@ between them is on the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from echo_vllm import ops
 from echo_vllm.forecast import StepCost
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.ops.argmax import argmax_of_rows
+from echo_vllm.ops.token_mask import forbid_
 from echo_vllm.policies import DraftBatch, draws_of, make_policy
 from echo_vllm.startup.measure import feature_size
 from echo_vllm.startup.profiles import find_profile
@@ -397,6 +398,9 @@ class EchoRunnerMixin(_Runner):
             if self.rests:
                 layers = self._layers(state.hidden_states, state.aux_hidden_states)
                 self._keep_features(step, layers)
+        if grammar_output is not None and state is not None and state.logits.is_cpu:
+            self._mask(state.logits, state.scheduler_output, grammar_output)
+            grammar_output = None
         with self._plain_decoding(self.rests):
             output = super().sample_tokens(grammar_output)
         self.clock.end()
@@ -410,6 +414,22 @@ class EchoRunnerMixin(_Runner):
             self._draft_token_req_ids = None
         self.step = None
         return output
+
+    def _mask(
+        self, logits: torch.Tensor, scheduled: SchedulerOutput, grammar_output: GrammarOutput
+    ) -> None:
+        """What vLLM does with a step's masks, faster; `logits` [rows, V], on the host."""
+        drafts = scheduled.scheduled_spec_decode_tokens
+        req_ids = self.input_batch.req_ids
+        counts = {req_id: 1 + len(drafts.get(req_id, ())) for req_id in req_ids}
+        ends = dict(zip(req_ids, itertools.accumulate(counts.values()), strict=True))
+        start = 0
+        for req_id in grammar_output.structured_output_request_ids:
+            count = 1 + len(drafts.get(req_id, ()))
+            if req_id in ends:
+                rows = logits[ends[req_id] - count : ends[req_id]]
+                forbid_(rows, grammar_output.grammar_bitmask[start : start + count])
+            start += count
 
     def _layers(
         self, hidden_states: torch.Tensor, aux_hidden_states: list[torch.Tensor] | None
@@ -614,7 +634,7 @@ class EchoRunnerMixin(_Runner):
         has_grammar = self.slots.has_grammar[step.slots]
         tokens = forest.token_ids.tolist()
         for i, (start, stop) in zip(
-            drafting.tolist(), pairwise(forest.cu_nodes.tolist()), strict=True
+            drafting.tolist(), itertools.pairwise(forest.cu_nodes.tolist()), strict=True
         ):
             drafts[i] = tokens[start:stop]
             if has_grammar[i]:
