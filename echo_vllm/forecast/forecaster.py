@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -62,9 +63,9 @@ YOUNG = 64
 YOUNG_PROBES = 4.0
 
 FIRST_PAUSES, YOUNG_PAUSES = 4, 8.0
-"""Pauses up to which `YOUNG_PAUSES` times as much time goes to them, where log(speed) gains no more
-than `DOUBTFUL`: until then nobody knows what plain decoding takes here, and what is thought of it
-is wrong by a fifth at times."""
+"""Pauses at about one load up to which `YOUNG_PAUSES` times as much time goes to them, where
+log(speed) gains no more than `DOUBTFUL`: until then nobody knows what plain decoding takes here,
+and what is thought of it is wrong by a fifth at times."""
 
 DOUBTFUL = 0.3
 
@@ -118,6 +119,9 @@ FRESH_PRIOR = 16.0
 
 MOST_TILT = 8.0
 """Of remembered drafts towards those that begin as the present ones do."""
+
+OTHER_MIX = 0.1
+"""Change of the share of requests with a temperature that makes all forecasts old."""
 
 REUSE, RESTING_REUSE = 8, 32
 """Steps for which the expected tokens are not worked out anew, nor a forecast for the same load:
@@ -214,13 +218,17 @@ class Calibrated:
 
     Attributes:
         survival: calibrated probability of acceptance, by score and depth.
-        online: what serving has shown of it; None: it is not followed.
+        online: what serving has shown of it, for greedy requests; None: it is not followed.
+        sampled: the same for requests with a temperature, where these are told apart.
+        sampled_share: of the present requests, those.
         first: of how many drafts lately the probability of the best first node is known, and the
             sum of these; without factors.
     """
 
     survival: SurvivalModel
     online: OnlineSurvival | None
+    sampled: OnlineSurvival | None = None
+    sampled_share: float = 0.0
     first: tuple[float, float] = (0.0, 0.0)
 
     def observe_first(self, count: int, total: float) -> None:
@@ -230,7 +238,33 @@ class Calibrated:
 
     def factors(self) -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
-        return () if self.online is None else tuple(self.online.factors())
+        return () if self.online is None else self._mixed(OnlineSurvival.factors)
+
+    def errors(self) -> tuple[float, ...]:
+        """Per depth, the relative standard error of its factor."""
+        return () if self.online is None else self._mixed(OnlineSurvival.errors)
+
+    def _mixed(self, values: Callable[[OnlineSurvival], list[float]]) -> tuple[float, ...]:
+        """`values` of both kinds of requests, as many as there are of each."""
+        assert self.online is not None
+        share = self.sampled_share
+        if self.sampled is None or share == 0:
+            return tuple(values(self.online))
+        pairs = zip(values(self.online), values(self.sampled), strict=True)
+        return tuple((1 - share) * greedy + share * sampled for greedy, sampled in pairs)
+
+    def observe(
+        self, predicted: Sequence[float], accepted: Sequence[int], *, sampled: bool
+    ) -> None:
+        """Learn from the verified nodes of requests of one kind; where there were none, forget,
+        but not of a kind of which there is no request."""
+        online = self.sampled if sampled else self.online
+        if online is None:
+            return
+        if predicted:
+            online.update(predicted, accepted)
+        elif self.sampled_share != (0.0 if sampled else 1.0):
+            online.forget()
 
     def probability(self, scores: Floats, depths: NDArray[np.int64]) -> Floats:
         """[n], of nodes of these scores and depths [n], with the factors of now."""
@@ -302,6 +336,8 @@ class Forecaster:
             kind: Calibrated(model, OnlineSurvival(max_depth) if online else None)
             for kind, model in models.items()
         }
+        if online:
+            self._kinds["best"].sampled = OnlineSurvival(max_depth)
         self._drafts: deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Kind]]
         self._drafts = deque(maxlen=MEMORY)
         self._num_drafts = 0
@@ -313,10 +349,10 @@ class Forecaster:
         self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
         self._attempt_until = self._pause_until = 0
-        self._num_pauses = 0
         self._next_attempt, self._attempt_steps = 0, ATTEMPT_STEPS[0]
         # By the octave of the load.
         self._num_trials: dict[int, int] = {}
+        self._num_pauses: dict[int, int] = {}
         self._next_trial = TRIAL_STEPS
         self._behind = float(BEHIND)
         self._reading = 0.0
@@ -347,7 +383,12 @@ class Forecaster:
                 self._drafts.popleft()
 
     def observe_acceptance(
-        self, predicted: list[float], accepted: list[int], kind: Kind = "best"
+        self,
+        predicted: list[float],
+        accepted: list[int],
+        kind: Kind = "best",
+        *,
+        sampled: bool = False,
     ) -> None:
         """Learn from a verification.
 
@@ -355,14 +396,9 @@ class Forecaster:
             predicted: per depth, the sum of the calibrated probabilities of all verified nodes.
             accepted: per depth, how many of them were accepted.
             kind: of the nodes.
+            sampled: whether their requests have a temperature, for the best candidates.
         """
-        online = self._kinds[kind].online
-        if online is None:
-            return
-        if predicted:
-            online.update(predicted, accepted)
-        else:
-            online.forget()
+        self._kinds[kind].observe(predicted, accepted, sampled=sampled)
 
     def observe_first(self, count: int, total: float, kind: Kind = "best") -> None:
         """Learn from a drafting of `count` requests what the present drafts are like: `total` is
@@ -383,6 +419,11 @@ class Forecaster:
     def plan(self, load: Load, costs: Costs | None) -> DraftPlan:
         """The plan of the next drafting; `costs` is None before they are known."""
         self._step += 1
+        if load.num_decoding:
+            mixed = self._kinds["best"]
+            if abs(load.sampled_share - mixed.sampled_share) > OTHER_MIX:
+                self._until = 0
+            mixed.sampled_share = load.sampled_share
         if self._step == self._attempt_until:
             self._until = 0  # What the attempt has shown counts now.
         if not self._is_drafting:
@@ -441,14 +482,16 @@ class Forecaster:
         is_attempt = self._is_drafting and not self._drafting
         is_young = self._is_drafting and self._num_drafts < YOUNG
         self._probes.passes(step * (YOUNG_PROBES if is_young else 1.0))
-        is_doubtful = self._num_pauses < FIRST_PAUSES and now.gain < DOUBTFUL
+        octave = load.num_decoding.bit_length()
+        num_pauses = self._num_pauses.get(octave, 0)
+        is_doubtful = num_pauses < FIRST_PAUSES and now.gain < DOUBTFUL
         self._plain_steps.passes(step * (YOUNG_PAUSES if is_doubtful else 1.0))
         # Where prompts leave no room for trees, this step alone has none.
         if self._is_drafting and (now.gain > 0 or not load.prefill_tokens):
             lost = PAUSE * step * max(0.0, math.expm1(now.gain))
             if not is_attempt and self._plain_steps.buys(lost):
                 self._pause_until = self._step + PAUSE
-                self._num_pauses += 1
+                self._num_pauses[octave] = num_pauses + 1
             if self._step < self._pause_until:
                 return plan
             plan = replace(
@@ -747,6 +790,6 @@ class Forecaster:
             own = among[is_drawn[among] == (kind == "drawn")]
             expected = gains[own] * shares[owners[own]]
             of_levels = np.bincount(levels[own] - 1, weights=expected)
-            errors = np.array(known.online.errors())[: len(of_levels)]
+            errors = np.array(known.errors())[: len(of_levels)]
             variance += float(((of_levels * errors) ** 2).sum())
         return share * math.sqrt(variance) / (1 + share * mean)

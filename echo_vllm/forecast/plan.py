@@ -34,6 +34,8 @@ class Load:
         num_drafting: of those that decode, how many may have a tree of at least 1, 2, ... levels: a
             grammar, a thinking budget or the end of the answer leaves less. The last number stands
             for deeper trees too; empty where all may have any tree.
+        num_sampled: of those that decode, how many have a temperature and yet the drafter's best
+            tokens as candidates, which are accepted less often then.
         ahead: requests that decode once each of today's has made `AHEAD` tokens more, but for the
             last of these; empty for a load that stays.
     """
@@ -43,6 +45,7 @@ class Load:
     waiting: int = 0
     num_reading: int = 0
     num_drafting: tuple[int, ...] = ()
+    num_sampled: int = 0
     ahead: tuple[float, ...] = ()
 
     @property
@@ -54,6 +57,11 @@ class Load:
     def able(self) -> int:
         """Requests that may have a tree at all."""
         return self.num_drafting[0] if self.num_drafting else self.num_decoding
+
+    @property
+    def sampled_share(self) -> float:
+        """`num_sampled` of those that decode."""
+        return self.num_sampled / self.num_decoding if self.num_decoding else 0.0
 
     @property
     def steps_ahead(self) -> float:

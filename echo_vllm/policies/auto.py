@@ -130,6 +130,8 @@ class AutoPolicy(CostAwarePolicy):
             for scores, depths, widths in report["samples"]:
                 self.forecaster.observe_draft(scores, depths, widths, kind)
             self.forecaster.observe_acceptance(report["predicted"], report["accepted"], kind)
+        sampled = step.sampled_report or {"predicted": [], "accepted": []}
+        self.forecaster.observe_acceptance(sampled["predicted"], sampled["accepted"], sampled=True)
 
     # ---- In the worker's process ----
 

@@ -120,6 +120,8 @@ class Observation:
         level_rows: rows of each further drafter forward.
         report: what the worker's policy said (`DraftPolicy.report`); None after a rest, of which
             it is not asked.
+        sampled_report: the same of the trees of best candidates whose requests have a temperature;
+            `report` has those of the others.
         drawn_report: the same of drawn candidates (`DraftPolicy.report_drawn`).
     """
 
@@ -132,6 +134,7 @@ class Observation:
     committed: int = 0
     level_rows: Sequence[int] = ()
     report: dict[str, Any] | None = None
+    sampled_report: dict[str, Any] | None = None
     drawn_report: dict[str, Any] | None = None
 
 

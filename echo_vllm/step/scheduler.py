@@ -76,7 +76,8 @@ class EchoScheduler(Scheduler):
         """See `_last`."""
         profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
-        if draws_of(spec.echo):
+        self._draws = draws_of(spec.echo)
+        if self._draws:
             self._allocate = self.kv_cache_manager.allocate_slots
             self.kv_cache_manager.allocate_slots = self._allocate_for_any_draft
 
@@ -151,13 +152,14 @@ class EchoScheduler(Scheduler):
         num_decoding, prefill_tokens = self._next_load(output)
         self._turnover.step(len(output.scheduled_new_reqs))
         # Plain numbers: in the cold caches behind a forward array operations take longer.
-        left, by_depth = [], [0] * (1 + MAX_DEPTH)
+        left, by_depth, num_sampled = [], [0] * (1 + MAX_DEPTH), 0
         for request in self.running:
             last, there = self._last(request), request.num_tokens
             left.append(abs(last) - there)
             if last > 0 and there <= request.num_computed_tokens:
                 # This step's token is not there yet, and after a path comes a bonus token.
                 by_depth[min(max(0, last - there - 2), MAX_DEPTH)] += 1
+                num_sampled += not self._draws and request.sampling_params.temperature > 0
         at_least = tuple(itertools.accumulate(by_depth[:0:-1]))[::-1]
         return Load(
             num_decoding,
@@ -165,6 +167,7 @@ class EchoScheduler(Scheduler):
             waiting=self._waiting,
             num_reading=len(self.running) - num_decoding,
             num_drafting=at_least,
+            num_sampled=num_sampled,
             ahead=self._turnover.ahead(left, len(self.waiting), self.max_num_running_reqs),
         )
 
@@ -304,7 +307,7 @@ class EchoScheduler(Scheduler):
             for of_kinds in itertools.zip_longest(
                 *(
                     (report or {}).get("predicted", [])
-                    for report in (stats.report, stats.drawn_report)
+                    for report in (stats.report, stats.sampled_report, stats.drawn_report)
                 ),
                 fillvalue=0.0,
             )
@@ -328,7 +331,11 @@ class EchoScheduler(Scheduler):
 
     def _learn(self, stats: StepStats) -> None:
         self._waiting = stats.waiting
-        step = Observation(report=stats.report, drawn_report=stats.drawn_report)
+        step = Observation(
+            report=stats.report,
+            sampled_report=stats.sampled_report,
+            drawn_report=stats.drawn_report,
+        )
         if stats.cost is not None:  # The first step, which is like no other.
             self._policy.set_cost(StepCost.from_dict(stats.cost))
         else:
@@ -345,7 +352,7 @@ class EchoScheduler(Scheduler):
             )
         self._policy.observe(step)
         # The front end needs none of them.
-        stats.cost = stats.report = stats.drawn_report = None
+        stats.cost = stats.report = stats.sampled_report = stats.drawn_report = None
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's statistics and ours, both of the tokens that requests really got.

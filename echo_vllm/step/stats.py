@@ -34,8 +34,8 @@ class StepStats:
         starved: requests that were drafted for at the end of this step and got no node.
         waiting: tokens that would pass the drafter if every request caught up now.
         beyond_head: requests of the batch that are too long for the head.
-        report, drawn_report: what the worker's policy tells the scheduler's (`DraftPolicy.report`,
-            `report_drawn`).
+        report, sampled_report, drawn_report: what the worker's policy tells the scheduler's
+            (`DraftPolicy.report`, `report_drawn`); see `Observation`.
         cost: the measured cost of steps (`StepCost.to_dict()`), in the first report only.
         rested: whether the step was vLLM's own: nothing was verified, and nothing drafted.
         predicted_s: what the policy thought the step would take, of `spent_s`; 0 if it has no idea.
@@ -60,6 +60,7 @@ class StepStats:
     waiting: int = 0
     beyond_head: int = 0
     report: dict[str, Any] | None = None
+    sampled_report: dict[str, Any] | None = None
     drawn_report: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
     rested: bool = False

@@ -171,6 +171,28 @@ def test_a_chat_that_rested_drafts_again_in_its_next_turn(tiny: TinyModel, block
         assert with_rest >= 0.8 * without > 0
 
 
+@pytest.mark.full
+def test_acceptance_is_learnt_apart_for_requests_with_a_temperature(tiny: TinyModel) -> None:
+    def learnt(*temperatures: float) -> list[bool]:
+        found = [0.0, 0.0]
+        with tiny_engine(tiny, echo(tiny.head, 8, **AUTO)) as llm:
+            dictate(llm, itertools.repeat((None, 0)))
+
+            def observe(
+                predicted: Any, accepted: Any, kind: str = "best", sampled: bool = False
+            ) -> None:
+                found[sampled] += sum(predicted)
+
+            scheduler(llm)._policy.forecaster.observe_acceptance = observe
+            params = [SamplingParams(temperature=t, max_tokens=8) for t in temperatures]
+            generate(llm, tiny_prompts(len(params)), params)
+        return [total > 0 for total in found]
+
+    assert learnt(0.0) == [True, False]
+    assert learnt(1.0) == [False, True]
+    assert learnt(0.0, 1.0) == [True, True]
+
+
 def limit_depths(llm: Any, limits: list[tuple[int, int]]) -> None:
     """Filled while the engine runs: (depth, the most it may be) of every node that is selected."""
     policy = runner(llm).drafter.policy

@@ -234,6 +234,25 @@ def test_low_factors_are_forgotten_at_rest() -> None:
     assert found.factors()[0] > 0.85
 
 
+def test_requests_with_a_temperature_are_accepted_by_their_own_measure() -> None:
+    """At once when the load changes, and still after many steps without any."""
+    found = forecaster(0.6, online=True)
+
+    def factor(num_sampled: int) -> float:
+        return found.plan(Load(4, num_sampled=num_sampled), cost(32)).factors[0]
+
+    factor(2)
+    for _ in range(400):
+        found.observe_acceptance([2.0], [2])
+        found.observe_acceptance([2.0], [1], sampled=True)
+    assert factor(0) == pytest.approx(1.0)
+    for _ in range(4000):
+        found.observe_acceptance([2.0], [2])
+        found.observe_acceptance([], [], sampled=True)
+    assert factor(4) == pytest.approx(0.5, abs=0.05)
+    assert factor(1) == pytest.approx(0.875, abs=0.02)
+
+
 def test_observed_acceptance_changes_the_decision() -> None:
     found = forecaster(0.6, online=True)
     requests = next(

@@ -480,13 +480,22 @@ class EchoRunnerMixin(_Runner):
             # What is known of one kind of candidates does not hold for the other, nor for what a
             # grammar forced.
             own = ~np.isin(step.slots, self.forced)
-            best, drawn = torch.from_numpy(own & ~draws), torch.from_numpy(own & draws)
+            is_random = self.slots.is_random[step.slots]
+            of_kinds = own & ~draws & ~is_random, own & ~draws & is_random, own & draws
+            greedy, sampled, drawn = map(torch.from_numpy, of_kinds)
             stats.report = policy.report(
-                verified=_trees_where(step.forest, best),
-                num_accepted=verdict.num_accepted.masked_fill(~best, 0),
+                verified=_trees_where(step.forest, greedy),
+                num_accepted=verdict.num_accepted.masked_fill(~greedy, 0),
                 pool=report.pool,
                 probes=report.probes,
             )
+            if sampled.any():
+                stats.sampled_report = policy.report(
+                    verified=_trees_where(step.forest, sampled),
+                    num_accepted=verdict.num_accepted.masked_fill(~sampled, 0),
+                    pool=None,
+                    probes=report.probes,
+                )
             if self.drawn is not None:
                 stats.drawn_report = policy.report_drawn(
                     verified=_trees_where(step.forest, drawn),
