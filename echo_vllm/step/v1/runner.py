@@ -18,7 +18,7 @@ between them is on the device.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -476,33 +476,28 @@ class EchoRunnerMixin(_Runner):
         if report.forest is not None:
             stats.starved = int((report.forest.cu_nodes.diff() == 0).sum())
         if verdict is not None:
-            draws = self._draws(step.slots)
-            # What is known of one kind of candidates does not hold for the other, nor for what a
-            # grammar forced.
+            draws, is_random = self._draws(step.slots), self.slots.is_random[step.slots]
+            # What is known of one kind of trees does not hold for another, nor for what a grammar
+            # forced.
             own = ~np.isin(step.slots, self.forced)
-            is_random = self.slots.is_random[step.slots]
-            of_kinds = own & ~draws & ~is_random, own & ~draws & is_random, own & draws
-            greedy, sampled, drawn = map(torch.from_numpy, of_kinds)
-            stats.report = policy.report(
-                verified=_trees_where(step.forest, greedy),
-                num_accepted=verdict.num_accepted.masked_fill(~greedy, 0),
-                pool=report.pool,
-                probes=report.probes,
-            )
-            if sampled.any():
-                stats.sampled_report = policy.report(
-                    verified=_trees_where(step.forest, sampled),
-                    num_accepted=verdict.num_accepted.masked_fill(~sampled, 0),
-                    pool=None,
-                    probes=report.probes,
+
+            accepted = verdict.num_accepted
+
+            def told(report_of: Callable[..., Any], kind: NDArray[np.bool_], **drafted: Any) -> Any:
+                of_kind = torch.from_numpy(own & kind)
+                return report_of(
+                    verified=_trees_where(step.forest, of_kind),
+                    num_accepted=accepted.masked_fill(~of_kind, 0),
+                    **drafted,
                 )
+
+            best = {"pool": report.pool, "probes": report.probes}
+            drawn = {"pool": report.drawn_pool, "probes": report.drawn_probes}
+            stats.report = told(policy.report, ~draws & ~is_random, **best)
+            if (sampled := ~draws & is_random).any():
+                stats.sampled_report = told(policy.report, sampled, **best | {"pool": None})
             if self.drawn is not None:
-                stats.drawn_report = policy.report_drawn(
-                    verified=_trees_where(step.forest, drawn),
-                    num_accepted=verdict.num_accepted.masked_fill(~drawn, 0),
-                    pool=report.drawn_pool,
-                    probes=report.drawn_probes,
-                )
+                stats.drawn_report = told(policy.report_drawn, draws, **drawn)
         return stats
 
     def _sample(
