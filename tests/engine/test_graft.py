@@ -74,17 +74,16 @@ def test_retrieved_nodes_are_accepted_where_the_head_knows_nothing(
 
 
 def test_a_grammars_mask_teaches_the_table_nothing(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModel,
 ) -> None:
-    """vLLM writes the mask into the logits; here one that leaves a single token."""
+    """The runner writes the mask into the logits; here one that leaves a single token."""
 
-    def mask(scheduler_output: Any, grammar: Any, batch: Any, logits: torch.Tensor) -> None:
+    def mask(logits: torch.Tensor, scheduler_output: Any, grammar: Any) -> None:
         logits[:, torch.arange(logits.shape[1]) != ALLOWED] = float("-inf")
 
-    monkeypatch.setattr("vllm.v1.worker.gpu_model_runner.apply_grammar_bitmask", mask)
     with tiny_engine(tiny, echo(tiny.head, 12, **SECTION)) as llm:
         model_runner, table_of = runner(llm), runner(llm).drafter.policy
-        sample = model_runner.sample_tokens
+        sample, model_runner._mask = model_runner.sample_tokens, mask
         model_runner.sample_tokens = lambda grammar: sample("any")
         answers = generate(llm, tiny_prompts(4), greedy(12))
         table = table_of.table
