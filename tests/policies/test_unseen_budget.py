@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from echo_vllm import ops
 from echo_vllm.forecast import CostCurve, StepCost
 from echo_vllm.forecast.forecaster import PROBED_NODES
 from echo_vllm.forecast.online_cost import OnlineCost
@@ -31,6 +30,7 @@ from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
 from tests.policies.serving import Prompts, Serving
 from tests.policies.test_auto_serving import MACHINES, auto
 from tests.policies.test_policies import grow, policy_of
+from tests.trees.test_ranked import served
 
 REQUESTS, NODES = 4, 16
 
@@ -45,19 +45,6 @@ def cost_aware(name: str = "auto", **fields: Any) -> CostAwarePolicy:
 def unseen(policy: DraftPolicy, batch: DraftBatch, seed: int = 1) -> CandidatePool:
     pool = CandidatePool.empty_unseen(batch.num_requests)
     return grow(policy, batch.num_requests, seed, batch, pool=pool)
-
-
-def served(trees: RankedTrees, budget: int) -> list[int]:
-    """Nodes of each tree that a budget buys."""
-    _, bounds = ops.select_budget(
-        trees.scores,
-        trees.tiers,
-        trees.parents.to(torch.int64),
-        trees.parents.numel(),
-        trees.parents.shape[1],
-        torch.tensor([budget], dtype=torch.int32),
-    )
-    return [int(count) for count in bounds.diff()]
 
 
 # ---- On the device ----
