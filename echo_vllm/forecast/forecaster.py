@@ -9,8 +9,8 @@ input, a change of it changes the decision in the next step, and because the for
 maximum of functions that are continuous in the load, nothing jumps where the decision changes.
 
 Forecasts have standard errors. Drafting begins where it pays although it was forecast too well, and
-ends where it does not pay although it was forecast too badly; between the two all stays as it is,
-but for experiments, whose price in time is forecast as well and is a small share of all time.
+ends where it does not pay although it was forecast a little too badly; between the two all stays as
+it is, but for experiments, whose price is forecast as well and is a small share of all time.
 
 Everything that depends on timing or on past steps lives here, in one process; ranks get the
 resulting `DraftPlan`.
@@ -51,6 +51,10 @@ would be of long ago, and better prompts would not be noticed for thousands of s
 BOUND = 1.3
 """Standard errors between a forecast and its bounds."""
 
+HOLD = 0.6
+"""Of that, what drafting is taken for faster than it is forecast, once it has begun: where nobody
+can tell it is rest that costs nothing."""
+
 UNKNOWN = 0.005
 """What no observation tells, as a share of the speed: what the forecast leaves out."""
 
@@ -83,14 +87,18 @@ PLAIN_STEPS = 64
 """Steps between pauses of the drafting, at least, for some plain decoding: what that costs now is
 the other half of every comparison."""
 
-PAUSE = 8
+PAUSE = 5
 """Steps of a pause: the first verifies what was drafted before, the last ones are typical."""
 
-ATTEMPT = 8
-"""Steps of an attempt: drafting where the forecast says that it pays, but not for sure."""
+ATTEMPT, ATTEMPT_PROBES = 8, 2
+"""Steps of an attempt: drafting where the forecast says that it pays, but not for sure. And how
+many of them, the first ones, have probes."""
 
 ATTEMPT_STEPS = (32, 1024)
 """Steps between attempts: twice as many after each one that was given up."""
+
+FIRST_ATTEMPTS, YOUNG_ATTEMPTS = 4, 2.0
+"""Attempts up to which so many times as much time goes to them."""
 
 DOUBT = 3.0
 """How many times too long start-up may have measured forwards: on a machine that was busy then."""
@@ -350,6 +358,7 @@ class Forecaster:
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
         self._attempt_until = self._pause_until = 0
         self._next_attempt, self._attempt_steps = 0, ATTEMPT_STEPS[0]
+        self._num_attempts = 0
         # By the octave of the load.
         self._num_trials: dict[int, int] = {}
         self._num_pauses: dict[int, int] = {}
@@ -513,7 +522,8 @@ class Forecaster:
         most = min(MOST_PROBES, load.able)
         depth, width = plan.max_depth or 0, plan.width or self.frontier
         if depth and is_attempt:
-            return most
+            passed = self._step - (self._attempt_until - ATTEMPT)
+            return most if passed < ATTEMPT_PROBES else 0
         if self._step % PROBE_STEPS:
             return 0
         counts = [most] if depth else [count for count in PROBES if count < most] + [most]
@@ -526,14 +536,15 @@ class Forecaster:
     def _decide(self, load: Load, costs: Costs, best: Forecast) -> None:
         """Begin or stop drafting, or attempt it."""
         step = load.num_decoding / best.plain
-        self._attempts.passes(step)
+        is_young = self._num_attempts < FIRST_ATTEMPTS
+        self._attempts.passes(step * (YOUNG_ATTEMPTS if is_young else 1.0))
         if load.waiting > load.able:
             self._behind += (load.waiting / load.able - self._behind) / 16
         bound = BOUND * best.error
         was_attempt = 0 < self._attempt_until <= self._step
         if self._is_drafting or was_attempt:
             # An attempt that ends has shown what it could: then what is likely decides.
-            optimism = 0.0 if was_attempt and not self._drafting else bound
+            optimism = 0.0 if was_attempt and not self._drafting else HOLD * bound
             goes_on = self._pays(load, costs, best, optimism)
             if was_attempt and not self._drafting:
                 self._attempt_until = 0
@@ -552,8 +563,12 @@ class Forecaster:
             self._until = min(self._until, self._step + REUSE)
         elif self._step >= self._next_attempt:
             lost = ATTEMPT * step * max(0.0, math.expm1(-best.gain))
-            if self._attempts.buys(lost + self._catch_up(load.waiting, load, costs)):
+            lost += self._catch_up(load.waiting, load, costs)
+            count = min(MOST_PROBES, load.able)
+            probe = self._price_of_probes(count, best.depth, best.width, load, costs)
+            if self._attempts.buys(lost + ATTEMPT_PROBES * probe):
                 self._attempt_until = self._step + ATTEMPT
+                self._num_attempts += 1
 
     def _pays(self, load: Load, costs: Costs, best: Forecast, optimism: float) -> bool:
         """Whether to draft now makes the tokens up to the horizon in less time than to rest now, if
