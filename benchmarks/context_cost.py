@@ -17,11 +17,11 @@ import os
 import random
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import integers
+from benchmarks.steps import Decode, Read, Stop
 from echo_vllm import atomic
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET
@@ -33,29 +33,14 @@ Medians = dict[tuple[int, int], float]
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]
 
 
-def step_times(engine: Any, requests: int, context: int, steps: int, name: str) -> list[float]:
+def step_times(local: LocalEngine, requests: int, context: int, steps: int) -> list[float]:
     """Seconds of `steps` decoding steps of `requests` requests of `context` tokens."""
-    from vllm import SamplingParams
-
-    engine.reset_prefix_cache()
     draw = random.Random(context)
-    ids = [f"{name}-{context}-{i}" for i in range(requests)]
-    for request in ids:
-        tokens = [draw.randrange(100, 40_000) for _ in range(context)]
-        params = SamplingParams(temperature=0, max_tokens=10_000, ignore_eos=True)
-        engine.add_request(request, {"prompt_token_ids": tokens}, params)
-    seen: set[str] = set()
-    while len(seen) < requests:  # Until every prompt is read.
-        seen.update(o.request_id for o in engine.step() if o.outputs[0].token_ids)
-    engine.step()
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-    engine.abort_request(ids)
-    while engine.has_unfinished_requests():
-        engine.step()
+    prompts = [[draw.randrange(100, 40_000) for _ in range(context)] for _ in range(requests)]
+    Read(prompts).run(local)
+    Decode(1).run(local)
+    times = Decode(steps).run(local)
+    Stop(requests).run(local)
     return times
 
 
@@ -69,11 +54,11 @@ def measure(args: argparse.Namespace, speculation: dict[str, Any] | None) -> Med
         "max_model_len": max(args.contexts) + (1 + len(TREE)) * (args.steps + 2),
     }
     with LocalEngine(DEMO_TARGET, **options) as local:
-        for round_ in range(args.rounds):
+        for _ in range(args.rounds):
             for requests in args.requests:
                 for context in args.contexts:
                     times.setdefault((requests, context), []).extend(
-                        step_times(local.engine, requests, context, args.steps, f"r{round_}")
+                        step_times(local, requests, context, args.steps)
                     )
     return {load: statistics.median(seconds) for load, seconds in times.items()}
 

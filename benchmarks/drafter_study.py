@@ -8,7 +8,7 @@
 
 All see the same rows in the same order. The figure is the acceptance length of a greedy chain,
 predicted on held-out greedy answers by walking over them as the engine does
-(`echo_vllm.training.acceptance`), with its difference to the base on the same answers.
+(`benchmarks.predicted_acceptance`), with its difference to the base on the same answers.
 OUTPUT.jsonl keeps each variant as soon as it is done; the next run goes on. Needs
 `make train-setup`.
 """
@@ -36,7 +36,7 @@ from echo_vllm.offline.bench.intervals import bootstrapped
 from echo_vllm.offline.bench.tables import markdown
 
 if TYPE_CHECKING:
-    from echo_vllm.training.acceptance import Acceptance
+    from benchmarks.predicted_acceptance import Acceptance
     from echo_vllm.training.rows import Row
     from echo_vllm.training.trainer import TrainSettings
 
@@ -91,7 +91,7 @@ def held_out_acceptance(
     """The chain's acceptance on each held-out greedy answer."""
     import torch
 
-    from echo_vllm.training.acceptance import predicted_acceptance
+    from benchmarks.predicted_acceptance import predicted_acceptance
     from echo_vllm.training.features import Target
     from echo_vllm.training.trainer import make_model, split
 

@@ -13,25 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
-from benchmarks.command_line import integers, names
+from benchmarks.command_line import (
+    add_engine_options,
+    engine_options,
+    integers,
+    names,
+    report,
+    run_program,
+    started,
+)
 from benchmarks.grammar_cases import Answers, Constrained, cases
 from echo_vllm import atomic
 from echo_vllm.conversations import Chat
-from echo_vllm.machine import fast_dtype
-from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET, PLAIN, choose
-from echo_vllm.offline.bench.engine_process import EngineOptions, EngineProcess
-from echo_vllm.offline.bench.fleet import run_program
+from echo_vllm.offline.bench.configurations import PLAIN, choose
 from echo_vllm.offline.bench.intervals import ratio
-from echo_vllm.offline.bench.results import hardware, versions
 from echo_vllm.offline.bench.tables import markdown
 
 CONFIGS = ["plain", "rest", "eagle3-k3", "topn-8", "auto"]
@@ -83,26 +83,14 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=64, help="of each kind (64)")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most (128)")
     parser.add_argument("--configs", type=names, default=CONFIGS, help=f"({','.join(CONFIGS)})")
-    parser.add_argument("--model", type=Path, default=DEMO_TARGET, help="target (the demo's)")
-    parser.add_argument("--head", type=Path, default=DEMO_HEAD, help="EAGLE-3 head (the demo's)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=fast_dtype())
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_engine_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
     options = parser.parse_args()
-    model = str(options.model.resolve())
-    chat = Chat(model)
-    logs = Path(tempfile.mkdtemp(prefix="echo-vllm-grammar-"))
+    chat = Chat(str(options.model.resolve()))
     rows: list[list[str]] = []
     for requests in options.requests:
-        engine_options = EngineOptions(
-            model=model, dtype=options.dtype, max_num_seqs=requests, threads=options.threads
-        )
-        engines: list[EngineProcess] = []
-        try:
-            for configuration in choose(options.configs, options.head.resolve()):
-                log = logs / f"{configuration.name}-{requests}.log"
-                engines.append(EngineProcess(configuration, engine_options, log))
-                engines[-1].wait_ready()
+        chosen = choose(options.configs, options.head.resolve())
+        with started(chosen, engine_options(options, requests)) as engines:
             for kind, pairs in cases().items():
                 step = -(-len(pairs) // options.prompts)
                 prompts = [chat.encode([said]) for said, _ in pairs[::step]]
@@ -120,19 +108,9 @@ def main() -> int:
                     rows.append([f"{kind}, {requests} at once", name, *cells.values()])
                     header = ["", "engine", *cells]
                 print(markdown(header, rows), flush=True)
-        finally:
-            for engine in engines:
-                engine.stop()
     if options.json:
-        report = {
-            "command": ["python", "-m", "benchmarks.grammar_speed", *sys.argv[1:]],
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(),
-            "hardware": hardware(),
-            "dtype": options.dtype,
-            "table": markdown(header, rows).splitlines(),
-        }
-        atomic.write_json(options.json, json.loads(json.dumps(report)))
+        table = markdown(header, rows).splitlines()
+        atomic.write_json(options.json, report("grammar_speed", dtype=options.dtype, table=table))
     return 0
 
 

@@ -18,14 +18,31 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.command_line import add_common_options, integers, measure, names
+from benchmarks.command_line import (
+    add_common_options,
+    integers,
+    measure,
+    names,
+    report,
+    run_program,
+)
 from echo_vllm import atomic
-from echo_vllm.offline.bench.configurations import DEMO_HEAD, QUICK, SAME_CHAIN, built_in, choose
-from echo_vllm.offline.bench.fleet import run_program
-from echo_vllm.offline.bench.results import versions
+from echo_vllm.offline.bench.configurations import DEMO_HEAD, SAME_CHAIN, built_in, choose
 from echo_vllm.offline.bench.tables import table
 
 DESCRIPTION = "Speed of plain decoding, vLLM's eagle3 and echo's policies, in one interleaved run."
+CONFIGURATIONS = [
+    "plain",
+    "eagle3-k2",
+    "eagle3-k4",
+    "chain-k2",
+    "chain-k4",
+    "static-15",
+    "topn-8",
+    "topn-16",
+    "echo",
+    "auto",
+]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,11 +55,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--configs",
         type=names,
-        default=QUICK,
+        default=CONFIGURATIONS,
         metavar="NAME,...",
         help=(
             f"of {', '.join(built_in(DEMO_HEAD))}, or JSON files with a speculative_config "
-            f"({','.join(QUICK)})"
+            f"({','.join(CONFIGURATIONS)})"
         ),
     )
     return parser.parse_args(arguments)
@@ -69,24 +86,22 @@ def main() -> int:
         f"{time.monotonic() - started:.0f} s in all."
     )
     if options.json:
-        report = {
-            "command": ["python", "-m", "benchmarks.quick", *sys.argv[1:]],
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(),
-            "options": {
+        content = report(
+            "quick",
+            options={
                 key: value.name if isinstance(value, Path) else value
                 for key, value in vars(options).items()
                 if key not in ("model", "head", "json")
             },
-            "configurations": {
+            configurations={
                 c.name: c.speculation and {k: v for k, v in c.speculation.items() if k != "model"}
                 for c in configurations
             },
-            "failures": failures,
-            "table": text.splitlines(),
-            "samples": [asdict(sample) for sample in samples],
-        }
-        atomic.write_json(options.json, report)
+            failures=failures,
+            table=text.splitlines(),
+            samples=[asdict(sample) for sample in samples],
+        )
+        atomic.write_json(options.json, content)
     return 1 if failures else 0
 
 

@@ -16,27 +16,26 @@ the runtime alone.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from benchmarks.command_line import integers, names
+from benchmarks.command_line import (
+    add_engine_options,
+    engine_options,
+    integers,
+    names,
+    report,
+    run_program,
+    started,
+)
+from benchmarks.steps import Decode, Read, Stop
 from echo_vllm import atomic
 from echo_vllm.conversations import CHATS, PROMPTS, Chat, read_conversations, shuffled
-from echo_vllm.machine import fast_dtype
-from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET, PLAIN, choose
-from echo_vllm.offline.bench.engine_process import EngineOptions, EngineProcess
-from echo_vllm.offline.bench.fleet import run_program
+from echo_vllm.offline.bench.configurations import PLAIN, choose
 from echo_vllm.offline.bench.intervals import Interval, ratio
-from echo_vllm.offline.bench.results import hardware, versions
-from echo_vllm.offline.bench.steps import Decode, Read, Stop
 from echo_vllm.offline.bench.tables import markdown
 
 RESTING = ["rest", "auto-rest"]
@@ -128,11 +127,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="of all requests (0)")
     parser.add_argument("--configs", type=names, default=RESTING, help="(rest,auto-rest)")
     parser.add_argument("--linear", choices=["stock", "auto"], default="stock", help="(stock)")
-    parser.add_argument("--model", type=Path, default=DEMO_TARGET, help="target (the demo's)")
-    parser.add_argument("--head", type=Path, default=DEMO_HEAD, help="EAGLE-3 head (the demo's)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=fast_dtype())
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--compile", action="store_true", help="torch.compile, not eager mode")
+    add_engine_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here too")
     return parser.parse_args(arguments)
 
@@ -140,29 +135,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code."""
     options = parse()
-    model = str(options.model.resolve())
-    chat = Chat(model)
+    chat = Chat(str(options.model.resolve()))
     texts = shuffled(read_conversations(CHATS, PROMPTS))
     # No long ones, so that all prompts of a batch fit into one step.
     prompts = [ids for ids in (chat.encode(turns[:1]) for turns in texts) if len(ids) <= 64]
     blocks = max(1, -(-options.steps // (options.rounds * options.block)))
-    engine_options = EngineOptions(
-        model=model,
-        dtype=options.dtype,
-        max_num_seqs=max(options.requests),
-        threads=options.threads,
-        compile=options.compile,
-    )
-    logs = Path(tempfile.mkdtemp(prefix="echo-vllm-rest-"))
-    engines: list[EngineProcess] = []
-    try:
-        for configuration in choose(options.configs, options.head.resolve()):
-            if configuration.speculation and "echo" in configuration.speculation:
-                configuration.speculation["echo"]["linear"] = options.linear
-            log = logs / f"{configuration.name}.log"
-            engines.append(EngineProcess(configuration, engine_options, log))
-            engines[-1].wait_ready()
-        found = {}
+    chosen = choose(options.configs, options.head.resolve())
+    for configuration in chosen:
+        if configuration.speculation and "echo" in configuration.speculation:
+            configuration.speculation["echo"]["linear"] = options.linear
+    found = {}
+    with started(chosen, engine_options(options, max(options.requests))) as engines:
         for requests in options.requests:
             measure(engines, prompts, requests, 1, 1, WARM_UP_STEPS, options.temperature)
             found[requests] = measure(
@@ -174,9 +157,6 @@ def main() -> int:
                 options.block,
                 options.temperature,
             )
-    finally:
-        for engine in engines:
-            engine.stop()
     print(table(found))
     steps = options.rounds * blocks * options.block
     print(
@@ -185,20 +165,17 @@ def main() -> int:
         f"{options.dtype}, {options.linear} linear layers, {options.threads} threads."
     )
     if options.json:
-        report = {
-            "command": ["python", "-m", "benchmarks.rest_cost", *sys.argv[1:]],
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(),
-            "hardware": hardware(),
-            "steps": steps,
-            "block": options.block,
-            "table": table(found).splitlines(),
-            "seconds": {
+        content = report(
+            "rest_cost",
+            steps=steps,
+            block=options.block,
+            table=table(found).splitlines(),
+            seconds={
                 requests: {name: asdict(each) for name, each in times.items()}
                 for requests, times in found.items()
             },
-        }
-        atomic.write_json(options.json, json.loads(json.dumps(report)))
+        )
+        atomic.write_json(options.json, content)
     return 0
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.step_profile --json profile.json
 
 Every configuration runs the same prompts in turns, as in `benchmarks.quick`, with clocks around
-the stages (`echo_vllm.offline.bench.timers`). Only steps in which all requests in flight decode
+the stages (`benchmarks.timers`). Only steps in which all requests in flight decode
 count. Times are given in hundredths of a step of plain decoding at the same concurrency, so that
 rows and tables compare.
 """
@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.command_line import add_common_options, integers, measure, names
+from benchmarks.command_line import (
+    add_common_options,
+    integers,
+    measure,
+    names,
+    report,
+    run_program,
+)
+from benchmarks.timers import STAGES, TimedProcess
 from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import PLAIN, choose
-from echo_vllm.offline.bench.fleet import run_program
-from echo_vllm.offline.bench.results import versions
 from echo_vllm.offline.bench.tables import Sample, acceptance_length, markdown
-from echo_vllm.offline.bench.timers import STAGES
 
 DESCRIPTION = "Shares of a decoding step by stage, in one interleaved run."
 CONFIGURATIONS = ["plain", "eagle3-k4", "chain-k4", "topn-16"]
@@ -96,7 +100,7 @@ def main() -> int:
     options = parse()
     try:
         configurations = choose(options.configs, options.head.resolve())
-        samples, failures = measure(options, configurations, instrumented=True)
+        samples, failures = measure(options, configurations, TimedProcess)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,14 +108,8 @@ def main() -> int:
         return 1  # The progress line has said why; there is nothing to compare with.
     shown = [c.name for c in configurations if c.name not in failures]
     if options.json:
-        report = {
-            "command": ["python", "-m", "benchmarks.step_profile", *sys.argv[1:]],
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(),
-            "failures": failures,
-            "samples": [asdict(sample) for sample in samples],
-        }
-        atomic.write_json(options.json, report)
+        found = [asdict(sample) for sample in samples]
+        atomic.write_json(options.json, report("step_profile", failures=failures, samples=found))
     tables = [profile_table(samples, shown, c) for c in options.concurrency]
     print("\n\n".join(tables))
     return 1 if failures else 0

@@ -87,7 +87,7 @@ def tokens_a_step(
     engine: LocalEngine, prompts: list[list[int]], temperature: float, max_tokens: int
 ) -> NDArray[np.float64]:
     """[prompts], of each prompt's answer, of the steps with a tree."""
-    lengths, steps = np.zeros(len(prompts)), np.zeros(len(prompts))
+    steps = np.zeros(len(prompts))
     scheduler = engine.scheduler
     update = scheduler.update_from_output
 
@@ -96,21 +96,12 @@ def tokens_a_step(
             steps[int(req_id.split("-")[0])] += 1  # vLLM makes a request's name longer.
         return update(scheduled, output)
 
-    def keep(question: Question, token_ids: list[int], _: bool) -> None:
-        lengths[int(question.name)] = len(token_ids)
-
     scheduler.update_from_output = counted
     try:
-        engine.answer(
-            (
-                Question(str(i), ids, max_tokens, temperature, seed=i)
-                for i, ids in enumerate(prompts)
-            ),
-            keep,
-        )
+        answers = engine.answer_each(prompts, max_tokens, temperature)
     finally:
         scheduler.update_from_output = update
-    return (lengths - 1) / steps.clip(min=1)
+    return (np.array([len(ids) for ids in answers]) - 1) / steps.clip(min=1)
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self, cast
 
 import numpy as np
@@ -60,17 +59,7 @@ class TraceHeader:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.model,
-            "drafter": self.drafter,
-            "dtype": self.dtype,
-            "num_speculative_tokens": self.num_speculative_tokens,
-            "echo": dict(self.echo),
-            "created": self.created,
-            "versions": dict(self.versions),
-        }
+        return {"format": FORMAT, "version": VERSION, **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -153,16 +142,10 @@ class TraceRequest:
     def to_dict(self) -> dict[str, Any]:
         # The shortest decimal of the float32, not of the same value as a double.
         digits = np.asarray(self.logprobs, dtype=np.float32).astype(str)
-        return {
-            "id": self.id,
-            "context": self.context,
-            "parents": self.parents,
-            "logprobs": [float(text) for text in digits],
-            "level_starts": self.level_starts,
-            "selected": self.selected,
-            "accepted": self.accepted,
-            **({"drawn": True} if self.drawn else {}),
-        }
+        fields = vars(self) | {"logprobs": [float(text) for text in digits]}
+        if not self.drawn:
+            del fields["drawn"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -196,17 +179,7 @@ class TraceStep:
         object.__setattr__(self, "requests", tuple(self.requests))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "rows": self.rows,
-            "decoding": self.decoding,
-            "prefill_tokens": self.prefill_tokens,
-            "verify_s": self.verify_s,
-            "draft_s": self.draft_s,
-            "draft_levels": self.draft_levels,
-            "plan": None if self.plan is None else dict(self.plan),
-            "requests": [request.to_dict() for request in self.requests],
-        }
+        return {**vars(self), "requests": [request.to_dict() for request in self.requests]}
 
 
 class TraceWriter:
@@ -259,12 +232,7 @@ class TraceWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -305,15 +273,19 @@ def read_trace(path: str | Path, *, whole: bool = True) -> tuple[TraceHeader, It
     return header, _read_steps(where, file, whole)
 
 
+def beside(path: Path, label: object) -> Path:
+    """`trace.LABEL.jsonl.gz` for `trace.jsonl.gz`, and `trace.LABEL.jsonl` for `trace.jsonl`."""
+    packed = ".gz" if path.name.endswith(".gz") else ""
+    plain = Path(path.name.removesuffix(packed))
+    return path.with_name(f"{plain.stem}.{label}{plain.suffix}{packed}")
+
+
 def _keep_older(path: Path) -> Path | None:
     """Rename a file with content to the first free of `trace.1.jsonl`, `trace.2.jsonl`, ..."""
     if not path.is_file() or not _has_content(path):
         return None
-    packed = ".gz" if path.name.endswith(".gz") else ""
-    plain = Path(path.name.removesuffix(packed))
-    names = (f"{plain.stem}.{number}{plain.suffix}{packed}" for number in itertools.count(1))
-    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    return path.rename(kept)
+    places = (beside(path, number) for number in itertools.count(1))
+    return path.rename(next(place for place in places if not place.exists()))
 
 
 def _has_content(path: Path) -> bool:

@@ -19,6 +19,8 @@ from rich.text import Text
 
 from echo_vllm import atomic
 from echo_vllm.cli.console import (
+    Drafter,
+    Target,
     errors,
     fail,
     located,
@@ -28,21 +30,19 @@ from echo_vllm.cli.console import (
     record_prompts,
 )
 from echo_vllm.config import MAX_DEPTH, MAX_NODES, MAX_TOP_K, num_candidates
+from echo_vllm.forecast import CostCache, CostError, StepCost, fit_hinge
+from echo_vllm.trace_format import TraceError, TraceHeader, beside, read_trace
 
 if TYPE_CHECKING:
-    from echo_vllm.forecast import StepCost
     from echo_vllm.forecast.drafter_profile import DrawnProfile
     from echo_vllm.forecast.forecaster import Kind
     from echo_vllm.offline.calibrate.fit import Calibration
     from echo_vllm.offline.calibrate.samples import Samples
-    from echo_vllm.trace_format import TraceHeader
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Target: a folder or a name.", show_default=False)],
-    drafter: Annotated[
-        str, typer.Option(help="EAGLE-3 head: a folder or a name.", show_default=False)
-    ],
+    model: Target,
+    drafter: Drafter,
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile, a JSON file.")],
     prompts: Annotated[
         list[Path] | None,
@@ -110,7 +110,9 @@ def calibrate(
             lines = read_prompts(prompts)[:num_prompts]
             runs = [("best", temperature, save_trace)]
             if drawn_temperature > 0:
-                runs.append(("drawn", drawn_temperature, _beside(save_trace)))
+                runs.append(
+                    ("drawn", drawn_temperature, save_trace and beside(save_trace, "drawn"))
+                )
             for candidates, heat, kept in runs:
                 path = Path(folder) / f"{candidates}.jsonl.gz"
                 count, _ = record_prompts(
@@ -135,19 +137,8 @@ def calibrate(
     _write(calibration, output, report, cost)
 
 
-def _beside(trace: Path | None) -> Path | None:
-    """Where the trace of drawn candidates is kept if the other one is kept there."""
-    if trace is None:
-        return None
-    packed = ".gz" if trace.name.endswith(".gz") else ""
-    plain = Path(trace.name.removesuffix(packed))
-    return trace.with_name(f"{plain.stem}.drawn{plain.suffix}{packed}")
-
-
 def _known_costs(header: TraceHeader) -> StepCost | None:
     """The newest measurement in the cost cache for the trace's models and dtype."""
-    from echo_vllm.forecast import CostCache, CostError, StepCost
-
     folder = CostCache().folder
     newest: tuple[float, Path, StepCost] | None = None
     for path in folder.glob("*.json"):
@@ -226,7 +217,6 @@ def _fit_drawn(
 def _samples(trace: Path, model: str, drafter: str, kind: Kind) -> tuple[TraceHeader, Samples]:
     """The header of a trace, and its trees."""
     from echo_vllm.offline.calibrate.samples import collect
-    from echo_vllm.trace_format import TraceError, read_trace
 
     try:
         header, steps = read_trace(trace)
@@ -309,7 +299,6 @@ def _check_names(header: TraceHeader, model: str, drafter: str) -> None:
 def _write(
     calibration: Calibration, output: Path, report: Path | None, cost: StepCost | None
 ) -> None:
-    from echo_vllm.forecast import fit_hinge
     from echo_vllm.offline.calibrate.page import rows_of, rows_of_drawn, write_report
 
     written = [output]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""What the commands share: messages on stderr, lists of numbers, prompts, files of step costs."""
+"""What the commands share: lines on stdout, messages on stderr, what options and files say."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,12 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from echo_vllm.conversations import Chat, PromptError, read_conversations, shuffled
+from echo_vllm.forecast import CostError, StepCost
 
-if TYPE_CHECKING:
-    from echo_vllm.forecast import StepCost
-
+Target = Annotated[str, typer.Argument(help="Target: a folder or a name.", show_default=False)]
+Drafter = Annotated[str, typer.Option(help="EAGLE-3 head: a folder or a name.", show_default=False)]
 Number = TypeVar("Number", int, float)
+# Not wrapped at the width of a terminal, so that paths and sentences can be copied and searched.
+out = Console(soft_wrap=True, highlight=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(line: str) -> None:
+    out.print(Text(line))
 
 
 def note(sentence: str) -> None:
@@ -31,6 +38,15 @@ def fail(sentence: str, status: int = 2) -> NoReturn:
     """What is wrong and what to do, in one line; status 2 is for arguments that make no sense."""
     note(f"error: {sentence}")
     raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
+    """Fail with the sentence of an error of these kinds."""
+    try:
+        yield
+    except kinds as error:
+        fail(str(error), status)
 
 
 def last_line(error: BaseException) -> str:
@@ -60,10 +76,8 @@ def numbers(
 
 def read_prompts(paths: Sequence[Path]) -> list[list[str]]:
     """The conversations of all files, shuffled, always in the same way."""
-    try:
+    with refusing(PromptError):
         return shuffled(read_conversations(*paths))
-    except PromptError as error:
-        fail(str(error))
 
 
 def counting(unit: str) -> Progress:
@@ -80,8 +94,6 @@ def counting(unit: str) -> Progress:
 
 def read_step_cost(option: str, path: Path) -> StepCost:
     """A step cost, or a file of the engine's cache, which has one under a key of its own."""
-    from echo_vllm.forecast import CostError, StepCost
-
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

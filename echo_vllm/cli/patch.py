@@ -4,16 +4,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from echo_vllm.cli.console import fail
+from echo_vllm.cli.console import fail, refusing, say
 from echo_vllm.patching import (
     Condition,
     PatchError,
@@ -35,86 +31,72 @@ Root = Annotated[
         show_default=False,
     ),
 ]
-# Not wrapped at the width of a terminal, so that paths and sentences can be copied and searched.
-_out = Console(soft_wrap=True, highlight=False)
-
-
-@contextlib.contextmanager
-def _errors_shown() -> Iterator[None]:
-    try:
-        yield
-    except PatchError as error:
-        fail(str(error), status=1)
 
 
 def _open(root: Path | None) -> PatchState:
     return PatchState(find_installation(root), load_series())
 
 
-def _say(line: str) -> None:
-    _out.print(Text(line))
-
-
 @patch_app.command()
 def apply(root: Root = None) -> None:
     """Apply the series: all of it or nothing. Does nothing where it is applied already."""
-    with _errors_shown():
+    with refusing(PatchError, status=1):
         state = _open(root)
         before, replaced = state.apply()
     if before is Condition.APPLIED:
-        _say(f"Nothing to do: the {_count(state)} are applied to {_where(state)}.")
+        say(f"Nothing to do: the {_count(state)} are applied to {_where(state)}.")
         return
     if before is not Condition.PRISTINE:
-        _say(f"Found the series {before.value}; started again from the published files.")
+        say(f"Found the series {before.value}; started again from the published files.")
     for patch in state.series.patches:
-        _say(f"applied  {patch.name}: {patch.title}")
+        say(f"applied  {patch.name}: {patch.title}")
     for path in replaced:
-        _say(f"replaced {path}")
-    _say(f"The {_count(state)} are applied to {_where(state)}.")
+        say(f"replaced {path}")
+    say(f"The {_count(state)} are applied to {_where(state)}.")
 
 
 @patch_app.command()
 def revert(root: Root = None) -> None:
     """Restore every file as vLLM published it, byte for byte."""
-    with _errors_shown():
+    with refusing(PatchError, status=1):
         state = _open(root)
         before, replaced = state.revert()
     if before is Condition.PRISTINE:
-        _say(f"Nothing to do: no patch is applied to {_where(state)}.")
+        say(f"Nothing to do: no patch is applied to {_where(state)}.")
         return
     for path in replaced:
-        _say(f"restored {path}")
-    _say(f"{_where(state)} is as published again.")
+        say(f"restored {path}")
+    say(f"{_where(state)} is as published again.")
 
 
 @patch_app.command()
 def status(root: Root = None) -> None:
     """Show the patches and the condition of the files; changes nothing."""
-    with _errors_shown():
+    with refusing(PatchError, status=1):
         state = _open(root)
         report = state.inspect()
     for patch in state.series.patches:
-        _say(f"{patch.name}: {patch.title}")
+        say(f"{patch.name}: {patch.title}")
     for path, what in report.problems.items():
-        _say(f"{path} {what}")
-    _say(f"{_where(state)}: {report.condition.value}")
+        say(f"{path} {what}")
+    say(f"{_where(state)}: {report.condition.value}")
 
 
 @patch_app.command()
 def verify(root: Root = None) -> None:
     """Check that every file is what the series makes of the published one; status 1 if not."""
-    with _errors_shown():
+    with refusing(PatchError, status=1):
         state = _open(root)
         problems = state.verify()
     for problem in problems:
-        _say(problem)
+        say(problem)
     if problems:
         fail(
             f"the patches in {state.installation.root} are not in order; run `echo-vllm patch "
             "apply`, which says what to do where it cannot repair them.",
             status=1,
         )
-    _say(f"All {_count(state)} are in order in {_where(state)}.")
+    say(f"All {_count(state)} are in order in {_where(state)}.")
 
 
 def _where(state: PatchState) -> str:

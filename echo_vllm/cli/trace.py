@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,19 +18,25 @@ from rich.text import Text
 
 from echo_vllm import atomic
 from echo_vllm.cli.console import (
+    Drafter,
+    Target,
     fail,
     located,
     note,
     numbers,
+    out,
     read_prompts,
     read_step_cost,
     record_prompts,
+    refusing,
+    say,
 )
-from echo_vllm.config import num_candidates
+from echo_vllm.config import EchoConfigError, num_candidates
+from echo_vllm.forecast import CostError, StepCost
 from echo_vllm.machine import fast_dtype
+from echo_vllm.trace_format import TraceError, read_trace
 
 if TYPE_CHECKING:
-    from echo_vllm.forecast import StepCost
     from echo_vllm.forecast.drafter_profile import DrafterProfile
     from echo_vllm.offline.trace.comparison import Comparison, Figures
 
@@ -43,22 +49,10 @@ FULL = {"policy": "topn", "max_depth": 6, "top_k": 4}
 """The default recording: with as many nodes as candidates, the fate of each is known."""
 
 FULL_NODES = num_candidates(6, 4, 4)
-_out = Console(soft_wrap=True, highlight=False)
 # Figures are not to be cut where the output is a file, or a narrow terminal.
-_wide = Console(width=max(_out.width, 132), highlight=False)
+_wide = Console(width=max(out.width, 132), highlight=False)
 TraceFile = Annotated[Path, typer.Argument(help="A recorded trace.", show_default=False)]
-
-
-@contextlib.contextmanager
-def _errors_shown() -> Iterator[None]:
-    from echo_vllm.config import EchoConfigError
-    from echo_vllm.forecast import CostError
-    from echo_vllm.trace_format import TraceError
-
-    try:
-        yield
-    except (EchoConfigError, TraceError, CostError) as error:
-        fail(str(error))
+_refusing = functools.partial(refusing, EchoConfigError, TraceError, CostError)
 
 
 # --- record --------------------------------------------------------------------------------
@@ -66,10 +60,8 @@ def _errors_shown() -> Iterator[None]:
 
 @trace_app.command()
 def record(
-    model: Annotated[str, typer.Argument(help="Target: a folder or a name.", show_default=False)],
-    drafter: Annotated[
-        str, typer.Option(help="EAGLE-3 head: a folder or a name.", show_default=False)
-    ],
+    model: Target,
+    drafter: Drafter,
     prompts: Annotated[
         list[Path],
         typer.Option(
@@ -126,7 +118,7 @@ def record(
         kv_cache_bytes=kv_cache_mib << 20,
         min_context=min_context,
     )
-    _out.print(Text(f"{count} prompts, {generated} tokens: {output}"))
+    say(f"{count} prompts, {generated} tokens: {output}")
     show(output)
 
 
@@ -146,7 +138,7 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
         from echo_vllm.config import check_num_nodes
         from echo_vllm.policies import parse_section
 
-        with _errors_shown():
+        with _refusing():
             parse_section(section, num_speculative_tokens=check_num_nodes(nodes))
     path = str(output.resolve())
     return {
@@ -164,9 +156,8 @@ def _speculation(drafter: str, output: Path, config: Path | None) -> dict[str, A
 def show(trace: TraceFile) -> None:
     """Say what a trace holds."""
     from echo_vllm.offline.trace.summary import summary
-    from echo_vllm.trace_format import read_trace
 
-    with _errors_shown():
+    with _refusing():
         found = summary(*read_trace(trace, whole=False))
     by_depth = ", ".join(f"{share:.0%}" for share in found["accepted_by_depth"])
     for line in (
@@ -180,7 +171,7 @@ def show(trace: TraceFile) -> None:
         f"median times of a step: target {found['verify_ms']:.1f} ms, drafter "
         f"{found['draft_ms']:.1f} ms",
     ):
-        _out.print(Text(line))
+        say(line)
 
 
 # --- replay --------------------------------------------------------------------------------
@@ -235,15 +226,14 @@ def replay(
     from echo_vllm.offline.trace.comparison import markdown as as_markdown
     from echo_vllm.offline.trace.contenders import parse_contender
     from echo_vllm.offline.trace.recorded import RecordedDrafter, fully_verified, replayable
-    from echo_vllm.trace_format import read_trace
 
-    with _errors_shown():
+    with _refusing():
         known = None if profile is None else DrafterProfile.load(profile)
     if exact:
         _replay_exact(trace, known)
         return
     loads = numbers("--concurrency", concurrency, int, 1)
-    with _errors_shown():
+    with _refusing():
         step_cost, notes = _cost(cost)
         chosen = [parse_contender(text, known) for text in policy] if policy else None
         header, steps = read_trace(trace, whole=False)
@@ -255,7 +245,7 @@ def replay(
             *notes,
         ]
         for sentence in notes:
-            _out.print(Text(sentence))
+            say(sentence)
         comparison = compare(
             drafter,
             chosen,
@@ -352,16 +342,13 @@ def _shares(comparison: Comparison, title: str) -> Table:
 def _replay_exact(trace: Path, profile: DrafterProfile | None) -> None:
     from echo_vllm.offline.trace.exact import recorded_policy, replay_exact
     from echo_vllm.offline.trace.recorded import replayable
-    from echo_vllm.trace_format import read_trace
 
-    with _errors_shown():
+    with _refusing():
         header, steps = read_trace(trace, whole=False)
         report = replay_exact(replayable(steps), recorded_policy(header, profile))
-    _out.print(
-        Text(
-            f"{report.steps} steps decided again, {report.incomplete} incomplete; trees: "
-            f"{report.equal} equal, {report.cut} cut by the engine, {report.different} different"
-        )
+    say(
+        f"{report.steps} steps decided again, {report.incomplete} incomplete; trees: "
+        f"{report.equal} equal, {report.cut} cut by the engine, {report.different} different"
     )
     if not report.agrees:
         note(

@@ -8,33 +8,41 @@ of its own, because an engine and a training want the whole machine; each is als
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from echo_vllm import VLLM_VERSION
-from echo_vllm.cli.console import counting, fail, last_line, located, note, numbers
+from echo_vllm.cli.console import (
+    Target,
+    counting,
+    fail,
+    last_line,
+    located,
+    note,
+    numbers,
+    refusing,
+    say,
+)
 from echo_vllm.conversations import Chat, PromptError, read_conversations
-
-if TYPE_CHECKING:
-    from echo_vllm.offline.engine import LocalEngine
-    from echo_vllm.training.work import Work
+from echo_vllm.offline.engine import LocalEngine
+from echo_vllm.training.work import TrainingError, Work, read_json, write_json
 
 EVERYTHING = "all"
 SPECULATORS = "0.9.0"
+_refusing = functools.partial(refusing, TrainingError, PromptError, status=1)
 
 
 class _StagesOrAll(TyperGroup):
@@ -52,7 +60,6 @@ train_drafter_app = typer.Typer(
     help="Make an EAGLE-3 head for a target: TARGET -o HEAD runs data, train and eval.",
 )
 
-Target = Annotated[str, typer.Argument(help="Target: a folder or a name.", show_default=False)]
 Output = Annotated[
     Path,
     typer.Option(
@@ -220,7 +227,6 @@ def data(
 ) -> None:
     """Let the target answer prompts; the answers are what a head is trained on."""
     from echo_vllm.training.data import DataSettings, check_plan, make_data
-    from echo_vllm.training.work import Work
 
     if rows is None and not prompts and not self_prompts:
         fail("there is nothing to answer: give --prompts FILE, or --self-prompts N")
@@ -233,7 +239,7 @@ def data(
             fail(f"{work.folder} holds data already; go on with --resume, or remove that folder")
         note(f"note: {work.rows} is whole")
         return
-    with _one_sentence():
+    with _refusing():
         if rows is not None:
             _take_rows(rows, target, work)
             return
@@ -290,9 +296,6 @@ def _engine_args(text: str | None) -> dict[str, Any]:
 def _engine(
     target: str, dtype: str, max_model_len: int | None, concurrency: int, more: dict[str, Any]
 ) -> LocalEngine:
-    from echo_vllm.offline.engine import LocalEngine
-    from echo_vllm.training.work import TrainingError
-
     options = {"dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": concurrency}
     try:
         return LocalEngine(target, **options | more)
@@ -308,7 +311,6 @@ def _engine(
 def _take_rows(source: Path, target: str, work: Work) -> None:
     """Rows that were answered elsewhere, checked and copied."""
     from echo_vllm.training.rows import RowWriter, read_rows
-    from echo_vllm.training.work import write_json
 
     found = read_rows(source)
     work.make()
@@ -370,10 +372,9 @@ def train(
     from echo_vllm.training.data import check_plan
     from echo_vllm.training.rows import read_rows
     from echo_vllm.training.targets import resolve_dtype, resolve_layers
-    from echo_vllm.training.work import Work, read_json
 
     target, work = located(target), Work(output.absolute())
-    with _one_sentence():
+    with _refusing():
         layers = _layers(target, aux_layers, init, resolve_layers)
         data = read_json(work.data)
         if data is None:
@@ -507,7 +508,6 @@ def evaluate(
     from echo_vllm.offline.acceptance_run import chain_of, measure, tree_of
     from echo_vllm.training.card import FILE_NAME, add_facts, evaluation_rows
     from echo_vllm.training.head_files import draft_vocabulary
-    from echo_vllm.training.work import TrainingError, read_json
 
     if not eval_prompts:
         fail("--eval-prompts is missing; give NAME=FILE, such as mt-bench=mt_bench.jsonl")
@@ -519,7 +519,7 @@ def evaluate(
     ways |= {f"chain of {k}": chain_of(head, k, "echo") for k in lengths[-1:]}
     sizes = numbers("--trees", trees, int, 1) if trees else ()
     ways |= {f"tree of {n}": tree_of(head, n) for n in sizes}
-    with _one_sentence():
+    with _refusing():
         chat = Chat(target, chat_template)
         sets = {}
         for text in eval_prompts:
@@ -578,9 +578,8 @@ def evaluate(
                     "runs": runs,
                 }
                 add_facts(output, evaluation=evaluation)
-    shown = Console(highlight=False)
     for row in evaluation_rows(runs):
-        shown.print(Text("  ".join(row)), soft_wrap=True)
+        say("  ".join(row))
     note(f"Wrote {output / FILE_NAME}, and the card beside it if it is this command's own")
 
 
@@ -593,16 +592,6 @@ def _spread(conversations: list[list[str]], count: int | None) -> list[list[str]
 
 def _command() -> str:
     return shlex.join(["echo-vllm", *sys.argv[1:]])
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    from echo_vllm.training.work import TrainingError
-
-    try:
-        yield
-    except (TrainingError, PromptError) as error:
-        fail(str(error), 1)
 
 
 def _need_speculators() -> None:

@@ -412,8 +412,7 @@ class Forecaster:
     def observe_first(self, count: int, total: float, kind: Kind = "best") -> None:
         """Learn from a drafting of `count` requests what the present drafts are like: `total` is
         the sum of the calibrated probabilities of each one's best first node."""
-        if self._is_drafting:  # Resting, the remembered drafts are the last ones.
-            self._kinds[kind].observe_first(count, total)
+        self._kinds[kind].observe_first(count, total)
 
     def factors(self, kind: Kind = "best") -> tuple[float, ...]:
         """Per depth, accepted over predicted acceptance lately."""
@@ -435,7 +434,7 @@ class Forecaster:
             mixed.sampled_share = load.sampled_share
         if self._step == self._attempt_until:
             self._until = 0  # What the attempt has shown counts now.
-        if not self._is_drafting:
+        if not self._is_drafting:  # Resting, the remembered drafts are the last ones.
             for each in self._kinds.values():
                 each.first = 0.0, 0.0
         plan = DraftPlan(

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from echo_vllm.conversations import Question
 from echo_vllm.offline.engine import LocalEngine
 
 
@@ -114,19 +113,8 @@ def measure(
     with LocalEngine(model, **options) as engine:
         for name, prompts in prompt_sets.items():
             for temperature in temperatures:
-                answers: dict[str, list[int]] = {}
-
-                def keep(question: Question, ids: list[int], stopped: bool) -> None:
-                    answers[question.name] = ids  # noqa: B023 - it is called at once
-
                 before = engine.counters()
-                engine.answer(
-                    (
-                        Question(str(i), ids, max_tokens, temperature, seed=i)
-                        for i, ids in enumerate(prompts)
-                    ),
-                    keep,
-                )
+                answers = engine.answer_each(prompts, max_tokens, temperature)
                 after = engine.counters()
                 drafts, accepted, at = (
                     np.subtract(after[counter], before[counter]).tolist()
@@ -137,10 +125,7 @@ def measure(
                     )
                 )
                 counted[name, temperature] = Counted(
-                    int(drafts),
-                    int(accepted),
-                    [int(count) for count in at],
-                    [answers[str(i)] for i in range(len(prompts))],
+                    int(drafts), int(accepted), [int(count) for count in at], answers
                 )
                 on_set()
     return counted

@@ -11,9 +11,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from echo_vllm.conversations import Chat, Question
@@ -133,6 +132,32 @@ class LocalEngine:
                     stopped = answer.finish_reason == "stop"
                     begin(on_answer(question, list(answer.token_ids), stopped))
 
+    def answer_each(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        temperature: float,
+        on_finished: Callable[[], None] = lambda: None,
+    ) -> list[list[int]]:
+        """Token ids of an answer to each of `prompts`, token ids; seeds are the prompts' numbers.
+
+        `on_finished` is called for each request that ends.
+        """
+        answers: dict[str, list[int]] = {}
+
+        def keep(question: Question, ids: list[int], stopped: bool) -> None:
+            answers[question.name] = ids
+            on_finished()
+
+        self.answer(
+            (
+                Question(str(i), ids, max_tokens, temperature, seed=i)
+                for i, ids in enumerate(prompts)
+            ),
+            keep,
+        )
+        return [answers[str(i)] for i in range(len(prompts))]
+
     def close(self) -> None:
         """End the engine and free its memory."""
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -145,10 +170,5 @@ class LocalEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from echo_vllm.conversations import Question
 from echo_vllm.offline.engine import LocalEngine
 
 KV_CACHE_BYTES = 1 << 30
@@ -46,13 +45,6 @@ def record(
     Raises:
         ValueError, OSError, RuntimeError: vLLM's own, if the target or the head do not load.
     """
-    tokens = 0
-
-    def count(question: Question, answer: list[int], stopped: bool) -> None:
-        nonlocal tokens
-        tokens += len(answer)
-        on_finished()
-
     nodes = int(speculation["num_speculative_tokens"])
     with LocalEngine(
         model,
@@ -64,11 +56,4 @@ def record(
         kv_cache_memory_bytes=kv_cache_bytes,
         speculative_config=speculation,
     ) as engine:
-        engine.answer(
-            (
-                Question(str(i), ids, max_tokens, temperature, seed=i)
-                for i, ids in enumerate(prompts)
-            ),
-            count,
-        )
-    return tokens
+        return sum(map(len, engine.answer_each(prompts, max_tokens, temperature, on_finished)))

@@ -305,7 +305,7 @@ class AutoPolicy(CostAwarePolicy):
         samples = []
         first = NO_FIRST
         if pool is not None:
-            (best,) = download(pool.best(torch.arange(pool.num_requests), 1)[1].flatten())
+            (best,) = download(pool.first_scores())
             first = tuple(first_of(self.drawn_model, best).tolist())
         if pool is not None and pool.depth == self.max_depth:
             # Those that drafted to full depth; see `samples`.

@@ -177,6 +177,7 @@ class DraftPolicy(ABC):
         max_depth: levels of the deepest tree.
         num_ranks: how many of the drafter's best tokens are asked for after every node (k).
         max_frontier: the most nodes of one request that one drafter forward expands.
+        k_max: the most nodes of the batch, prompt tokens included; None for no such limit.
         column_ranks: of a fixed shape, per column of the pool the place among the drafter's best
             tokens after its parent; None where children take the places from the first one on.
         acceptance: how probably the target takes a token of a draft log-probability, elementwise:
@@ -195,6 +196,7 @@ class DraftPolicy(ABC):
     needs_cost: bool = False
     may_rest: bool = False
     wants_logits: bool = False
+    k_max: int | None = None
     column_ranks: Sequence[int] | None = None
     acceptance: Callable[[torch.Tensor], torch.Tensor] | None = staticmethod(usual_acceptance)
 
@@ -227,7 +229,7 @@ class DraftPolicy(ABC):
 
     def batch_limit(self, load: Load) -> int | None:
         """The most draft nodes of the whole batch in one step; None for N a request."""
-        return None
+        return None if self.k_max is None else max(0, self.k_max - load.prefill_tokens)
 
     def request_limit(self, load: Load) -> int:
         """The most nodes of one request in one step."""
@@ -252,13 +254,14 @@ class DraftPolicy(ABC):
 
     # ---- In the worker's process, the same on every rank ----
 
-    @abstractmethod
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         """How the level `depth` (1-based) grows; called with all levels above it in the pool.
 
         Only requests of `pool.active`, at least one, may go on. None ends the drafting. The first
-        level always grows.
+        level always grows. By default each level expands the `max_frontier` best nodes of the one
+        above, as EAGLE-2 does.
         """
+        return pool.expand_best(depth, self.max_frontier)
 
     def levels(self, pool: CandidatePool, batch: DraftBatch) -> Iterator[Level]:
         """Every level that grows, in turn; whoever asks appends it (`CandidatePool.grow`) before

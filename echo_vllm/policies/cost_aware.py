@@ -122,9 +122,6 @@ class CostAwarePolicy(DraftPolicy):
     def costs(self) -> Costs | None:
         return None if self._cost is None else self._cost.costs()
 
-    def batch_limit(self, load: Load) -> int | None:
-        return None if self.k_max is None else max(0, self.k_max - load.prefill_tokens)
-
     def num_nodes_of(
         self, load: Load, sizes: Sequence[int], plan: DraftPlan, num_probes: int
     ) -> int:

@@ -121,9 +121,9 @@ class EchoPolicy(DraftPolicy):
 
     def _limit(self, load: Load, max_rows: float | None) -> int | None:
         """Nodes that a step of this load has room for (K_max); None where that is not known."""
-        if self.k_max is not None:
-            return max(0, self.k_max - load.prefill_tokens)
-        return None if max_rows is None else max(0, int(max_rows) - load.rows)
+        if self.k_max is None and max_rows is not None:
+            return max(0, int(max_rows) - load.rows)
+        return super().batch_limit(load)
 
     def request_limit(self, load: Load) -> int:
         limit = self.batch_limit(load)

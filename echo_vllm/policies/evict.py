@@ -20,9 +20,7 @@ from pydantic import Field
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.survival import SurvivalModel
-from echo_vllm.policies.base import DraftBatch
 from echo_vllm.policies.cost_aware import CostAwareConfig, CostAwarePolicy
-from echo_vllm.trees.pool import CandidatePool, Expansion
 
 
 class EvictConfig(CostAwareConfig):
@@ -53,8 +51,3 @@ class EvictPolicy(CostAwarePolicy):
         return DraftPlan(
             prefill_tokens=load.prefill_tokens, cost=None if costs is None else costs.trees
         )
-
-    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
-        if depth == 1:
-            return Expansion(frontier=None, children=None)
-        return pool.expand_best(depth, self.max_frontier)

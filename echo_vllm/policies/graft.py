@@ -80,9 +80,6 @@ class GraftPolicy(DraftPolicy):
             ]
         )
 
-    def batch_limit(self, load: Load) -> int | None:
-        return None if self.k_max is None else max(0, self.k_max - load.prefill_tokens)
-
     def plan(self, load: Load) -> DraftPlan:
         return DraftPlan(prefill_tokens=load.prefill_tokens)
 
@@ -99,8 +96,6 @@ class GraftPolicy(DraftPolicy):
         return min(self.max_nodes, budget // max(1, batch.num_requests))
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
-        if depth == 1:
-            return Expansion(frontier=None, children=None)
         going = None
         if depth - 1 in self.gates:
             best = pool.rows_of(pool.active, pool.best_of_level(depth - 1))

@@ -165,24 +165,14 @@ def parse_section(section: object, *, num_speculative_tokens: int) -> EchoConfig
             f"{SECTION}.trace does not work with policy {config.policy}, because "
             f"{policy.not_traced}, got {show(config.trace)}; remove it, or choose another policy."
         )
-    _check_candidates(config, policy)
-    return config.filled(num_speculative_tokens)
-
-
-def _check_candidates(config: EchoConfig, policy: type[DraftPolicy]) -> None:
-    """Refuse drawn candidates where there can be none.
-
-    Raises:
-        EchoConfigError: the policy has no drawn candidates.
-    """
-    where = f"{SECTION}.candidates"
     if config.candidates == "drawn" and not policy.draws:
         names = either([name for name, each in BUILT_IN.items() if each.draws])
         raise EchoConfigError(
-            f"{where} drawn needs a policy that gives out nodes before their tokens are drawn, "
-            f'got policy {config.policy}; set it to "auto" or "best", or {SECTION}.policy to '
-            f"{names}."
+            f"{SECTION}.candidates drawn needs a policy that gives out nodes before their tokens "
+            f'are drawn, got policy {config.policy}; set it to "auto" or "best", or '
+            f"{SECTION}.policy to {names}."
         )
+    return config.filled(num_speculative_tokens)
 
 
 def draws_of(config: EchoConfig) -> bool:

@@ -17,7 +17,7 @@ from pydantic import Field
 from echo_vllm.config import EchoConfig
 from echo_vllm.policies.base import DraftBatch, DraftPolicy
 from echo_vllm.trees.forest import DraftForest
-from echo_vllm.trees.pool import CandidatePool, Expansion
+from echo_vllm.trees.pool import CandidatePool
 
 
 class TopNConfig(EchoConfig):
@@ -42,11 +42,6 @@ class TopNPolicy(DraftPolicy):
     def num_nodes(self) -> int:
         candidates = self.num_ranks + (self.max_depth - 1) * self.max_frontier * self.num_ranks
         return min(self.max_nodes, candidates)
-
-    def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
-        if depth == 1:
-            return Expansion(frontier=None, children=None)
-        return pool.expand_best(depth, self.max_frontier)
 
     def columns(self, pool: CandidatePool) -> torch.Tensor:
         return pool.best_first()[:, : self.max_nodes]

@@ -67,34 +67,34 @@ class DeviceClock(StepClock):
     def __init__(self, make_event: Any) -> None:
         """Args: make_event: returns an event as `torch.cuda.Event(enable_timing=True)`."""
         super().__init__()
-        self._begun, self._verified, self._drafted = (make_event() for _ in range(3))
+        self._marks = StepMarks(make_event)
         self._has_verified = False
 
     def begin(self) -> None:
         super().begin()
         self._has_verified = False
-        self._begun.record()
+        self._marks.begun.record()
 
     def verified(self) -> None:
-        self._verified.record()
-        self._verified.synchronize()
+        self._marks.verified.record()
+        self._marks.verified.synchronize()
         self._has_verified = True
 
     def drafted(self, *, waited: bool) -> None:
-        self._drafted.record()
+        self._marks.drafted.record()
         self.draft_s = None
         if waited:
-            self._drafted.synchronize()
-            self.draft_s = self._verified.elapsed_time(self._drafted) / 1000
+            self._marks.drafted.synchronize()
+            self.draft_s = self._marks.draft_s
 
     def end(self) -> None:
         self._end = perf_counter()
         if not self._has_verified:  # A step without requests.
             self.verify_s = self._end - self._begin
             return
-        self.verify_s = self._begun.elapsed_time(self._verified) / 1000
-        if self.draft_s is None and self._drafted.query():
-            self.draft_s = self._verified.elapsed_time(self._drafted) / 1000
+        self.verify_s = self._marks.verify_s
+        if self.draft_s is None and self._marks.drafted.query():
+            self.draft_s = self._marks.draft_s
 
 
 def clock_of(device: torch.device) -> StepClock:
@@ -126,15 +126,21 @@ class StepMarks:
     def __init__(self, make_mark: Callable[[], Any]) -> None:
         self.begun, self.verified, self.drafted = (make_mark() for _ in range(3))
 
+    @property
+    def verify_s(self) -> float:
+        """Seconds up to `verified`, which the device has passed."""
+        return float(self.begun.elapsed_time(self.verified)) / 1000
+
+    @property
+    def draft_s(self) -> float:
+        """Seconds from there to `drafted`, which the device has passed."""
+        return float(self.verified.elapsed_time(self.drafted)) / 1000
+
     def seconds(self, before: StepMarks | None) -> tuple[float, float, float]:
         """(up to `verified`, from there to `drafted`, between the step `before` and this one), once
         the device has passed all of them; the last is 0 for a first step."""
-        gap = 0.0 if before is None else before.drafted.elapsed_time(self.begun)
-        verify, draft = (
-            start.elapsed_time(stop)
-            for start, stop in ((self.begun, self.verified), (self.verified, self.drafted))
-        )
-        return verify / 1000, draft / 1000, gap / 1000
+        gap = 0.0 if before is None else before.drafted.elapsed_time(self.begun) / 1000
+        return self.verify_s, self.draft_s, gap
 
 
 def marks_on(device: torch.device) -> Callable[[], StepMarks]:

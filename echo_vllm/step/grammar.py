@@ -119,43 +119,40 @@ def forced_token(mask: torch.Tensor) -> int | None:
     return None if word & (word - 1) else 32 * int(places[0]) + word.bit_length() - 1
 
 
+@dataclass
 class _Walk:
     """One walk through a tree; the grammar's state is that of the node that is visited.
 
     A node's key is (the drafted node that it is or hangs under, how far below that it is): sorted
     by it, parents come first, drafted nodes keep their order, and forced ones follow their parent.
+    The arguments are those of `allow`.
     """
 
-    def __init__(
-        self,
-        manager: Any,
-        request: Any,
-        tokens: Sequence[int],
-        parents: Sequence[int],
-        max_nodes: int,
-        max_depth: int,
-    ) -> None:
-        self._manager = manager
-        self._request = request
-        self._grammar = request.structured_output_request.grammar
-        self._tokens = tokens
-        self._max_nodes = max_nodes
-        self._max_depth = max_depth
+    manager: Any
+    request: Any
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    max_nodes: int
+    max_depth: int
+
+    def __post_init__(self) -> None:
+        self._grammar = self.request.structured_output_request.grammar
         self._num_forced = 0
         self._children: dict[int, list[int]] = {}
-        for node, parent in enumerate(parents):
+        for node, parent in enumerate(self.parents):
             self._children.setdefault(parent, []).append(node)
-        self._masks = manager.backend.allocate_token_bitmask(1 + len(tokens) + max_nodes)
+        rows = 1 + len(self.tokens) + self.max_nodes
+        self._masks = self.manager.backend.allocate_token_bitmask(rows)
         self._masks.fill_(-1)  # Every token may follow.
         self._found: list[tuple[_Key, int, _Key, int]] = []
         """Of each node: its key, its token, its parent's key, its row of the masks."""
 
     def run(self) -> AllowedTree:
         if self._starts_at(()).constraint_start == 0:
-            self._visit(_ROOT_KEY, 0, 0, forced_text(self._manager, self._grammar))
+            self._visit(_ROOT_KEY, 0, 0, forced_text(self.manager, self._grammar))
         else:
             self._visit_reasoning(_ROOT_KEY, [])
-        found = sorted(self._found)[: self._max_nodes]
+        found = sorted(self._found)[: self.max_nodes]
         place = {key: i for i, (key, *_) in enumerate(found)} | {_ROOT_KEY: ROOT}
         return AllowedTree(
             [node if below == 0 else FORCED for (node, below), *_ in found],
@@ -183,19 +180,19 @@ class _Walk:
         forced = ahead[0] if ahead and is_allowed(mask, ahead[0]) else forced_token(mask)
         rest = ahead[1:] if ahead and forced == ahead[0] else ()
         for child in self._children.get(node, ()) if below == 0 else ():
-            token = self._tokens[child]
+            token = self.tokens[child]
             if is_allowed(mask, token):
                 self._step((child, 0), token, key, depth, rest if token == forced else ())
                 if token == forced:
                     forced = None
-        if forced is None or depth >= self._max_depth or self._num_forced == self._max_nodes:
+        if forced is None or depth >= self.max_depth or self._num_forced == self.max_nodes:
             return
         self._num_forced += 1
         self._step((node, below + 1), forced, key, depth, rest)
 
     def _step(self, key: _Key, token: int, parent: _Key, depth: int, ahead: Sequence[int]) -> None:
         """Visit a new node, and come back."""
-        if not self._grammar.accept_tokens(self._request.request_id, [token]):
+        if not self._grammar.accept_tokens(self.request.request_id, [token]):
             return
         # A forced token that ends the answer comes of itself, as the bonus token.
         if key[1] == 0 or not self._grammar.is_terminated():
@@ -205,7 +202,7 @@ class _Walk:
     def _visit_reasoning(self, key: _Key, path: list[int]) -> None:
         """Visit the children of a node behind which the request still reasons."""
         for child in self._children.get(key[0], ()):
-            token = self._tokens[child]
+            token = self.tokens[child]
             way = [*path, token]
             starts = self._starts_at(way)
             if starts.constraint_start > len(way):
@@ -216,7 +213,7 @@ class _Walk:
                 if not self._grammar.validate_tokens([token]):
                     continue
                 row = self._keep((child, 0), token, key)
-                self._grammar.accept_tokens(self._request.request_id, [token])
+                self._grammar.accept_tokens(self.request.request_id, [token])
                 if not self._grammar.is_terminated():
                     self._grammar.fill_bitmask(self._masks, row)
                 self._grammar.rollback(1)
@@ -225,4 +222,4 @@ class _Walk:
 
     def _starts_at(self, path: Sequence[int]) -> Any:
         """Where in `path` the grammar begins; behind its end where the request still reasons."""
-        return self._manager._get_constraint_bounds(self._request, path)
+        return self.manager._get_constraint_bounds(self.request, path)

@@ -38,98 +38,81 @@ class EchoStatLogger(AggregateStatLoggerBase):
         assert spec is not None
         self.max_depth = spec.echo.max_depth
         self._reset()
-        counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
+        counter = functools.partial(prometheus_client.Counter, labelnames=_LABELS)
+        histogram = functools.partial(prometheus_client.Histogram, labelnames=_LABELS)
         # As vLLM's own, for when several processes write (PROMETHEUS_MULTIPROC_DIR).
-        gauge = functools.partial(prometheus_client.Gauge, multiprocess_mode="mostrecent")
+        gauge = functools.partial(
+            prometheus_client.Gauge, labelnames=_LABELS, multiprocess_mode="mostrecent"
+        )
         depths = list(range(1, self.max_depth + 1))
         metrics: dict[str, Any] = {
-            "trees": counter("vllm:echo_trees", "Draft trees that the target verified.", _LABELS),
-            "nodes": counter(
-                "vllm:echo_verified_nodes", "Draft nodes that the target verified.", _LABELS
-            ),
-            "accepted": counter(
-                "vllm:echo_accepted_tokens", "Draft nodes that were accepted.", _LABELS
-            ),
+            "trees": counter("vllm:echo_trees", "Draft trees that the target verified."),
+            "nodes": counter("vllm:echo_verified_nodes", "Draft nodes that the target verified."),
+            "accepted": counter("vllm:echo_accepted_tokens", "Draft nodes that were accepted."),
             "budget": counter(
                 "vllm:echo_budget_nodes",
                 "Nodes that the verified trees could have had at most, together: k_max or what the "
                 "step has room for; verified nodes over this is the use of the budget.",
-                _LABELS,
             ),
             "verify_s": counter(
-                "vllm:echo_verify_seconds", "Seconds in target forward, sampling, commit.", _LABELS
+                "vllm:echo_verify_seconds", "Seconds in target forward, sampling, commit."
             ),
-            "draft_s": counter(
-                "vllm:echo_draft_seconds", "Seconds in the drafter and the policy.", _LABELS
-            ),
+            "draft_s": counter("vllm:echo_draft_seconds", "Seconds in the drafter and the policy."),
             "starved": counter(
                 "vllm:echo_starved_requests",
                 "Drafts that got no node because others paid better, one a request and step.",
-                _LABELS,
             ),
             "waiting": gauge(
-                "vllm:echo_backlog_tokens", "Tokens that the drafter has not seen yet.", _LABELS
+                "vllm:echo_backlog_tokens", "Tokens that the drafter has not seen yet."
             ),
             "beyond_head": gauge(
                 "vllm:echo_requests_beyond_head",
                 "Running requests that the draft head has no positions for.",
-                _LABELS,
             ),
-            "steps": counter("vllm:echo_steps", "Steps of the engine with rows.", _LABELS),
+            "steps": counter("vllm:echo_steps", "Steps of the engine with rows."),
             "resting": counter(
-                "vllm:echo_resting_steps", "Of these, steps that neither draft nor verify.", _LABELS
+                "vllm:echo_resting_steps", "Of these, steps that neither draft nor verify."
             ),
             "step_s": counter(
-                "vllm:echo_step_seconds", "Seconds of steps whose time was predicted.", _LABELS
+                "vllm:echo_step_seconds", "Seconds of steps whose time was predicted."
             ),
-            "predicted_s": counter(
-                "vllm:echo_predicted_step_seconds", "Their predicted seconds.", _LABELS
-            ),
-            "predicted": counter(
-                "vllm:echo_predicted_steps", "Steps whose time was predicted.", _LABELS
-            ),
+            "predicted_s": counter("vllm:echo_predicted_step_seconds", "Their predicted seconds."),
+            "predicted": counter("vllm:echo_predicted_steps", "Steps whose time was predicted."),
             "plan_depth": gauge(
                 "vllm:echo_plan_depth",
                 "Levels that the latest plan allows: 0 rests, as many as trees may have leaves it "
                 "to the policy.",
-                _LABELS,
             ),
             "plan_price": gauge(
-                "vllm:echo_plan_price", "Tokens that a second was worth to it; 0: unknown.", _LABELS
+                "vllm:echo_plan_price", "Tokens that a second was worth to it; 0: unknown."
             ),
             "plan_rows": gauge(
                 "vllm:echo_plan_max_rows",
                 "Rows up to which it lets a target forward be filled; 0: unknown.",
-                _LABELS,
             ),
-            "depth": histogram(
-                "vllm:echo_tree_depth", "Depth of verified trees.", _LABELS, buckets=depths
-            ),
+            "depth": histogram("vllm:echo_tree_depth", "Depth of verified trees.", buckets=depths),
             "width": histogram(
                 "vllm:echo_tree_width",
                 "The most nodes in one level of verified trees.",
-                _LABELS,
                 buckets=_POWERS,
             ),
             "path": histogram(
                 "vllm:echo_accepted_depth",
                 "Depth down to which a verified tree was accepted.",
-                _LABELS,
                 buckets=[0, *depths],
             ),
         }
         name = vllm_config.model_config.served_model_name
-        labels = [*_LABELS, "depth"]
+        counter = functools.partial(prometheus_client.Counter, labelnames=[*_LABELS, "depth"])
         by_depth = {
-            "reached": counter("vllm:echo_depth_trees", "Verified trees of this depth.", labels),
+            "reached": counter("vllm:echo_depth_trees", "Verified trees of this depth."),
             "accepted": counter(
-                "vllm:echo_depth_accepted", "Of these, those accepted to this depth.", labels
+                "vllm:echo_depth_accepted", "Of these, those accepted to this depth."
             ),
             "expected": counter(
                 "vllm:echo_depth_expected",
                 "How many were to be accepted to it by the calibration; 0 where the policy has "
                 "none.",
-                labels,
             ),
         }
         self.metrics = {

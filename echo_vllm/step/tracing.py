@@ -92,13 +92,14 @@ class TraceRecorder:
         """
         self._drafts.clear()
         self._draft_s, self._draft_levels = seconds, list(report.level_rows)
+        limits = batch.depth_limits
         self._plan = {
             **batch.plan.to_dict(),
             "batch": {
                 "num_requests": batch.num_requests,
                 "num_decoding": batch.num_decoding,
                 "probes": batch.probes.tolist(),
-                "depth_limits": _listed(batch.depth_limits),
+                "depth_limits": None if limits is None else limits.tolist(),
             },
         }
         forest = report.forest
@@ -198,7 +199,3 @@ class TraceRecorder:
     def close(self) -> None:
         """End the file; what is recorded later is lost."""
         self._writer.close()
-
-
-def _listed(limits: torch.Tensor | None) -> list[int] | None:
-    return None if limits is None else limits.tolist()

@@ -4,7 +4,7 @@
 
 `data` has the target answer prompts, its own (`self_prompts`) among them, and `rows` keeps the
 answers; `features` reads the target's hidden states, `trainer` is glue around the library
-speculators, `head_files` converts between its checkpoints and the layout that vLLM loads,
-`acceptance` predicts what an engine will count, and `card` writes what a head's folder says about
-it. Nothing here imports vLLM; the engine of the stages that need one is `offline.engine`.
+speculators, `head_files` converts between its checkpoints and the layout that vLLM loads, and
+`card` writes what a head's folder says about it. Nothing here imports vLLM; the engine of the
+stages that need one is `offline.engine`.
 """

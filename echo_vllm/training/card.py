@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from echo_vllm import atomic
-from echo_vllm.training.work import TrainingError, read_json, unwritable, write_json
+from echo_vllm.training.work import read_json, write_json, writing
 
 FILE_NAME = "training.json"
 OURS = "Made by `echo-vllm train-drafter` with the library speculators."
@@ -30,11 +30,9 @@ def add_facts(head: Path, **facts: Any) -> None:
     content = {**(read_json(head / FILE_NAME) or {}), **facts}
     write_json(head / FILE_NAME, content)
     card = head / "README.md"
-    try:
+    with writing(card):
         if not card.exists() or OURS in card.read_text(encoding="utf-8"):
             atomic.write_text(card, _card(content))
-    except OSError as error:
-        raise TrainingError(unwritable(card, error)) from None
 
 
 def evaluation_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -69,7 +67,10 @@ def _card(facts: Mapping[str, Any]) -> str:
         simple={
             name: value
             for name, value in facts.items()
-            if isinstance(value, (str, int, float)) or (isinstance(value, list) and _flat(value))
+            if all(
+                isinstance(item, (str, int, float))
+                for item in (value if isinstance(value, list) else [value])
+            )
         },
         sections={
             name: facts[name]
@@ -78,10 +79,6 @@ def _card(facts: Mapping[str, Any]) -> str:
         },
         evaluation=facts.get("evaluation"),
     )
-
-
-def _flat(value: list[Any]) -> bool:
-    return all(isinstance(item, (str, int, float)) for item in value)
 
 
 def _shown(value: Any) -> str:

@@ -22,9 +22,9 @@ from echo_vllm.training.work import (
     TrainingError,
     Work,
     read_json,
-    unwritable,
     whole_lines,
     write_json,
+    writing,
 )
 
 SAMPLED = 4
@@ -170,22 +170,19 @@ def _write_prompts(
                 seed=settings.seed + attempt,
             )
 
-    try:
-        with work.prompts.open("a", encoding="utf-8") as file:
+    with writing(work.prompts), work.prompts.open("a", encoding="utf-8") as file:
 
-            def keep(asked: Question, ids: list[int], stopped: bool) -> None:
-                # One that was cut off is no prompt.
-                prompt = chat.decode(ids)
-                if stopped and len(found) < wanted and unseen.add(prompt):
-                    found.append(prompt)
-                    attempt = int(asked.name.rpartition("-")[2])
-                    file.write(json.dumps({"attempt": attempt, "prompt": prompt}) + "\n")
-                    file.flush()
-                    on_progress("prompts", len(found), wanted)
+        def keep(asked: Question, ids: list[int], stopped: bool) -> None:
+            # One that was cut off is no prompt.
+            prompt = chat.decode(ids)
+            if stopped and len(found) < wanted and unseen.add(prompt):
+                found.append(prompt)
+                attempt = int(asked.name.rpartition("-")[2])
+                file.write(json.dumps({"attempt": attempt, "prompt": prompt}) + "\n")
+                file.flush()
+                on_progress("prompts", len(found), wanted)
 
-            engine.answer(questions(), keep)
-    except OSError as error:
-        raise TrainingError(unwritable(work.prompts, error)) from None
+        engine.answer(questions(), keep)
     if len(found) < wanted:
         raise TrainingError(
             f"--self-prompts {wanted}: the target wrote only {len(found)} different prompts that "

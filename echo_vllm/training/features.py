@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from echo_vllm import atomic
-from echo_vllm.training.work import TrainingError, unwritable
+from echo_vllm.training.work import TrainingError, writing
 
 FREE_BYTES = 2 << 30
 """What is left free on a disk on which hidden states are kept, however many may be."""
@@ -127,11 +127,9 @@ class StatesInFiles:
             TrainingError: the folder cannot be made.
         """
         self._folder = folder
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._room = max_bytes - sum(file.stat().st_size for file in folder.iterdir())
-        except OSError as error:
-            raise TrainingError(unwritable(folder, error)) from None
 
     def load(self, number: int, ids: torch.Tensor) -> torch.Tensor | None:
         """The states of a row, if they are there and of these token ids."""

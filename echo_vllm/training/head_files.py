@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from echo_vllm import atomic
-from echo_vllm.training.work import TrainingError, unwritable
+from echo_vllm.training.work import TrainingError, writing
 
 LEFT_OUT = ("embed_tokens.", "verifier_")
 
@@ -74,19 +74,13 @@ def export_head(
             continue
         kept = tensor.to(dtype) if tensor.is_floating_point() else tensor
         tensors[name.replace("layers.0.", "midlayer.")] = kept.detach().cpu().clone()
-    try:
+    # safetensors wraps the system's errors in one of its own.
+    with writing(folder, Exception):
         folder.mkdir(parents=True, exist_ok=True)
         both = folder / "model.safetensors", folder / "config.json"
         with atomic.replacing(*both) as [weights, text]:
             save_file(tensors, weights, metadata={"format": "pt"})
             text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(unwritable(folder, error)) from None
-    except Exception as error:  # safetensors wraps the system's errors in one of its own.
-        raise TrainingError(
-            f"{folder} cannot be written ({error}); free or choose another place, and run the "
-            "same command with --resume"
-        ) from None
 
 
 def read_config(folder: Path, option: str = "--init") -> dict[str, Any]:

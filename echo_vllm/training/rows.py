@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from echo_vllm.training.work import TrainingError, unwritable, whole_lines
+from echo_vllm.training.work import TrainingError, whole_lines, writing
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,8 @@ class RowWriter:
         self.partial = path.with_name(path.name + ".partial")
         lines = whole_lines(self.partial, str)
         self.rows = [_parse(line, number, self.partial) for number, line in enumerate(lines)]
-        try:
+        with writing(self.partial):
             self._file: TextIO = self.partial.open("a", encoding="utf-8")
-        except OSError as error:
-            raise TrainingError(unwritable(self.partial, error)) from None
 
     def append(self, row: Row) -> None:
         """Add a row; it is on its way to the disk when this returns.
@@ -106,17 +104,13 @@ class RowWriter:
             TrainingError: the disk is full, or the like.
         """
         fields: dict[str, Any] = asdict(row)
-        try:
+        with writing(self.partial):
             self._file.write(json.dumps(fields, separators=(",", ":")) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise TrainingError(unwritable(self.partial, error)) from None
         self.rows.append(row)
 
     def finish(self) -> None:
         """Give the file its name."""
-        try:
+        with writing(self.path):
             self._file.close()
             self.partial.replace(self.path)
-        except OSError as error:
-            raise TrainingError(unwritable(self.path, error)) from None

@@ -56,7 +56,7 @@ from echo_vllm.training import head_files, packing
 from echo_vllm.training.features import KeptStates, Target
 from echo_vllm.training.rows import Row
 from echo_vllm.training.targets import resolve_dtype, target_config
-from echo_vllm.training.work import TrainingError, unwritable, write_json
+from echo_vllm.training.work import TrainingError, write_json, writing
 
 WARM_UP = 0.02
 FINAL_RATE = 0.05
@@ -172,7 +172,7 @@ def make_dataset(rows: Sequence[Row], settings: TrainSettings, folder: Path) -> 
         TrainingError: the folder cannot be written, or no row is left.
     """
     parts = split(rows, settings.held_out)
-    try:
+    with writing(folder):
         made = [
             build_speculator_training_dataset(
                 Dataset.from_list(
@@ -188,15 +188,13 @@ def make_dataset(rows: Sequence[Row], settings: TrainSettings, folder: Path) -> 
             raise TrainingError(
                 f"no answer begins within {settings.batch_tokens} tokens; raise --batch-tokens"
             )
-        writing = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(writing, ignore_errors=True)
+        fresh = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        concatenate_datasets(made).save_to_disk(writing)
-        torch.save(count_answer_tokens(parts[0], settings.batch_tokens), writing / "token_freq.pt")
-        write_json(writing / "split.json", {"train": len(made[0]), "held_out": len(made[1])})
-        writing.replace(folder)
-    except OSError as error:
-        raise TrainingError(unwritable(folder, error)) from None
+        concatenate_datasets(made).save_to_disk(fresh)
+        torch.save(count_answer_tokens(parts[0], settings.batch_tokens), fresh / "token_freq.pt")
+        write_json(fresh / "split.json", {"train": len(made[0]), "held_out": len(made[1])})
+        fresh.replace(folder)
     return len(made[0])
 
 
@@ -619,14 +617,15 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, local_step: int) -> None:
         """A whole checkpoint; `local_step` 0 means that the epoch is done."""
-        writing = self.checkpointer.path / WholeCheckpointer.WRITING
-        try:
-            shutil.rmtree(writing, ignore_errors=True)
+        fresh = self.checkpointer.path / WholeCheckpointer.WRITING
+        # The last two are how safetensors and torch report a full disk.
+        with writing(fresh, SafetensorError, RuntimeError):
+            shutil.rmtree(fresh, ignore_errors=True)
             self.checkpointer.save_checkpoint(
                 self.model, self.optimizers, WholeCheckpointer.WRITING, torch.float32
             )
             write_json(
-                writing / "training_state.json",
+                fresh / "training_state.json",
                 {
                     "epoch": self._epoch,
                     "local_step": local_step,
@@ -639,13 +638,6 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
                 },
             )
             self.checkpointer.publish(self._epoch)
-        except OSError as error:
-            raise TrainingError(unwritable(writing, error)) from None
-        except (SafetensorError, RuntimeError) as error:  # How these two report a full disk.
-            raise TrainingError(
-                f"{writing} cannot be written ({error}); free or choose another place, and run the "
-                "same command with --resume"
-            ) from None
 
 
 @dataclass(frozen=True)

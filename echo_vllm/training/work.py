@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,18 +73,26 @@ class Work:
         Raises:
             TrainingError: it cannot be made.
         """
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(unwritable(self.folder, error)) from None
 
 
-def unwritable(path: Path, error: OSError) -> str:
-    """The sentence for a file that could not be written."""
-    return (
-        f"{error.filename or path} cannot be written ({error.strerror or error}); free or choose "
-        "another place, and run the same command with --resume"
-    )
+@contextlib.contextmanager
+def writing(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """What writes to `path`, and so may raise OSErrors, or errors of `kinds`.
+
+    Raises:
+        TrainingError: in place of these.
+    """
+    kinds = (OSError, *kinds)
+    try:
+        yield
+    except kinds as error:
+        where = getattr(error, "filename", None) or path
+        raise TrainingError(
+            f"{where} cannot be written ({getattr(error, 'strerror', None) or error}); free or "
+            "choose another place, and run the same command with --resume"
+        ) from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -92,10 +101,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: it could not be written.
     """
-    try:
+    with writing(path):
         atomic.write_json(path, content)
-    except OSError as error:
-        raise TrainingError(unwritable(path, error)) from None
 
 
 def whole_lines(path: Path, parse: Callable[[str], T]) -> list[T]:

@@ -317,6 +317,12 @@ class DrawnPool:
         scores = self._expected[own, 1:].gather(1, columns).log()
         return columns, scores, self._depths_of(columns)
 
+    def first_scores(self) -> torch.Tensor:
+        """[R] float32, the score of each request's slot of greatest worth, as of `best`: its first
+        one, because none is worth more than an earlier sibling or than its parent; -inf: no slot.
+        """
+        return self._expected[:, 1:2].flatten().log()
+
     def promises_of(self, requests: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What all nodes of `requests` ([n], on the host) promise and their parents, [n, P]."""
         own = upload(requests, self._keys.device)

@@ -311,7 +311,7 @@ class CandidatePool:
     def expand_best(
         self, depth: int, width: int, going: torch.Tensor | None = None
     ) -> Expansion | None:
-        """The level `depth`, at least 2, under the best `width` nodes of the level above.
+        """The level `depth` under the best `width` nodes of the level above; the first one grows.
 
         Args:
             depth, width: as said.
@@ -321,6 +321,8 @@ class CandidatePool:
         Returns:
             None if it is known that nobody goes on.
         """
+        if depth == 1:
+            return Expansion(frontier=None, children=None)
         requests = self.active
         if going is not None and self.compacts:
             requests, going = requests[going], None

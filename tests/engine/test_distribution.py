@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +91,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     )
 
 
-@pytest.fixture(scope="module")
-def target_logits(tiny: TinyModel) -> Callable[[tuple[int, ...]], torch.Tensor]:
-    """The target's next-token logits after PROMPT and some output, by Hugging Face."""
+def enumerated_logits(
+    tiny: TinyModel, prompt: list[int]
+) -> Callable[[tuple[int, ...]], torch.Tensor]:
+    """The target's next-token logits after a prompt and some output, by Hugging Face."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny.target, dtype=torch.float32).eval()
@@ -101,9 +102,15 @@ def target_logits(tiny: TinyModel) -> Callable[[tuple[int, ...]], torch.Tensor]:
     for length in range(NUM_TOKENS):
         outputs = list(itertools.product(range(tiny.shape.vocab), repeat=length))
         with torch.inference_mode():
-            logits = model(torch.tensor([PROMPT + list(o) for o in outputs])).logits[:, -1]
+            logits = model(torch.tensor([prompt + list(o) for o in outputs])).logits[:, -1]
         known.update(zip(outputs, logits, strict=True))
     return known.__getitem__
+
+
+@pytest.fixture(scope="module")
+def target_logits(tiny: TinyModel) -> Callable[[tuple[int, ...]], torch.Tensor]:
+    """`enumerated_logits` after PROMPT."""
+    return enumerated_logits(tiny, PROMPT)
 
 
 def p_value(
@@ -138,6 +145,20 @@ def p_value(
         cells.append((rest[0], rest[1]))
     got, wanted = np.array(cells).T
     return float(chisquare(got, wanted * got.sum() / wanted.sum()).pvalue)
+
+
+def check_each(
+    sampled: list[list[tuple[int, ...]]],
+    settings: Mapping[str, Setting],
+    target_logits: Callable[[tuple[int, ...]], torch.Tensor],
+    vocab: int,
+) -> None:
+    """The samples of each of `settings` have its distribution."""
+    values = {
+        name: p_value(samples, setting, target_logits, vocab)
+        for (name, setting), samples in zip(settings.items(), sampled, strict=True)
+    }
+    assert all(p > LEAST_P / len(settings) for p in values.values()), values
 
 
 def sample(llm: Any, settings: list[Setting], each: int) -> list[list[tuple[int, ...]]]:
@@ -191,13 +212,8 @@ def test_samples_have_the_targets_distribution(
 def test_a_batch_of_mixed_settings_gives_each_its_own_distribution(
     trees: Any, tiny: TinyModel, target_logits: Any
 ) -> None:
-    names = list(SETTINGS)
-    sampled = sample(trees, [SETTINGS[n] for n in names], NUM_SAMPLES // len(names) + 1)
-    values = {
-        name: p_value(samples, SETTINGS[name], target_logits, tiny.shape.vocab)
-        for name, samples in zip(names, sampled, strict=True)
-    }
-    assert all(p > LEAST_P / len(names) for p in values.values()), values
+    sampled = sample(trees, list(SETTINGS.values()), NUM_SAMPLES // len(SETTINGS) + 1)
+    check_each(sampled, SETTINGS, target_logits, tiny.shape.vocab)
     # The settings differ: none would pass for another.
     crossed = p_value(sampled[0], SETTINGS["hot"], target_logits, tiny.shape.vocab)
     assert crossed < LEAST_P

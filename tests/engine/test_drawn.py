@@ -8,7 +8,6 @@ a random model, with bugs planted that the same test must catch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,15 @@ import torch
 from tests.engine import test_distribution
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine, generate, runner
-from tests.engine.test_distribution import LEAST_P, NUM_TOKENS, Setting, p_value, sample
+from tests.engine.test_distribution import (
+    LEAST_P,
+    NUM_TOKENS,
+    Setting,
+    check_each,
+    enumerated_logits,
+    p_value,
+    sample,
+)
 
 pytestmark = pytest.mark.full
 
@@ -70,17 +77,12 @@ def greedy_tokens(target_logits: Any) -> tuple[int, ...]:
 def test_a_ragged_batch_has_the_targets_distribution(
     shape: str, tiny: TinyModel, target_logits: Any
 ) -> None:
-    names = list(SETTINGS)
     with drawn_engine(tiny, *SHAPES[shape]) as llm:
         sampled = sample(llm, [*SETTINGS.values(), GREEDY], EACH)
         found = counters(llm)
-    assert found["spec_decode_num_accepted_tokens"] > 0.2 * EACH * len(names), "nothing at stake"
+    assert found["spec_decode_num_accepted_tokens"] > 0.2 * EACH * len(SETTINGS), "nothing at stake"
     assert set(sampled.pop()) == {greedy_tokens(target_logits)}
-    values = {
-        name: p_value(samples, SETTINGS[name], target_logits, tiny.shape.vocab)
-        for name, samples in zip(names, sampled, strict=True)
-    }
-    assert all(p > LEAST_P / len(names) for p in values.values()), values
+    check_each(sampled, SETTINGS, target_logits, tiny.shape.vocab)
 
 
 def test_auto_has_the_targets_distribution(
@@ -88,7 +90,6 @@ def test_auto_has_the_targets_distribution(
 ) -> None:
     """Depth and size of each tree by what a slot must be worth; greedy requests in the batch."""
     section = {"policy": "auto", "max_depth": 3, "top_k": 2, "width": 3, "k_max": 900}
-    names = list(SETTINGS)
     with drawn_engine(tiny, 8, {**section, "gamma": 0.002}) as llm:
         model_runner = runner(llm)
         put, sizes = model_runner.drawn.put, []
@@ -101,14 +102,10 @@ def test_auto_has_the_targets_distribution(
         sampled = sample(llm, [*SETTINGS.values(), GREEDY], EACH)
         found = counters(llm)
     nodes = torch.cat(sizes)
-    assert found["spec_decode_num_accepted_tokens"] > 0.1 * EACH * len(names), "nothing at stake"
+    assert found["spec_decode_num_accepted_tokens"] > 0.1 * EACH * len(SETTINGS), "nothing at stake"
     assert len(set(nodes.tolist())) > 4, "trees are of one size"
     assert set(sampled.pop()) == {greedy_tokens(target_logits)}
-    values = {
-        name: p_value(samples, SETTINGS[name], target_logits, tiny.shape.vocab)
-        for name, samples in zip(names, sampled, strict=True)
-    }
-    assert all(p > LEAST_P / len(names) for p in values.values()), values
+    check_each(sampled, SETTINGS, target_logits, tiny.shape.vocab)
 
 
 def plant_a_residual_that_is_not_updated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,16 +211,8 @@ LONG_PROMPT = [3, 5, 2, 4, 5, 2] * 4 + [3, 5, 2]
 def test_chunked_prompts_preemption_and_one_request_alone(
     concurrency: int, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import LlamaForCausalLM
-
     monkeypatch.setattr(test_distribution, "PROMPT", LONG_PROMPT)
-    model = LlamaForCausalLM.from_pretrained(tiny.target, dtype=torch.float32).eval()
-    known: dict[tuple[int, ...], torch.Tensor] = {}
-    for length in range(NUM_TOKENS):
-        outputs = list(itertools.product(range(tiny.shape.vocab), repeat=length))
-        with torch.inference_mode():
-            logits = model(torch.tensor([LONG_PROMPT + list(o) for o in outputs])).logits[:, -1]
-        known.update(zip(outputs, logits, strict=True))
+    known = enumerated_logits(tiny, LONG_PROMPT)
     options: dict[str, Any] = {
         "max_num_seqs": concurrency,
         # Three and a half prompts, and blocks for four requests that decode.
@@ -239,7 +228,7 @@ def test_chunked_prompts_preemption_and_one_request_alone(
     if concurrency > 1:
         assert preemptions[0] > 10, "the condition did not preempt"
     for samples, name in zip(sampled, ("plain", "top-k"), strict=True):
-        value = p_value(samples, SETTINGS[name], known.__getitem__, tiny.shape.vocab)
+        value = p_value(samples, SETTINGS[name], known, tiny.shape.vocab)
         assert value > LEAST_P / 2, name
 
 

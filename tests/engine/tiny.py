@@ -10,6 +10,7 @@ first tokens can be enumerated.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,13 @@ def make_moe_target(
 ) -> Path:
     """Write a random Qwen3 mixture of experts, of which each token takes `active`."""
     weights = _Weights(seed)
-    weights.matrix("model.embed_tokens.weight", shape.vocab, shape.hidden, shape.hidden**0.5)
-    for i in range(shape.layers):
-        prefix = f"model.layers.{i}"
+
+    def layer(prefix: str) -> None:
         weights.layer(prefix, shape, shape.hidden, experts)
         weights.matrix(f"{prefix}.mlp.gate.weight", experts, shape.hidden, 2.0)
-        weights.ones(f"{prefix}.self_attn.q_norm.weight", shape.head_dim)
-        weights.ones(f"{prefix}.self_attn.k_norm.weight", shape.head_dim)
-    weights.ones("model.norm.weight", shape.hidden)
-    weights.matrix("lm_head.weight", shape.vocab, shape.hidden, 2.0)
+        _qk_norms(weights, shape, prefix)
+
+    _text(weights, shape, layer=layer)
     config = _config(shape, "Qwen3MoeForCausalLM", shape.layers)
     return weights.save(
         folder,
@@ -131,13 +130,28 @@ def make_moe_target(
     )
 
 
-def _text(weights: _Weights, shape: Shape, prefix: str = "model", lm_head: str = "lm_head") -> None:
-    """The weights of a plain Llama under `prefix`."""
+def _text(
+    weights: _Weights,
+    shape: Shape,
+    prefix: str = "model",
+    layer: Callable[[str], None] | None = None,
+) -> None:
+    """The weights of a text model under `prefix`: `layer` adds those of a layer by its name, by
+    default those of a Llama's."""
     weights.matrix(f"{prefix}.embed_tokens.weight", shape.vocab, shape.hidden, shape.hidden**0.5)
     for i in range(shape.layers):
-        weights.layer(f"{prefix}.layers.{i}", shape, shape.hidden)
+        if layer is None:
+            weights.layer(f"{prefix}.layers.{i}", shape, shape.hidden)
+        else:
+            layer(f"{prefix}.layers.{i}")
     weights.ones(f"{prefix}.norm.weight", shape.hidden)
-    weights.matrix(f"{lm_head}.weight", shape.vocab, shape.hidden, 2.0)
+    weights.matrix("lm_head.weight", shape.vocab, shape.hidden, 2.0)
+
+
+def _qk_norms(weights: _Weights, shape: Shape, prefix: str) -> None:
+    """Of one layer of a Qwen3."""
+    for name in ("q_norm", "k_norm"):
+        weights.ones(f"{prefix}.self_attn.{name}.weight", shape.head_dim)
 
 
 def make_llava(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
@@ -165,8 +179,7 @@ def make_qwen3(folder: Path, shape: Shape = Shape(), seed: int = 0, **fields: An
     weights = _Weights(seed)
     _text(weights, shape)
     for i in range(shape.layers):
-        for name in ("q_norm", "k_norm"):
-            weights.ones(f"model.layers.{i}.self_attn.{name}.weight", shape.head_dim)
+        _qk_norms(weights, shape, f"model.layers.{i}")
     config = _config(shape, "Qwen3ForCausalLM", shape.layers) | {"model_type": "qwen3"}
     if "rope_parameters" in fields:
         config.pop("rope_theta")
@@ -179,9 +192,7 @@ def make_qwen3_vl(folder: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
     weights = _Weights(seed)
     _text(weights, shape, "model.language_model")
     for i in range(shape.layers):
-        for name in ("q_norm", "k_norm"):
-            path = f"model.language_model.layers.{i}.self_attn.{name}.weight"
-            weights.ones(path, shape.head_dim)
+        _qk_norms(weights, shape, f"model.language_model.layers.{i}")
     text = _config(shape, "Qwen3VLForConditionalGeneration", shape.layers)
     section = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
     vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 2}
@@ -205,9 +216,8 @@ def make_gpt_oss(
     experts with biases."""
     weights = _Weights(seed)
     hidden, mlp = shape.hidden, 64
-    weights.matrix("model.embed_tokens.weight", shape.vocab, hidden, hidden**0.5)
-    for i in range(shape.layers):
-        prefix = f"model.layers.{i}"
+
+    def layer(prefix: str) -> None:
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         for name, rows, columns, gain in (
             ("q_proj", width, hidden, 2.0),
@@ -229,8 +239,8 @@ def make_gpt_oss(
         weights.bias(f"{prefix}.mlp.experts.down_proj_bias", experts, hidden)
         weights.ones(f"{prefix}.input_layernorm.weight", hidden)
         weights.ones(f"{prefix}.post_attention_layernorm.weight", hidden)
-    weights.ones("model.norm.weight", hidden)
-    weights.matrix("lm_head.weight", shape.vocab, hidden, 2.0)
+
+    _text(weights, shape, layer=layer)
     kinds = ["sliding_attention", "full_attention"] * shape.layers
     config = _config(shape, "GptOssForCausalLM", shape.layers)
     return weights.save(

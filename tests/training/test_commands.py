@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.predicted_acceptance import Acceptance, walk
 from echo_vllm.cli import app
-from echo_vllm.training.acceptance import Acceptance, walk
 from tests.training.targets import SHAPE, TEMPLATE, add_tokenizer, write_prompts
 
 Command = Callable[..., str]

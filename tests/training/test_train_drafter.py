@@ -199,7 +199,7 @@ def test_answers_with_it_are_those_of_plain_decoding_and_as_predicted(
 
 
 def predicted_length(made: Made, prompts: list[list[int]], answers: list[list[int]]) -> float:
-    from echo_vllm.training.acceptance import Acceptance, predicted_acceptance
+    from benchmarks.predicted_acceptance import Acceptance, predicted_acceptance
     from echo_vllm.training.features import Target
     from echo_vllm.training.rows import Row
 

@@ -59,6 +59,8 @@ def test_forests_are_trees_in_the_order_of_drawing(data: st.DataObject) -> None:
         level = grow(pool, 2, k, widths, generator)
         assert (level.worths.diff(dim=2) <= 0).all()
         assert ((level.reaches >= 0) & (level.reaches <= 1)).all()
+        _, best, _ = pool.best(torch.arange(requests), 1)
+        assert torch.equal(pool.first_scores(), best.flatten())
     budget, cap = data.draw(st.integers(0, 20)), data.draw(st.integers(0, 8))
     forest = pool.take(budget, cap)
     forest.validate(max_nodes=cap, max_depth=3)

@@ -5,7 +5,6 @@
     configurations              what is compared
     closed_loop                 what one run is and yields; the run in an engine of this process
     open_loop                   the run of requests that arrive at a rate, by `vllm bench serve`
-    steps                       single steps on the clock, in an engine of this process
     engine_process, server      the two kinds of worker, each a process that waits for such runs
     fleet                       which workers are alive
     sweep                       which run comes next: rounds, resuming, time left

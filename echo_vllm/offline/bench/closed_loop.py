@@ -122,7 +122,7 @@ class Run:
         verified: draft tokens that the target verified.
         accepted: draft tokens that it accepted.
         stages: seconds by stage in the full decoding steps, those with all requests in flight and
-            no prefill among them, if the engine is instrumented (`echo_vllm.offline.bench.timers`).
+            no prefill among them, if the engine has clocks (`benchmarks.timers`).
         full_steps: how many such steps `stages` covers.
         drafts: trees or chains that were verified.
         preemptions: requests that lost their cache for want of room; figures are doubtful then.

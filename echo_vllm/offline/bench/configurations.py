@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import echo_vllm
+from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile
 
 ROOT = Path(echo_vllm.__file__).resolve().parents[1]
 DEMO_TARGET = ROOT / "models" / "smollm2-135m-instruct"
@@ -123,8 +124,6 @@ def _gates(head: str | Path) -> tuple[dict[str, float], dict[str, float]]:
 
     Without a profile there are none of the first, and every threshold is `ONE_TAU`.
     """
-    from echo_vllm.forecast.drafter_profile import FILE_NAME, DrafterProfile  # It imports torch.
-
     path = Path(head) / FILE_NAME
     taus = DrafterProfile.load(path).gates() if path.is_file() else {}
     taus = {depth: min(tau, HIGHEST_TAU) for depth, tau in taus.items() if depth <= MAX_DEPTH}
@@ -135,20 +134,6 @@ def _gates(head: str | Path) -> tuple[dict[str, float], dict[str, float]]:
     dense = {str(depth): nearest(depth) for depth in range(1, MAX_DEPTH + 1)}
     return {str(depth): tau for depth, tau in taus.items()}, dense
 
-
-QUICK = [
-    "plain",
-    "eagle3-k2",
-    "eagle3-k4",
-    "chain-k2",
-    "chain-k4",
-    "static-15",
-    "topn-8",
-    "topn-16",
-    "echo",
-    "auto",
-]
-"""What `make bench-quick` compares."""
 
 SAME_CHAIN = [("chain-k2", "eagle3-k2"), ("chain-k3", "eagle3-k3"), ("chain-k4", "eagle3-k4")]
 """Pairs (ours, vLLM's) that draft the same tokens: their ratio measures the runtime alone."""

@@ -26,7 +26,6 @@ from typing import Any, Protocol, TypeVar
 
 from echo_vllm.offline.bench.closed_loop import Job, Run, run_closed_loop
 from echo_vllm.offline.bench.configurations import Configuration
-from echo_vllm.offline.bench.timers import StageTimers
 from echo_vllm.offline.engine import LocalEngine
 
 START_TIMEOUT_S = 300.0
@@ -44,7 +43,6 @@ class EngineOptions:
     max_num_seqs: int
     threads: int
     compile: bool = False
-    instrumented: bool = False
     max_model_len: int = MAX_MODEL_LEN
     kv_cache_bytes: int = KV_CACHE_BYTES
 
@@ -196,12 +194,11 @@ def serve(connection: Connection) -> None:
             disable_log_stats=False,  # As in a server; the counters come from there.
             speculative_config=configuration.speculation,
         )
-        timers = StageTimers.install(local) if options.instrumented else None
         answer: Any = None
         while True:
             connection.send(answer)
             task = connection.recv()
-            answer = timers.run(local, task.job) if timers else task.run(local)
+            answer = task.run(local)
     except (EOFError, ConnectionError):
         return
     except Exception as error:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NoReturn, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import psutil
 
@@ -67,16 +67,6 @@ def workers_that_fit(kind: Kind, options: EngineOptions) -> int:
 def exit_on_sigterm() -> None:
     """Let a polite kill unwind the program as ctrl-C does, so that it stops its workers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
-def run_program(main: Callable[[], int]) -> NoReturn:
-    """Exit with the status that `main` returns; ctrl-C and a polite kill unwind it first."""
-    exit_on_sigterm()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; all engines are stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 class Fleet:

@@ -22,7 +22,7 @@ from echo_vllm.conversations import Chat
 from echo_vllm.offline.bench.closed_loop import Job
 from echo_vllm.offline.bench.configurations import PLAIN, Configuration
 from echo_vllm.offline.bench.engine_process import EngineOptions
-from echo_vllm.offline.bench.fleet import Fleet, Kind, launcher
+from echo_vllm.offline.bench.fleet import Fleet, Kind, Launch, launcher
 from echo_vllm.offline.bench.tables import A_SECOND, AT_ONCE, Sample
 
 WARM_UP_TOKENS = 16
@@ -124,6 +124,7 @@ class Sweep:
         conversations: the user's turns of each chat.
         keep_alive: the most workers alive at a time.
         logs: the folder of their logs.
+        launch: what starts a worker, if not that of its kind.
     """
 
     plan: Plan
@@ -132,6 +133,7 @@ class Sweep:
     conversations: Sequence[list[str]]
     keep_alive: int
     logs: Path
+    launch: Launch | None = None
 
     def run(
         self,
@@ -157,7 +159,7 @@ class Sweep:
             task = progress.add_task("starting", total=total)
             fleet = Fleet(
                 plan.configurations,
-                launcher(self.kind, self.options),
+                self.launch or launcher(self.kind, self.options),
                 self.logs,
                 keep_alive=self.keep_alive,
                 # Loading an engine is Python on one core, mostly.

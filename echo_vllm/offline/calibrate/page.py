@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from echo_vllm import atomic
-from echo_vllm.forecast.drafter_profile import DrawnProfile
+from echo_vllm.forecast.drafter_profile import DepthProfile, DrawnDepth, DrawnProfile
 from echo_vllm.offline.calibrate.fit import Calibration, Reliability
 
 if TYPE_CHECKING:
@@ -88,37 +88,30 @@ def write_report(
 def rows_of(calibration: Calibration) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The profile as a table: header and one row a depth."""
     header = ("depth", "trees", "accepted", "AUC", "gate: c >", "ECE before", "after", "knots")
-    rows: list[tuple[str, ...]] = [
-        (
-            str(d.depth),
-            str(d.samples),
-            f"{d.acceptance:.1%}",
-            "-" if d.auc is None else f"{d.auc:.3f}",
-            "-" if d.tau is None else f"{d.tau:.3f}",
-            f"{d.ece_before:.2%}",
-            f"{d.ece_after:.2%}",
-            str(len(d.survival_probs)),
-        )
-        for d in calibration.profile.depths
-    ]
-    return header, rows
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    depths = calibration.profile.depths
+    return header, [_row(depth, shown(depth.auc), shown(depth.tau)) for depth in depths]
 
 
 def rows_of_drawn(drawn: DrawnProfile) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The part of drawn candidates as a table: header and one row a depth."""
     header = ("depth", "slots", "accepted", "ECE before", "after", "knots")
-    rows: list[tuple[str, ...]] = [
-        (
-            str(d.depth),
-            str(d.samples),
-            f"{d.acceptance:.1%}",
-            f"{d.ece_before:.2%}",
-            f"{d.ece_after:.2%}",
-            str(len(d.survival_probs)),
-        )
-        for d in drawn.depths
-    ]
-    return header, rows
+    return header, [_row(depth) for depth in drawn.depths]
+
+
+def _row(known: DepthProfile | DrawnDepth, *more: str) -> tuple[str, ...]:
+    return (
+        str(known.depth),
+        str(known.samples),
+        f"{known.acceptance:.1%}",
+        *more,
+        f"{known.ece_before:.2%}",
+        f"{known.ece_after:.2%}",
+        str(len(known.survival_probs)),
+    )
 
 
 def _figures(

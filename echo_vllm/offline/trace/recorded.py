@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from echo_vllm.policies.base import DraftBatch, DraftPolicy
 from echo_vllm.trace_format import TraceError, TraceRequest, TraceStep
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.pool import CandidatePool
+from echo_vllm.trees.store import owners
 
 STAND_IN = -2
 """In the place of a candidate's index: the recording has no such candidate."""
@@ -257,11 +257,7 @@ class RecordedDrafter:
 
 def _ranks(parents: Sequence[int]) -> NDArray[np.int64]:
     """Per candidate, how many children its parent has before it."""
-    order = np.argsort(np.asarray(parents, dtype=np.int64), kind="stable")
-    grouped = np.asarray(parents, dtype=np.int64)[order]
-    place = np.arange(len(order))
-    starts = np.concatenate([[True], grouped[1:] != grouped[:-1]]) if len(order) else place > 0
-    first = np.maximum.accumulate(np.where(starts, place, 0)) if len(order) else place
-    ranks: NDArray[Any] = np.empty(len(order), dtype=np.int64)
-    ranks[order] = place - first
+    of = np.asarray(parents, dtype=np.int64)
+    ranks = np.empty_like(of)
+    ranks[of.argsort(kind="stable")] = owners(np.unique(of, return_counts=True)[1])[1]
     return ranks

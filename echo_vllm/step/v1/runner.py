@@ -420,9 +420,8 @@ class EchoRunnerMixin(_Runner):
     ) -> None:
         """What vLLM does with a step's masks, faster; `logits` [rows, V], on the host."""
         drafts = scheduled.scheduled_spec_decode_tokens
-        req_ids = self.input_batch.req_ids
-        counts = {req_id: 1 + len(drafts.get(req_id, ())) for req_id in req_ids}
-        ends = dict(zip(req_ids, itertools.accumulate(counts.values()), strict=True))
+        stops = np.cumsum(1 + self._draft_sizes(drafts)).tolist()
+        ends = dict(zip(self.input_batch.req_ids, stops, strict=True))
         start = 0
         for req_id in grammar_output.structured_output_request_ids:
             count = 1 + len(drafts.get(req_id, ()))

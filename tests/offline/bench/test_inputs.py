@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from benchmarks.quick import CONFIGURATIONS
+from benchmarks.timers import FRONT_END, StageTimers
 from echo_vllm.conversations import CHATS, PROMPTS, read_conversations, shuffled
 from echo_vllm.forecast.drafter_profile import FILE_NAME, DepthProfile, DrafterProfile
 from echo_vllm.offline.bench.configurations import (
     MAX_DEPTH,
-    QUICK,
     SAME_CHAIN,
     STATIC_TREE,
     built_in,
     choose,
     is_fixed,
 )
-from echo_vllm.offline.bench.timers import FRONT_END, StageTimers
 from echo_vllm.policies.registry import parse_section, policy_names
 
 HEAD = Path("some/head")
@@ -110,7 +110,7 @@ def test_what_adapts_to_the_load_is_not_a_fixed_configuration() -> None:
 
 
 def test_the_quick_table_is_of_known_configurations() -> None:
-    assert set(QUICK) <= set(built_in(HEAD))
+    assert set(CONFIGURATIONS) <= set(built_in(HEAD))
 
 
 def test_paired_chains_have_the_same_length() -> None:

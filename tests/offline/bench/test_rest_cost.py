@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.rest_cost import Times, measure, table
+from benchmarks.steps import Decode, Read, Stop
 from echo_vllm.conversations import Question
 from echo_vllm.offline.bench.configurations import built_in
-from echo_vllm.offline.bench.steps import Decode, Read, Stop
 from echo_vllm.offline.engine import LocalEngine
 from tests.engine.tiny import make_head, make_target
 

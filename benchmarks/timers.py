@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from echo_vllm.offline.bench.closed_loop import Job, Run, run_closed_loop
+from echo_vllm.offline.bench.engine_process import EngineProcess
 from echo_vllm.offline.engine import LocalEngine
 
 FRONT_END = "front end"
@@ -118,3 +119,25 @@ class StageTimers:
                 self._stack.pop()
 
         return timed
+
+
+@functools.cache
+def _timers_of(local: LocalEngine) -> StageTimers:
+    return StageTimers.install(local)
+
+
+@dataclass(frozen=True)
+class TimedLoop:
+    """The task of a `Job`, with clocks around the stages of its steps."""
+
+    job: Job
+
+    def run(self, local: LocalEngine) -> Run:
+        return _timers_of(local).run(local, self.job)
+
+
+class TimedProcess(EngineProcess):
+    """An engine whose runs have `stages`."""
+
+    def run(self, job: Job) -> Run:
+        return self.do(TimedLoop(job))
