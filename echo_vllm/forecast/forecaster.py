@@ -87,7 +87,7 @@ PLAIN_STEPS = 64
 """Steps between pauses of the drafting, at least, for some plain decoding: what that costs now is
 the other half of every comparison."""
 
-PAUSE = 5
+PAUSE = 8
 """Steps of a pause: the first verifies what was drafted before, the last ones are typical."""
 
 ATTEMPT, ATTEMPT_PROBES = 8, 2
