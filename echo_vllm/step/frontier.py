@@ -78,21 +78,29 @@ class LevelRows:
         )
 
 
+def level_capacity(policy: DraftPolicy) -> int:
+    """Scratch rows that a request needs for all levels of a tree."""
+    return max(1, (policy.max_depth - 1) * policy.max_frontier)
+
+
 class Frontier:
     """The rows of the last level that ran, from the root on.
 
     Args:
         features: [R, hidden], what the children of the root take as hidden state.
         policy: whose trees grow.
+        scratch: of at least R * `level_capacity` rows; None makes one.
     """
 
-    def __init__(self, features: torch.Tensor, policy: DraftPolicy) -> None:
+    def __init__(
+        self, features: torch.Tensor, policy: DraftPolicy, scratch: DraftScratch | None = None
+    ) -> None:
         num_requests, device = len(features), features.device
-        self._capacity = max(1, (policy.max_depth - 1) * policy.max_frontier)
-        self._scratch = DraftScratch(num_requests * self._capacity)
+        capacity = level_capacity(policy)
+        self._scratch = scratch or DraftScratch(num_requests * capacity)
         self._requests = torch.arange(num_requests)
-        self._first_rows = torch.arange(num_requests, device=device) * self._capacity
-        words = num_mask_words(self._capacity)
+        self._first_rows = torch.arange(num_requests, device=device) * capacity
+        words = num_mask_words(capacity)
         self._seen = torch.zeros(num_requests, 1, words, dtype=torch.int64, device=device)
         self._hidden = features.unsqueeze(1)
         self._used = 0

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from echo_vllm.ops import triton_kernels
+from echo_vllm.ops.triton_kernels import paths
 from tests.ops.cases import Shape, build
 from tests.ops.drawn_cases import make_case
 
@@ -120,6 +121,19 @@ def test_forest_and_commit(compiled: list[str]) -> None:
     slots = torch.tensor([1, -1])
     triton_kernels.commit_kv([torch.zeros(2, 8, 16, 256).bfloat16()], slots, slots, 16, "nhd")
     assert compiled == ["_super_tree_kernel", *["_accept_kernel"] * 2, *["_move_kernel"] * 2]
+
+
+def test_paths(compiled: list[str]) -> None:
+    logits, tokens = torch.zeros(3, 9), torch.zeros(3, 5).long()
+    of_rows, of_requests = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    of_tokens = torch.zeros(2, 9, dtype=torch.int32)
+    penalties, lengths = [torch.zeros(2)] * 3, [of_requests] * 2
+    before = torch.zeros(3, 5)
+    paths.penalise_paths(logits, before, tokens, of_rows, of_rows, *penalties, of_tokens)
+    paths.forbid_ends(
+        logits, tokens, of_rows, of_rows, of_requests, *[of_tokens] * 3, *lengths, most_words=2
+    )
+    assert compiled == ["_penalise_paths_kernel", "_forbid_ends_kernel"]
 
 
 @pytest.mark.parametrize("compiled", [80, 100], indirect=True)

@@ -74,9 +74,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     found = Watch()
     reallocate = TreeBudget.reallocate_drafts
 
-    def told(scheduler_output: Any, plan: Any, num_nodes: int, probes: Any) -> None:
+    def told(scheduler_output: Any, plan: Any, num_nodes: int, *requests: Any) -> None:
         found.decided(scheduler_output, num_nodes)
-        tell(scheduler_output, plan, num_nodes, probes)
+        tell(scheduler_output, plan, num_nodes, *requests)
 
     def reallocated(budget: TreeBudget, *args: Any, **kwargs: Any) -> Any:
         result = reallocate(budget, *args, **kwargs)

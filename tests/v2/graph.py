@@ -163,5 +163,66 @@ def test_tree_verification_replays_with_other_trees(
     assert len(set(seen)) > 4
 
 
+@pytest.mark.full
+def test_a_level_of_drafting_replays_at_other_depths_and_for_other_trees(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One capture of the drafter's forward and of its best tokens in an engine serves all levels of
+    as many rows, of this drafting and of later ones."""
+    from echo_vllm.step.v2.drafter import TreeSpeculator
+
+    spec = echo(tiny.head, 16, policy="topn", max_depth=5, top_k=3)
+    with engine(
+        tiny.target, spec, skip_tokenizer_init=True, max_model_len=256, max_num_seqs=4
+    ) as llm:
+        of_engine = runner(llm)
+        drafter = of_engine.speculator
+        drafter.profile_level()  # which vLLM does on a GPU alone
+        stock, levels = TreeSpeculator.run_held, drafter.levels
+        persistent = [
+            *levels.tensors(),
+            *drafter.model.parameters(),
+            *drafter.model.buffers(),
+            *(tensor for tensor in of_engine.kv_caches),
+        ]
+        graph: EmulatedGraph | None = None
+        outputs: list[torch.Tensor] = []
+        seen: list[int] = []
+
+        def whole(count: int, width: int) -> tuple[torch.Tensor, ...]:
+            output, features = stock(drafter, count, width)
+            return output, features, *drafter.top_tokens(output, 3)
+
+        def run_held(
+            _: TreeSpeculator, count: int, width: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal graph, outputs
+            hidden = levels.hidden.clone()  # which a norm may add to
+            results = whole(count, width)
+            if (count, width) != (4, 3):
+                return results[0], results[1]
+            seen.append(int(levels.attention(0, count, width).suffix_len[0]))
+            levels.hidden.copy_(hidden)
+            if graph is None:
+                outputs = [torch.zeros_like(result) for result in results]
+                graph = EmulatedGraph([*persistent, *outputs])
+                with graph.capture():
+                    for kept, new in zip(outputs, whole(count, width), strict=True):
+                        kept.copy_(new)
+                assert graph.strangers == []
+                return results[0], results[1]
+            for kept in outputs:
+                kept.fill_(-1)
+            graph.replay()
+            for kept, result in zip(outputs, results, strict=True):
+                assert torch.equal(kept, result)
+            return results[0], results[1]
+
+        monkeypatch.setattr(TreeSpeculator, "run_held", run_held)
+        generate(llm, tiny_prompts(4), greedy(12))
+    assert len(seen) > 12
+    assert set(seen) == {3, 6, 9, 12}
+
+
 def vars_of(buffers: object) -> list[torch.Tensor]:
     return [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]

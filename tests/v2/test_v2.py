@@ -31,8 +31,8 @@ def run_pytest(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
 
 
-def test_the_emulated_graph() -> None:
-    run_pytest("tests/v2/graph.py")
+def test_the_emulated_graph_and_the_paths_of_trees() -> None:
+    run_pytest("tests/v2/graph.py", "tests/v2/paths.py")
 
 
 @pytest.mark.full

@@ -191,38 +191,81 @@ def test_seeds_give_what_plain_decoding_gives(tiny: TinyModel, is_async: bool) -
             assert counters(llm)["spec_decode_num_accepted_tokens"] > 10
 
 
+def without_words(params: Any, words: list[list[int]]) -> Any:
+    """`params` with these words forbidden, which vLLM makes of text."""
+    params._bad_words_token_ids = words
+    return params
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "is_async"), [("topn-16", False), ("topn-16", True), ("echo-16", True)]
+    ("name", "is_async"),
+    [("topn-16", False), ("topn-16", True), ("echo-16", True), ("chain-5", True)],
 )
-def test_what_depends_on_the_path_goes_without_a_tree(
-    tiny: TinyModel, name: str, is_async: bool
-) -> None:
-    """In one batch with requests that have one; and log-probabilities are those of the tokens."""
+def test_what_depends_on_the_path_follows_it(tiny: TinyModel, name: str, is_async: bool) -> None:
+    """Each request has a tree but the one that says a single token, and what sampling looks back
+    at is what stands on the way to a node: in one batch, greedy and with seeds."""
+    words = [[3, 5], [4, 4], [7, 2, 9], [8]]
     params = [
         greedy(TOKENS),
         greedy(TOKENS, repetition_penalty=1.3),
-        sampling(seed=6),
-        greedy(TOKENS, logprobs=2),
-        sampling(seed=7, presence_penalty=0.5),
+        sampling(seed=6, frequency_penalty=0.4, logprobs=0),
+        greedy(TOKENS, logprobs=2, presence_penalty=1.0, frequency_penalty=0.5),
+        without_words(greedy(TOKENS), words),
+        without_words(sampling(seed=7, presence_penalty=0.5, top_k=6), words),
         greedy(1),
+        greedy(TOKENS, logprobs=3),
     ]
 
-    def answers(llm: Any) -> Any:
-        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-        scores = [
-            sorted((value.rank, token, round(value.logprob, 3)) for token, value in place.items())
-            for place in outputs[3].outputs[0].logprobs
-        ]
-        assert len(scores) == TOKENS
-        return [list(output.outputs[0].token_ids) for output in outputs], scores
+    def answers(llm: Any) -> tuple[list[list[int]], list[float]]:
+        outputs = [output.outputs[0] for output in llm.generate(MANY[:8], params, use_tqdm=False)]
+        places = [place for output in outputs for place in output.logprobs or ()]
+        assert len(places) == 3 * TOKENS
+        said = [list(output.token_ids) for output in outputs]
+        ranks = [[(value.rank, token) for token, value in place.items()] for place in places]
+        scores = [value.logprob for place in places for value in place.values()]
+        return [*said, *ranks], scores
 
     with v2_engine(tiny, None) as llm:
-        plain = answers(llm)
+        plain, scores = answers(llm)
     with v2_engine(tiny, trees(tiny, name), async_scheduling=is_async) as llm:
-        assert answers(llm) == plain
-        # Two requests have trees, and none in the last step.
-        assert 0 < counters(llm)["spec_decode_num_drafts"] <= 2 * TOKENS
+        found, same = answers(llm)
+        count = counters(llm)
+    assert found == plain
+    assert same == pytest.approx(scores, abs=1e-4)
+    # More than two requests can have, and accepted.
+    assert count["spec_decode_num_drafts"] > 3 * TOKENS
+    assert count["spec_decode_num_accepted_tokens"] > 20
+
+
+@pytest.mark.full
+def test_nothing_is_drafted_for_who_has_no_tree(
+    tiny: TinyModel, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three requests say one token, so that only three are ever drafted for, in one batch."""
+    from echo_vllm.step.v2.drafter import TreeSpeculator
+
+    drafted: list[tuple[int, int]] = []
+    grow = TreeSpeculator._grow
+
+    def watched(drafter: TreeSpeculator, roots: Any, batch: Any) -> Any:
+        drafted.append((batch.num_requests, batch.num_decoding))
+        pool, level_rows = grow(drafter, roots, batch)
+        assert all(rows <= 4 * batch.num_requests for rows in level_rows)
+        return pool, level_rows
+
+    monkeypatch.setattr(TreeSpeculator, "_grow", watched)
+    lengths = [1, TOKENS, 1, TOKENS, 1, TOKENS]
+    with v2_engine(tiny, trees(tiny)) as llm:
+        found = generate(llm, PROMPTS, [greedy(length) for length in lengths])
+        assert found == [tokens[:n] for tokens, n in zip(plain, lengths, strict=True)]
+        num_drafts = counters(llm)["spec_decode_num_drafts"]
+        assert 0 < num_drafts <= 3 * TOKENS
+        assert any(count < batch for count, batch in drafted)
+        assert sum(count for count, _ in drafted) <= num_drafts + 3 * 2
+        drafted.clear()
+        generate(llm, PROMPTS, greedy(1))
+        assert drafted == []
 
 
 @pytest.mark.full

@@ -5,7 +5,8 @@
 Chosen by `echo_vllm.ops.dispatch`; importing this package imports triton. Nothing here waits for
 the device, so what only the device knows is not checked: the values of parents, bounds, lengths
 and slots. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is
-how the tests run them. There is no `select_budget`.
+how the tests run them. There is no `select_budget`. `paths` is no operator of the table: it has
+Triton kernels alone.
 """
 
 from echo_vllm.ops.triton_kernels.attention import suffix_attention, tree_attention

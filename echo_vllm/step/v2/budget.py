@@ -34,18 +34,29 @@ UNLIMITED = 1 << 30
 
 
 def tell(
-    scheduler_output: SchedulerOutput, plan: DraftPlan, num_nodes: int, probes: Collection[str]
+    scheduler_output: SchedulerOutput,
+    plan: DraftPlan,
+    num_nodes: int,
+    drafting: Collection[str],
+    probes: Collection[str],
 ) -> None:
     """Attach what the scheduler decided for the batch: the plan of the drafting at the end of the
-    step and the requests that are its probes, and the nodes that all trees of the batch have."""
+    step, the requests that it is for and which of them are its probes, and the nodes that all trees
+    of the batch have."""
     scheduler_output.echo_plan = plan
     scheduler_output.echo_nodes = num_nodes
+    scheduler_output.echo_drafting = drafting
     scheduler_output.echo_probes = probes
 
 
 def plan_of(scheduler_output: SchedulerOutput) -> DraftPlan:
     """The plan of a batch; vLLM's warm-up makes batches without one."""
     return getattr(scheduler_output, "echo_plan", DraftPlan())
+
+
+def drafting_of(scheduler_output: SchedulerOutput) -> Collection[str] | None:
+    """The requests that are drafted for at the end of a batch; None for all, in vLLM's warm-up."""
+    return getattr(scheduler_output, "echo_drafting", None)
 
 
 def probes_of(scheduler_output: SchedulerOutput) -> Collection[str]:
@@ -89,11 +100,7 @@ class TreeBudget(AdaptiveVerificationManager):
         num_scheduled_tokens: Ints,
         cu_num_logits_np: Ints,
     ) -> tuple[Ints, Ints]:
-        """Rows and bounds for the host, with equal parts of the nodes for all trees.
-
-        Requests without a tree stand behind all that have one, so for them these are exact: the
-        host reads log-probabilities by them, which only such requests have.
-        """
+        """Rows and bounds for the host, with equal parts of the nodes for all trees."""
         rows, _ = super().compact_batch(
             num_draft_tokens_per_req, num_scheduled_tokens, cu_num_logits_np
         )

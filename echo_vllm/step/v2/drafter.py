@@ -6,9 +6,9 @@ vLLM's own first forward brings the drafter's paged cache up to date with what w
 many rows as the target had: the accepted rows of a tree are moved to the front of its request's
 rows first, so that what follows them is rejected, as in a chain. A step of plain decoding only
 keeps what that forward would have read (`rests.py`). Every level is one forward over the same
-number of frontier nodes for every request; its keys and values go to a scratch buffer. The trees
-stay in their requests' slots. For which requests a level runs is in the plan, so the host knows it
-without asking: all of the batch, or its probes.
+number of frontier nodes for every request, from buffers that are always the same (`levels.py`). The
+trees stay in their requests' slots. For which requests a level runs the scheduler says, so the host
+knows it without asking: all of the batch that may have a tree, or its probes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.clock import StepMarks
-from echo_vllm.step.frontier import Frontier, LevelRows
+from echo_vllm.step.frontier import Frontier
+from echo_vllm.step.v2.levels import LevelBuffers
 from echo_vllm.step.v2.rests import RESTS, RestedRows
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
 from echo_vllm.transfer import upload
@@ -104,8 +105,10 @@ class TreeSpeculator(EagleSpeculator):
         self.verified: ScheduledTrees | None = None
         """Set by the runner: what the step that drafts has just verified."""
         self.plan = DraftPlan()
+        self.drafting_for: Collection[str] | None = None
         self.probes: Collection[str] = ()
-        """Set by the runner, of the step that drafts: what was decided, and who its probes are."""
+        """Set by the runner, of the step that drafts: what was decided, who gets a tree (None for
+        everybody), and who its probes are."""
         self.marks: StepMarks | None = None
         """Set by the runner, of the same step."""
         self.draft_token_confidence_probs: torch.Tensor | None = None
@@ -118,6 +121,15 @@ class TreeSpeculator(EagleSpeculator):
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self.levels = LevelBuffers(
+            self.policy,
+            {name: layers[name] for name in sorted(self.draft_attn_layer_names)},
+            max_reqs=self.max_num_reqs,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
         if self.policy.may_rest and self.model.model.use_aux_hidden_state:
             self.rested = RestedRows(
                 min(self.max_num_tokens, RESTS * self.max_num_reqs),
@@ -125,6 +137,16 @@ class TreeSpeculator(EagleSpeculator):
                 self.dtype,
                 self.device,
             )
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(*args, **kwargs)
+        self.levels.fit(self.block_tables.input_block_tables)
+
+    def profile_level(self) -> None:
+        """Run the largest level there can be, without attention, for vLLM to see what it takes."""
+        levels = self.levels
+        output, _ = self.run_level(levels.token_ids, levels.positions, levels.hidden, None)
+        self.top_tokens(output, self.policy.num_ranks)
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep what the drafter's head reads for the first level; nothing is sampled here."""
@@ -215,14 +237,12 @@ class TreeSpeculator(EagleSpeculator):
             [table[:num_reqs] for table in self.block_tables.input_block_tables],
         )
         req_ids, slots = input_batch.req_ids, input_batch.idx_mapping
+        chosen = [i for i, name in enumerate(req_ids) if self._drafts_for(name)]
+        places = self._upload(np.array(chosen, np.int64))
+        if len(chosen) < num_reqs:
+            req_ids, slots, roots = [req_ids[i] for i in chosen], slots[places], roots.of(places)
         probes = np.array([i for i, name in enumerate(req_ids) if name in self.probes], np.int64)
         drafts.zero_()  # vLLM marks what it does not use with -1, which is no token.
-        if self.plan.max_depth == 0:  # Nobody else drafts.
-            places = upload(torch.from_numpy(probes), self.device)
-            req_ids, slots, roots = [req_ids[i] for i in probes], slots[places], roots.of(places)
-            probes = np.arange(len(probes))
-        else:
-            places = torch.arange(num_reqs, device=self.device)
         batch = DraftBatch(len(req_ids), num_reqs, self.plan, torch.from_numpy(probes))
         pool, level_rows = self._grow(roots, batch)
         drafted = self.policy.ranked(pool, batch)
@@ -231,6 +251,9 @@ class TreeSpeculator(EagleSpeculator):
         notes = self.policy.notes_of_drafted(pool, drafted, batch.probes)
         self.drafting = Drafting(req_ids, drafted.sizes, notes, level_rows)
         return drafts
+
+    def _drafts_for(self, req_id: str) -> bool:
+        return self.drafting_for is None or req_id in self.drafting_for
 
     def _mark_verified(self) -> None:
         if self.marks is not None:
@@ -332,54 +355,48 @@ class TreeSpeculator(EagleSpeculator):
 
     def _grow(self, roots: Roots, batch: DraftBatch) -> tuple[CandidatePool, list[int]]:
         """The candidates of a batch, and the rows of each level that was a forward."""
-        policy, frontier, output = self.policy, Frontier(roots.features, self.policy), roots.output
+        policy, levels, output = self.policy, self.levels, roots.output
+        frontier = Frontier(roots.features, policy, levels.scratch)
         pool = CandidatePool.empty_unseen(len(output), output.device)
         level_rows: list[int] = []
+        held = 0
         for depth, expansion, requests in policy.levels(pool, batch):
             frontier.keep(requests)
             if expansion.frontier is None:
                 expansion = replace(expansion, going=roots.are_read)
             else:
-                output = self._expand_level(
-                    frontier,
+                if held != len(requests):  # Fewer than there were are others.
+                    held = len(requests)
+                    levels.hold_requests(
+                        pool.rows_of(requests, roots.context_lens),
+                        [pool.rows_of(requests, table) for table in roots.block_tables],
+                    )
+                positions = pool.rows_of(requests, roots.context_lens) + (depth - 2)
+                levels.hold(
                     frontier.advance(pool.rows_above(expansion.frontier)),
                     pool.rows_of(requests, pool.token_ids).gather(1, expansion.frontier),
-                    depth,
-                    pool.rows_of(requests, roots.context_lens),
-                    [pool.rows_of(requests, table) for table in roots.block_tables],
+                    positions.clamp(max=self.max_model_len - 1),
                 )
+                output, features = self.run_held(held, frontier.width)
+                frontier.ran(features)
                 level_rows.append(len(output))
             tokens, logprobs = self.top_tokens(output, policy.num_ranks)
             shape = (len(requests), frontier.width, policy.num_ranks)
             pool.grow(expansion, tokens.view(shape), logprobs.view(shape))
         return pool, level_rows
 
-    def _expand_level(
-        self,
-        frontier: Frontier,
-        level: LevelRows,
-        token_ids: torch.Tensor,
-        depth: int,
-        context_lens: torch.Tensor,
-        block_tables: Sequence[torch.Tensor],
-    ) -> torch.Tensor:
-        """One drafter forward over a level of `token_ids` [A, W]; of its requests, see `Roots`."""
-        width = token_ids.shape[1]
-        positions = context_lens.to(torch.int64) - 1 + (depth - 1)
-        positions = positions.clamp(max=self.max_model_len - 1).repeat_interleave(width)
+    def run_held(self, count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run_level` of the level that the buffers hold, of `count` requests with `width` rows."""
+        levels, n = self.levels, count * width
         metadata: dict[str, Any] = {}
-        for groups, block_table in zip(self.attn_groups, block_tables, strict=True):
-            tree = level.attention(
-                block_table=block_table, context_lens=context_lens, positions=positions
-            )
+        for index, groups in enumerate(self.attn_groups):
+            tree = levels.attention(index, count, width)
             for group in groups:
                 of_group = TreeAttentionMetadata(tree=tree, rest=None)
                 metadata |= dict.fromkeys(group.layer_names, of_group)
-        output, features = self.run_level(
-            token_ids.flatten(), positions, level.hidden.flatten(0, 1), metadata
+        return self.run_level(
+            levels.token_ids[:n], levels.positions[:n], levels.hidden[:n], metadata
         )
-        frontier.ran(features)
-        return output
 
     def run_level(
         self,

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -26,9 +27,10 @@ from echo_vllm.forecast import StepCost
 from echo_vllm.policies import Observation
 from echo_vllm.step.clock import StepMarks, marks_on
 from echo_vllm.step.commit import commit_paths
-from echo_vllm.step.v2.budget import TreeBudget, num_nodes_of, plan_of, probes_of
+from echo_vllm.step.v2.budget import TreeBudget, drafting_of, num_nodes_of, plan_of, probes_of
 from echo_vllm.step.v2.drafter import TreeSpeculator
 from echo_vllm.step.v2.outputs import OutputWithNotes, StepNotes
+from echo_vllm.step.v2.paths import PathSampler
 from echo_vllm.step.v2.state import (
     ScheduledTrees,
     TreeSlots,
@@ -55,7 +57,7 @@ class TreeVerifier:
     """vLLM's warm-up asks; it is the sampler's part of it that is meant."""
 
     def __init__(self, sampler: Sampler, runner: EchoRunnerV2Mixin) -> None:
-        self.sampler = sampler
+        self.sampler = PathSampler(sampler, runner.policy.max_depth)
         self.runner = runner
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch, *args: Any) -> SamplerOutput:
@@ -66,7 +68,7 @@ class TreeVerifier:
         """
         trees = self.runner.trees
         assert trees is not None
-        output = self.sampler(logits, input_batch)
+        output = self.sampler(logits, input_batch, trees)
         sampled = output.sampled_token_ids.flatten()
         accepted, num_accepted = ops.accept_path(
             sampled, trees.token_ids, trees.parents, trees.cu_nodes, self.runner.policy.max_depth
@@ -84,9 +86,25 @@ class TreeVerifier:
             trees.path_logprobs, trees.depths, num_accepted
         )
         self.runner.commit(input_batch, trees)
-        output.sampled_token_ids = sampled[rows.to(torch.int64)]
+        rows = rows.to(torch.int64)
+        output.sampled_token_ids = sampled[rows]
+        if output.logprobs_tensors is not None:
+            output.logprobs_tensors = _logprobs_of(output.logprobs_tensors, rows)
         output.num_sampled, output.num_rejected = num_sampled, num_rejected
         return output
+
+
+def _logprobs_of(tensors: LogprobsTensors, rows: torch.Tensor) -> LogprobsTensors:
+    """Of all rows of a batch those of the accepted paths, `rows` [R, D + 1], as vLLM takes them: a
+    request's one behind the other, of which as many count as it has tokens."""
+    num_reqs, width = rows.shape
+    places = rows.flatten()
+    return LogprobsTensors(
+        tensors.logprob_token_ids[places],
+        tensors.logprobs[places],
+        tensors.selected_token_ranks[places],
+        cu_num_generated_tokens=list(range(0, (num_reqs + 1) * width, width)),
+    )
 
 
 class EchoRunnerV2Mixin(_Runner):
@@ -121,6 +139,12 @@ class EchoRunnerV2Mixin(_Runner):
         assert self.sampler is not None
         self.rejection_sampler = TreeVerifier(self.sampler, self)
 
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        super().profile_run(*args, **kwargs)
+        assert self.speculator is not None
+        with torch.inference_mode():
+            self.speculator.profile_level()
+
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
         if self.policy.has_order:
@@ -142,6 +166,7 @@ class EchoRunnerV2Mixin(_Runner):
             self._marks.begun.record()
             assert self.speculator is not None
             self.speculator.plan = plan_of(scheduler_output)
+            self.speculator.drafting_for = drafting_of(scheduler_output)
             self.speculator.probes = probes_of(scheduler_output)
             self.speculator.marks = self._marks
             if isinstance(self.adaptive_verification, TreeBudget):

@@ -49,8 +49,10 @@ class UnseenTreesMixin(_Scheduler):
         self._sizes: dict[str, int] = {}
         """Request -> nodes of the last tree of it that is known here."""
         self._plan = DraftPlan()
+        self._drafting: set[str] = set()
         self._probes: list[str] = []
-        """Of the drafting at the end of the step scheduled last, and who its probes are."""
+        """Of the drafting at the end of the step scheduled last: who gets a tree, and who of these
+        are its probes."""
 
     # ---- Before the step ----
 
@@ -108,9 +110,10 @@ class UnseenTreesMixin(_Scheduler):
         self._plan = plan = self._policy.plan(load)
         here = [name for name in able if name in scheduler_output.num_scheduled_tokens]
         self._probes = [here[i] for i in plan.probed(len(here))]
-        if plan.max_depth == 0 and not self._probes:
+        self._drafting = set(self._probes if plan.max_depth == 0 else here)
+        if not self._drafting:
             scheduler_output.num_spec_tokens_to_schedule = 0
-        tell(scheduler_output, plan, num_nodes, self._probes)
+        tell(scheduler_output, plan, num_nodes, self._drafting, self._probes)
         super()._update_after_schedule(scheduler_output)
 
     def _num_nodes_of(self, load: Load, most: dict[str, int]) -> int:
@@ -143,26 +146,19 @@ class UnseenTreesMixin(_Scheduler):
         params = request.sampling_params
         if params is None or request.resumable:
             return False
-        depends_on_path = (
-            params.structured_outputs is not None
-            or params.thinking_token_budget is not None
-            or params.logprobs is not None
-            or bool(params.bad_words)
-            or (params.presence_penalty, params.frequency_penalty) != (0, 0)
-            or params.repetition_penalty != 1
-        )
+        if params.structured_outputs is not None or params.thinking_token_budget is not None:
+            return False
         # What is in flight counts as generated, because it may be.
-        left = request.max_tokens - request.num_output_tokens
-        return not depends_on_path and left > 1
+        left: int = request.max_tokens - request.num_output_tokens
+        return left > 1
 
     def _drop_drafts(self, req_ids: Iterable[str]) -> None:
         """Take placeholders from those that the step scheduled last drafts no tree for."""
-        rests = self._plan.max_depth == 0
         for req_id in req_ids:
             request = self.requests.get(req_id)
             if request is None or not request.spec_token_ids:
                 continue
-            if (rests and req_id not in self._probes) or not self._can_have_tree(request):
+            if req_id not in self._drafting or not self._can_have_tree(request):
                 request.spec_token_ids = []
 
     # ---- After the step ----
