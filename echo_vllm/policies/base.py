@@ -351,15 +351,10 @@ class DraftPolicy(ABC):
     def ranked(self, pool: CandidatePool, batch: DraftBatch) -> RankedTrees:
         """What `select` chooses from, on the pool's device, if `has_fixed_size` or `has_order`.
 
-        A policy with one of them runs where the host never sees a tree. It must not ask the device
+        That is how trees are chosen where the host never sees one. It must not ask the device
         either: `expand` finds a pool that is unseen.
         """
         return RankedTrees.of(pool, self.columns(pool))
-
-    @classmethod
-    def runs_unseen(cls) -> bool:
-        """Whether it runs where the host never sees a tree."""
-        return cls.has_fixed_size or cls.has_order
 
     def observe_logits(  # noqa: B027
         self, tokens: torch.Tensor, logits: torch.Tensor

@@ -24,9 +24,16 @@ from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies.base import DraftBatch, DraftPolicy
 from echo_vllm.policies.elastic import GatedConfig
-from echo_vllm.policies.retrieval import MISSING, RankTemplate, SuccessorTable, fill
+from echo_vllm.policies.retrieval import (
+    MISSING,
+    RankTemplate,
+    SuccessorTable,
+    fill,
+    filled_unseen,
+)
 from echo_vllm.trees.forest import DraftForest
 from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
+from echo_vllm.trees.ranked import RankedTrees
 
 KEPT = {1: 8 / 60, 2: 24 / 60, 6: 40 / 60}
 """Share of the tree's places that a request keeps for drafted nodes if it stops at this depth: the
@@ -61,6 +68,7 @@ class GraftPolicy(DraftPolicy):
     without_profile = "its gates are built-in values that were never measured for this head"
     not_traced = "retrieved nodes are not the draft head's"
     wants_logits = True
+    has_order = True
 
     def __init__(
         self, config: GraftConfig, max_nodes: int, profile: DrafterProfile | None = None
@@ -79,6 +87,12 @@ class GraftPolicy(DraftPolicy):
                 for depth in range(self.max_depth + 1)
             ]
         )
+
+    def request_limit(self, load: Load) -> int:
+        budget = self.batch_limit(load)
+        if budget is None:
+            return self.max_nodes
+        return min(self.max_nodes, budget // max(1, load.able))
 
     def plan(self, load: Load) -> DraftPlan:
         return DraftPlan(prefill_tokens=load.prefill_tokens)
@@ -104,14 +118,7 @@ class GraftPolicy(DraftPolicy):
 
     def select(self, pool: CandidatePool, batch: DraftBatch) -> DraftForest:
         limit = self.limit(batch)
-        # A request that stopped at its own limit was not pruned: it keeps all that it drafted.
-        kept = (pool.on_device(self._shares)[pool.first_of_levels().sum(1)] * limit).ceil()
-        depth_limits = batch.depth_limits
-        if depth_limits is not None:
-            depth_limits = pool.on_device(depth_limits)
-            kept[pool.first_of_levels().sum(1) >= depth_limits] = limit
-        scores = pool.path_logprobs.masked_fill(pool.rank() >= kept.unsqueeze(1), NO_CANDIDATE)
-        tiers = torch.zeros_like(scores, dtype=torch.int32)
+        scores, tiers = self._ranks(pool, batch, limit)
         columns, cu_nodes = ops.select_budget(
             scores, tiers, pool.parents, limit * pool.num_requests, limit
         )
@@ -119,7 +126,29 @@ class GraftPolicy(DraftPolicy):
         if self.table is None or pool.roots is None or not pool.num_requests:
             return forest
         tokens, scores = self.table.walk(pool.roots, self.template)
-        if depth_limits is not None:
+        if batch.depth_limits is not None:
+            depth_limits = pool.on_device(batch.depth_limits)
             depths = pool.on_device(self.template.depths)
             scores = scores.masked_fill(depths > depth_limits.unsqueeze(1), MISSING)
         return fill(forest, tokens, scores, self.template, limit)
+
+    def ranked(self, pool: CandidatePool, batch: DraftBatch) -> RankedTrees:
+        drafted = RankedTrees.best(
+            pool, *self._ranks(pool, batch, self.limit(batch)), self.max_nodes
+        )
+        if self.table is None or pool.roots is None:
+            return drafted
+        tokens, scores = self.table.walk(pool.roots, self.template)
+        return filled_unseen(drafted, tokens, scores, self.template, self.max_nodes)
+
+    def _ranks(
+        self, pool: CandidatePool, batch: DraftBatch, limit: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and tiers [R, P] of what each request keeps of its candidates."""
+        levels = pool.first_of_levels().sum(1)
+        kept = (pool.on_device(self._shares)[levels] * limit).ceil()
+        if batch.depth_limits is not None:
+            # A request that stopped at its own limit was not pruned: it keeps all that it drafted.
+            kept[levels >= pool.on_device(batch.depth_limits)] = limit
+        scores = pool.path_logprobs.masked_fill(pool.rank() >= kept.unsqueeze(1), NO_CANDIDATE)
+        return scores, torch.zeros_like(scores, dtype=torch.int32)

@@ -19,7 +19,8 @@ import torch
 
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.forest import ROOT, DraftForest
-from echo_vllm.trees.pool import best_first, places_in
+from echo_vllm.trees.pool import CandidatePool, best_first, places_in
+from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
 
 NUM_RANKS = 8
 """Successors of a token that the table holds."""
@@ -171,6 +172,55 @@ def _best_of(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(tokens), torch.cat(logprobs)
 
 
+def retrieved(
+    own_tokens: torch.Tensor,
+    own_parents: torch.Tensor,
+    own_scores: torch.Tensor,
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    template: RankTemplate,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hang R retrieved trees of T nodes into R trees of W places; nothing waits for a device.
+
+    A retrieved node that stands in the tree already is that node, and what was retrieved below it
+    hangs there: no parent gets the same token twice.
+
+    Args:
+        own_tokens, own_parents: [R, W] int64, -1 and below ROOT where there is no node.
+        own_scores: [R, W] float32.
+        tokens, scores: [R, T], of `SuccessorTable.walk`.
+        template: of the walk.
+
+    Returns:
+        [R, T] int64, each retrieved node's parent: a place in the tree, W and more for a retrieved
+        one, or ROOT; and [R, T] float32, path scores, MISSING where nothing is added.
+    """
+    num_requests, width = own_tokens.shape
+    above = upload(torch.tensor(template.parents, dtype=torch.int64), tokens.device)
+    # Scores of nodes by index: the tree's, the retrieved ones, and the root at -1.
+    all_scores = torch.cat([own_scores, scores, scores.new_zeros(num_requests, 1)], dim=1)
+    # Per retrieved node: the index of the node that it is, and of its parent.
+    index = torch.arange(width, width + template.num_nodes, device=tokens.device)
+    index = index.repeat(num_requests, 1)
+    parents = torch.full_like(index, ROOT)
+    is_new = scores > MISSING
+    for level in template.levels:
+        if level.start:
+            parents[:, level] = index[:, above[level]]
+        same = (own_tokens.unsqueeze(1) == tokens[:, level].unsqueeze(2)) & (
+            own_parents.unsqueeze(1) == parents[:, level].unsqueeze(2)
+        )
+        known = same.any(2)
+        if width:
+            index[:, level] = torch.where(known, same.int().argmax(2), index[:, level])
+        is_new[:, level] &= ~known
+        # A path must not gain by growing, whoever scored its parts.
+        columns = slice(width + level.start, width + level.stop)
+        top = all_scores.gather(1, parents[:, level] % all_scores.shape[1])
+        all_scores[:, columns] = torch.minimum(all_scores[:, columns], top)
+    return parents, all_scores[:, width:-1].masked_fill(~is_new, MISSING)
+
+
 def fill(
     forest: DraftForest,
     tokens: torch.Tensor,
@@ -178,10 +228,7 @@ def fill(
     template: RankTemplate,
     limit: int,
 ) -> DraftForest:
-    """The forest with the best retrieved nodes in each tree's free places.
-
-    A retrieved node that stands in the tree already is that node, and what was retrieved below it
-    hangs there: no parent gets the same token twice. Retrieved nodes come after the drafted ones,
+    """The forest with the best retrieved nodes in each tree's free places, after the drafted ones,
     so that a tree that is cut loses them first.
 
     Args:
@@ -204,35 +251,18 @@ def fill(
         whole[owner, place] = values
         return whole
 
-    own_tokens = padded(forest.token_ids.to(torch.int64), -1)
-    own_parents = padded(forest.parents.to(torch.int64), ROOT - 1)
-    # Scores of nodes by index: the drafted ones, the retrieved ones, and the root at -1.
-    all_scores = torch.cat(
-        [padded(forest.path_logprobs, MISSING), scores, scores.new_zeros(num_requests, 1)], dim=1
+    parents, new_scores = retrieved(
+        padded(forest.token_ids.to(torch.int64), -1),
+        padded(forest.parents.to(torch.int64), ROOT - 1),
+        padded(forest.path_logprobs, MISSING),
+        tokens,
+        scores,
+        template,
     )
-    # Per retrieved node: the index of the node that it is, and of its parent.
-    index = torch.arange(width, width + template.num_nodes).repeat(num_requests, 1)
-    parents = torch.full_like(index, ROOT)
-    is_new = scores > MISSING
-    for level in template.levels:
-        if level.start:
-            parents[:, level] = index[:, torch.tensor(template.parents[level])]
-        same = (own_tokens.unsqueeze(1) == tokens[:, level].unsqueeze(2)) & (
-            own_parents.unsqueeze(1) == parents[:, level].unsqueeze(2)
-        )
-        known = same.any(2)
-        if width:
-            index[:, level] = torch.where(known, same.int().argmax(2), index[:, level])
-        is_new[:, level] &= ~known
-        # A path must not gain by growing, whoever scored its parts.
-        columns = torch.arange(width + level.start, width + level.stop)
-        top = all_scores.gather(1, parents[:, level] % all_scores.shape[1])
-        all_scores[:, columns] = torch.minimum(all_scores[:, columns], top)
-    new_scores = all_scores[:, width:-1].masked_fill(~is_new, MISSING)
     # Stable: among equals the earlier node, so a parent is before its children.
     order = best_first(new_scores)
     rank = places_in(order)
-    is_new &= rank < (limit - sizes).unsqueeze(1)
+    is_new = (new_scores > MISSING) & (rank < (limit - sizes).unsqueeze(1))
     # Where every node will stand in its tree.
     final = torch.cat(
         [
@@ -261,4 +291,39 @@ def fill(
         depths=joined(forest.depths, depths[node]),
         path_logprobs=joined(forest.path_logprobs, new_scores[request, node]),
         cu_nodes=cu_nodes,
+    )
+
+
+def filled_unseen(
+    trees: RankedTrees,
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    template: RankTemplate,
+    most: int,
+) -> RankedTrees:
+    """`fill`, where the host sees no tree: `trees` of one tier, then what was retrieved.
+
+    Args:
+        trees: of R requests.
+        tokens, scores, template: as for `fill`, on the trees' device.
+        most: places of a tree that comes of it.
+    """
+    is_node = trees.tiers < FILLER_TIER
+    own_parents = trees.parents.to(torch.int64)
+    parents, new_scores = retrieved(
+        trees.token_ids.masked_fill(~is_node, -1),
+        own_parents.masked_fill(~is_node, ROOT - 1),
+        trees.path_logprobs,
+        tokens,
+        scores,
+        template,
+    )
+    pool = CandidatePool.empty_unseen(len(tokens), tokens.device)
+    pool.token_ids = torch.cat([trees.token_ids, tokens], dim=1)
+    pool.parents = torch.cat([own_parents, parents], dim=1)
+    pool.path_logprobs = torch.cat([trees.path_logprobs, new_scores], dim=1)
+    tiers = torch.cat([trees.tiers, torch.ones_like(new_scores, dtype=torch.int32)], dim=1)
+    depths = upload(template.depths, tokens.device).to(torch.int32).expand_as(new_scores)
+    return RankedTrees.best(
+        pool, pool.path_logprobs, tiers, most, torch.cat([trees.depths, depths], dim=1)
     )

@@ -33,7 +33,7 @@ from echo_vllm.config import (
     show_name,
 )
 from echo_vllm.ops import attention_table, dispatch
-from echo_vllm.policies import parse_section, policy_class
+from echo_vllm.policies import parse_section
 from echo_vllm.policies.registry import field_names
 from echo_vllm.startup.head import (
     FIELD,
@@ -524,12 +524,6 @@ def _check_v2(vllm_config: VllmConfig) -> None:
     assert spec is not None
     if not HAS_TRITON:
         refuse(f"{runner} without Triton", "unset the variable, or set it to 0")
-    name = spec.echo.policy
-    if not policy_class(name).runs_unseen():
-        refuse(
-            f"{runner} and policy {name}",
-            "unset the variable, or choose another policy, such as auto",
-        )
     if spec.echo.trace is not None:
         refuse(f"{runner} and {SECTION}.trace", "unset the variable, or remove trace")
     if spec.echo.candidates == "drawn":

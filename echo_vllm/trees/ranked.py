@@ -62,7 +62,12 @@ class RankedTrees:
 
     @classmethod
     def best(
-        cls, pool: CandidatePool, scores: torch.Tensor, tiers: torch.Tensor, most: int
+        cls,
+        pool: CandidatePool,
+        scores: torch.Tensor,
+        tiers: torch.Tensor,
+        most: int,
+        depths: torch.Tensor | None = None,
     ) -> RankedTrees:
         """Each request's `most` best candidates, or as many as there are.
 
@@ -70,6 +75,7 @@ class RankedTrees:
             pool: of the candidates.
             scores, tiers: [R, P] as `ops.select_budget` takes them.
             most: n, but for a pool that has fewer columns.
+            depths: [R, P] int32, of the columns; None takes those of the pool's levels.
         """
         exists = scores > NO_CANDIDATE
         tiers = tiers.masked_fill(~exists, FILLER_TIER)
@@ -78,11 +84,13 @@ class RankedTrees:
         columns = order[:, :most]
         token_ids, parents = pool.tree_of(columns)
         is_node = exists.gather(1, columns)
+        if depths is None:
+            depths = pool.depths().to(torch.int32).expand_as(scores)
         return cls(
             token_ids.masked_fill(~is_node, 0),
             parents.masked_fill(~is_node, ROOT),
             tiers.gather(1, columns),
             scores.gather(1, columns).masked_fill(~is_node, 0.0),
-            pool.depths().to(torch.int32)[columns].masked_fill(~is_node, 0),
+            depths.gather(1, columns).masked_fill(~is_node, 0),
             pool.path_logprobs.gather(1, columns).masked_fill(~is_node, NO_CANDIDATE),
         )

@@ -79,6 +79,32 @@ def test_trees_are_whole_and_full(
     assert forest.prefix(pruned.cu_nodes.diff()).trees() == pruned.trees()
 
 
+@settings(max_examples=60)
+@given(
+    requests=st.integers(1, 4),
+    seed=st.integers(0, 10_000),
+    num_nodes=st.integers(4, 20),
+    known=st.integers(0, VOCAB),
+    gates=st.dictionaries(st.sampled_from("123"), st.floats(0, 0.9), max_size=3),
+)
+def test_trees_that_the_host_never_sees_are_the_same(
+    requests: int, seed: int, num_nodes: int, known: int, gates: dict[str, float]
+) -> None:
+    policy = graft(num_nodes, max_depth=3, top_k=2, width=4, gates=gates)
+    batch = DraftBatch.of(requests)
+    pool = CandidatePool.empty_unseen(requests)
+    pool = grow(policy, requests, seed, batch, pool=pool)
+    pool.roots = torch.arange(requests) % VOCAB
+    if known:
+        logits = torch.randn(known, VOCAB, generator=torch.Generator().manual_seed(seed))
+        policy.observe_logits(torch.arange(known), 2 * logits)
+    forest, trees = policy.select(pool, batch), policy.ranked(pool, batch)
+    assert trees.sizes.tolist() == forest.cu_nodes.diff().tolist()
+    is_node = torch.arange(trees.tiers.shape[1]) < trees.sizes.unsqueeze(1)
+    for name in ("token_ids", "parents", "depths", "path_logprobs"):
+        assert getattr(trees, name)[is_node].tolist() == getattr(forest, name).tolist(), name
+
+
 def test_without_a_gate_that_fires_it_is_the_topn_tree() -> None:
     topn = policy_of(16, policy="topn", max_depth=4, top_k=4)
     policy = knowing(graft(16, max_depth=4, top_k=4, width=4, gates={"1": 0.0}))

@@ -113,6 +113,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name
         if name in HOST_READS:
             raise CaptureError(f"{name} makes the host wait, which a graph cannot hold")
+        if name == "aten::lift_fresh" and not args[0].dim():
+            self.graph.made(args)  # A number that Python writes somewhere: a graph keeps it.
         self.graph.read(name, (args, kwargs))
         before = {memory_of(tensor) for tensor in tensors_in((args, kwargs))}
         result = func(*args, **kwargs)

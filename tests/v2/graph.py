@@ -180,10 +180,13 @@ def test_a_level_of_drafting_replays_at_other_depths_and_for_other_trees(
         drafter.profile_level()  # which vLLM does on a GPU alone
         stock, levels = TreeSpeculator.run_held, drafter.levels
         persistent = [
-            *levels.tensors(),
+            *vars_of(levels),
+            *levels._block_tables,
+            *(held for pair in levels.scratch.layers.values() for held in pair),
             *drafter.model.parameters(),
             *drafter.model.buffers(),
-            *(tensor for tensor in of_engine.kv_caches),
+            *of_engine.kv_caches,
+            *(held for module in drafter.model.modules() for held in prepared(module)),
         ]
         graph: EmulatedGraph | None = None
         outputs: list[torch.Tensor] = []
@@ -222,6 +225,12 @@ def test_a_level_of_drafting_replays_at_other_depths_and_for_other_trees(
         generate(llm, tiny_prompts(4), greedy(12))
     assert len(seen) > 12
     assert set(seen) == {3, 6, 9, 12}
+
+
+def prepared(module: Any) -> list[torch.Tensor]:
+    """What vLLM's linear layers keep on a CPU beside their weights."""
+    closure = getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ()
+    return [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, torch.Tensor)]
 
 
 def vars_of(buffers: object) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.states import RequestState
 
 from echo_vllm import ops
-from echo_vllm.step.v2.paths import PathBadWords, PathPenalties, Paths
+from echo_vllm.step.v2.paths import AlongPaths, PathBadWords, PathPenalties, Paths
 from echo_vllm.step.v2.state import ScheduledTrees
 
 VOCAB, DEPTH = 9, 5
@@ -34,7 +34,8 @@ PENALTIES: list[dict[str, Any]] = [
     {},
     {"repetition_penalty": 0.8, "frequency_penalty": -0.4},
 ]
-BAD_WORDS = [[[3, 4], [5]], [[1, 2, 3], [2, 2], [7, 1, 0, 4]], [], [[6, 6, 6, 6], [8, 0]]]
+LONG_WORDS = [[a, b, (a + b) % VOCAB] for a in range(VOCAB) for b in (1, 2, 6)]
+BAD_WORDS = [[[3, 4], [5]], [[7, 1, 0, 4], *LONG_WORDS], [], [[6, 6, 6, 6], *LONG_WORDS]]
 
 
 class Case:
@@ -65,7 +66,7 @@ class Case:
         for slot in slots:
             own: list[int] = []
             paths = [[int(states.all_token_ids.gpu[slot, states.total_len.gpu[slot] - 1])]]
-            for node in range(draw.choice([0, 1, 7, 12])):
+            for node in range(draw.choice([0, 1, 9, 12, 15])):
                 parent = draw.choice([k for k in range(-1, node) if k < 0 or own[k] < DEPTH])
                 token = draw.randrange(VOCAB)
                 own.append(1 + (0 if parent < 0 else own[parent]))
@@ -126,17 +127,21 @@ class Case:
         return torch.stack(found)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_penalties_and_bad_words_of_a_row_are_those_of_its_path(seed: int) -> None:
-    case = Case(seed)
-    for ours in (PathPenalties(case.penalties), PathBadWords(case.bad_words)):
+@pytest.mark.parametrize("kind", [PathPenalties, PathBadWords])
+def test_what_a_row_looks_back_at_is_its_path(kind: type[AlongPaths]) -> None:
+    num_edited = num_otherwise = 0
+    for seed in range(5):
+        case = Case(seed)
+        ours = kind(case.penalties if kind is PathPenalties else case.bad_words)
         ours.paths = case.paths
         edited = ours.apply(case.logits.clone(), case.context)
         assert torch.equal(edited, case.as_chains(ours.stock))
-        assert not torch.equal(edited, case.logits)
-        # Taken for chains the trees' rows would say something else.
+        num_edited += not torch.equal(edited, case.logits)
+        # As vLLM has it, with a request's rows for one chain.
         ours.paths = None
-        assert not torch.equal(ours.apply(case.logits.clone(), case.context), edited)
+        num_otherwise += not torch.equal(ours.apply(case.logits.clone(), case.context), edited)
+    assert num_edited == 5
+    assert num_otherwise > 1
 
 
 def test_depths_are_those_of_the_mask() -> None:

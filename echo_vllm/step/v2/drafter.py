@@ -61,6 +61,7 @@ class Roots:
     Attributes:
         output: [R, hidden], what the drafter's head reads for the first level.
         features: [R, hidden], what the children of the root take as hidden state.
+        token_ids: [R] int64, the tokens that the trees grow from.
         context_lens: [R] int32, tokens in the drafter's paged cache.
         are_read: [R] bool, whether a request's prompt was read to its end; the others have no
             candidates and take nothing of what a policy shares out.
@@ -69,6 +70,7 @@ class Roots:
 
     output: torch.Tensor
     features: torch.Tensor
+    token_ids: torch.Tensor
     context_lens: torch.Tensor
     are_read: torch.Tensor
     block_tables: Sequence[torch.Tensor]
@@ -78,6 +80,7 @@ class Roots:
         return Roots(
             self.output[places],
             self.features[places],
+            self.token_ids[places],
             self.context_lens[places],
             self.are_read[places],
             [table[places] for table in self.block_tables],
@@ -88,7 +91,7 @@ class TreeSpeculator(EagleSpeculator):
     """vLLM's EAGLE-3 speculator with a tree in place of the chain.
 
     Args:
-        policy: one that runs unseen.
+        policy: whose trees grow.
         slots: where the trees go.
     """
 
@@ -232,6 +235,7 @@ class TreeSpeculator(EagleSpeculator):
         roots = Roots(
             self._output,
             self.hidden_states[:num_reqs].clone(),
+            last_sampled.flatten()[input_batch.idx_mapping].to(torch.int64),
             input_batch.seq_lens[:num_reqs] - num_rejected,
             num_sampled > 0,
             [table[:num_reqs] for table in self.block_tables.input_block_tables],
@@ -358,6 +362,7 @@ class TreeSpeculator(EagleSpeculator):
         policy, levels, output = self.policy, self.levels, roots.output
         frontier = Frontier(roots.features, policy, levels.scratch)
         pool = CandidatePool.empty_unseen(len(output), output.device)
+        pool.roots = roots.token_ids
         level_rows: list[int] = []
         held = 0
         for depth, expansion, requests in policy.levels(pool, batch):

@@ -106,8 +106,3 @@ class LevelBuffers:
             scratch=self.scratch,
             scratch_rows=self._scratch_rows[:n],
         )
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that a level's forward may read of it."""
-        held = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-        return [*held, *self._block_tables, *sum(self.scratch.layers.values(), ())]

@@ -205,6 +205,23 @@ class EchoRunnerV2Mixin(_Runner):
             for group in groups:
                 group.get_metadata_builder().verification = trees and trees.rows
 
+    def sample(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
+    ) -> Any:
+        """vLLM's, with the logits shown to a policy that wants them, before a grammar's mask."""
+        if not self.policy.wants_logits:
+            return super().sample(hidden_states, input_batch, *args, **kwargs)
+        compute = self.model.compute_logits
+
+        def shown(states: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = compute(states)
+            tokens = input_batch.input_ids[input_batch.logits_indices]
+            self.policy.observe_logits(tokens, logits)
+            return logits
+
+        with patch.object(self.model, "compute_logits", shown):
+            return super().sample(hidden_states, input_batch, *args, **kwargs)
+
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         assert self.speculator is not None
         self.speculator.verified = trees = self.trees

@@ -31,7 +31,7 @@ NO_TOKEN = -1
 
 
 def policy_of(vllm_config: VllmConfig) -> DraftPolicy:
-    """The engine's policy, which runs unseen: start-up lets no other through."""
+    """The engine's policy."""
     spec = vllm_config.speculative_config
     assert spec is not None
     profile = find_profile(spec.echo, spec.model)
