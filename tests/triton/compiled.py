@@ -127,9 +127,10 @@ def test_paths(compiled: list[str]) -> None:
     logits, tokens = torch.zeros(3, 9), torch.zeros(3, 5).long()
     of_rows, of_requests = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     of_tokens = torch.zeros(2, 9, dtype=torch.int32)
-    penalties, lengths = [torch.zeros(2)] * 3, [of_requests] * 2
-    before = torch.zeros(3, 5)
-    paths.penalise_paths(logits, before, tokens, of_rows, of_rows, *penalties, of_tokens)
+    penalty, before, lengths = torch.zeros(2), torch.zeros(3, 5), [of_requests] * 2
+    paths.penalise_paths(
+        logits, before, tokens, of_rows, of_rows, penalty, penalty, penalty, of_tokens
+    )
     paths.forbid_ends(
         logits, tokens, of_rows, of_rows, of_requests, *[of_tokens] * 3, *lengths, most_words=2
     )

@@ -12,7 +12,7 @@ value inside the block is an error, as it is for CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,9 +41,16 @@ class EmulatedGraph:
 
     Args:
         persistent: tensors whose memory lives as long as the graph; views of it are fine.
+        opened: operator -> the function behind it, of operators that hide what they launch and find
+            what they read in a context of Python's, as vLLM's attention does.
     """
 
-    def __init__(self, persistent: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        persistent: Iterable[torch.Tensor],
+        opened: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        self.opened = opened or {}
         self._persistent = list(persistent)
         self._known = {memory_of(tensor) for tensor in self._persistent}
         self._launches: list[Callable[[], None]] = []
@@ -111,6 +118,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        if opened := self.graph.opened.get(name):
+            with self:
+                return opened(*args, **kwargs)
         if name in HOST_READS:
             raise CaptureError(f"{name} makes the host wait, which a graph cannot hold")
         if name == "aten::lift_fresh" and not args[0].dim():

@@ -169,8 +169,12 @@ def test_a_level_of_drafting_replays_at_other_depths_and_for_other_trees(
 ) -> None:
     """One capture of the drafter's forward and of its best tokens in an engine serves all levels of
     as many rows, of this drafting and of later ones."""
+    from vllm.model_executor.layers.attention import attention
+
     from echo_vllm.step.v2.drafter import TreeSpeculator
 
+    names = "unified_kv_cache_update", "unified_attention_with_output"
+    opened = {f"vllm::{name}": getattr(attention, name) for name in names}
     spec = echo(tiny.head, 16, policy="topn", max_depth=5, top_k=3)
     with engine(
         tiny.target, spec, skip_tokenizer_init=True, max_model_len=256, max_num_seqs=4
@@ -208,7 +212,7 @@ def test_a_level_of_drafting_replays_at_other_depths_and_for_other_trees(
             levels.hidden.copy_(hidden)
             if graph is None:
                 outputs = [torch.zeros_like(result) for result in results]
-                graph = EmulatedGraph([*persistent, *outputs])
+                graph = EmulatedGraph([*persistent, *outputs], opened)
                 with graph.capture():
                     for kept, new in zip(outputs, whole(count, width), strict=True):
                         kept.copy_(new)
@@ -230,7 +234,8 @@ def test_a_level_of_drafting_replays_at_other_depths_and_for_other_trees(
 def prepared(module: Any) -> list[torch.Tensor]:
     """What vLLM's linear layers keep on a CPU beside their weights."""
     closure = getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ()
-    return [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, torch.Tensor)]
+    held = [getattr(cell.cell_contents, "handler_tensor", None) for cell in closure]
+    return [tensor for tensor in held if tensor is not None]
 
 
 def vars_of(buffers: object) -> list[torch.Tensor]:
