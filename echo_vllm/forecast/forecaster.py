@@ -214,6 +214,11 @@ class Account:
         return True
 
 
+def _most_probes(load: Load) -> int:
+    """Requests that may be probes of one step."""
+    return min(MOST_PROBES, load.able)
+
+
 def _trial_rows(load: Load) -> int:
     """Rows of a trial at most."""
     least, times = TRIAL_ROWS
@@ -479,7 +484,7 @@ class Forecaster:
                 return replace(plan, max_depth=other.depth, width=other.width)
             # A few requests show as much, and all would have to catch up.
             self._turn += 1
-            return replace(plan, probes=min(MOST_PROBES, load.able))
+            return replace(plan, probes=_most_probes(load))
         plan = replace(
             plan,
             price=now.plain,
@@ -518,11 +523,10 @@ class Forecaster:
     def _due_probes(self, load: Load, costs: Costs, plan: DraftPlan, is_attempt: bool) -> int:
         """How many requests are probes in a step of this plan: as many as cost the least each, when
         the time for them is saved up, or the most there are in an attempt."""
-        most = min(MOST_PROBES, load.able)
+        most = _most_probes(load)
         depth, width = plan.max_depth or 0, plan.width or self.frontier
         if depth and is_attempt:
-            passed = self._step - (self._attempt_until - ATTEMPT)
-            return most if passed < ATTEMPT_PROBES else 0
+            return most if self._attempt_until - self._step > ATTEMPT - ATTEMPT_PROBES else 0
         if self._step % PROBE_STEPS:
             return 0
         counts = [most] if depth else [count for count in PROBES if count < most] + [most]
@@ -563,8 +567,8 @@ class Forecaster:
         elif self._step >= self._next_attempt:
             lost = ATTEMPT * step * max(0.0, math.expm1(-best.gain))
             lost += self._catch_up(load.waiting, load, costs)
-            count = min(MOST_PROBES, load.able)
-            probe = self._price_of_probes(count, best.depth, best.width, load, costs)
+            probes = _most_probes(load)
+            probe = self._price_of_probes(probes, best.depth, best.width, load, costs)
             if self._attempts.buys(lost + ATTEMPT_PROBES * probe):
                 self._attempt_until = self._step + ATTEMPT
                 self._num_attempts += 1

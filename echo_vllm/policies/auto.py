@@ -256,9 +256,7 @@ class AutoPolicy(CostAwarePolicy):
         return self.max_frontier
 
     def drawn_cut(self, batch: DraftBatch) -> Cut:
-        limit, nodes = self.batch_limit(batch.load), self.max_nodes
-        if limit is not None:
-            nodes = min(nodes, limit // max(1, batch.num_requests))
+        nodes = self.equal_part(batch.load, batch.num_requests)
         return Cut(nodes, batch.plan.least_worth, self.floor, PROBED_NODES)
 
     def drawn_rows(self, batch: DraftBatch, num_requests: int) -> int:

@@ -235,6 +235,13 @@ class DraftPolicy(ABC):
         """The most nodes of one request in one step."""
         return self.max_nodes
 
+    def equal_part(self, load: Load, num_requests: int) -> int:
+        """Nodes of each of `num_requests` that have equal parts of `batch_limit`."""
+        limit = self.batch_limit(load)
+        if limit is None:
+            return self.max_nodes
+        return min(self.max_nodes, limit // max(1, num_requests))
+
     def num_nodes_of(
         self, load: Load, sizes: Sequence[int], plan: DraftPlan, num_probes: int
     ) -> int:

@@ -126,10 +126,7 @@ class EchoPolicy(DraftPolicy):
         return super().batch_limit(load)
 
     def request_limit(self, load: Load) -> int:
-        limit = self.batch_limit(load)
-        if self.share == "batch" or limit is None:
-            return self.max_nodes
-        return min(self.max_nodes, limit // max(1, load.able))
+        return self.max_nodes if self.share == "batch" else self.equal_part(load, load.able)
 
     def budget(self, batch: DraftBatch) -> int:
         """Nodes that the trees of the batch may have in all."""

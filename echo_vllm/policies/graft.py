@@ -89,10 +89,7 @@ class GraftPolicy(DraftPolicy):
         )
 
     def request_limit(self, load: Load) -> int:
-        budget = self.batch_limit(load)
-        if budget is None:
-            return self.max_nodes
-        return min(self.max_nodes, budget // max(1, load.able))
+        return self.equal_part(load, load.able)
 
     def plan(self, load: Load) -> DraftPlan:
         return DraftPlan(prefill_tokens=load.prefill_tokens)
@@ -104,10 +101,7 @@ class GraftPolicy(DraftPolicy):
 
     def limit(self, batch: DraftBatch) -> int:
         """Nodes that each request's tree may have."""
-        budget = self.batch_limit(batch.load)
-        if budget is None:
-            return self.max_nodes
-        return min(self.max_nodes, budget // max(1, batch.num_requests))
+        return self.equal_part(batch.load, batch.num_requests)
 
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         going = None

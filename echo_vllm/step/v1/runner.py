@@ -479,7 +479,6 @@ class EchoRunnerMixin(_Runner):
             # What is known of one kind of trees does not hold for another, nor for what a grammar
             # forced.
             own = ~np.isin(step.slots, self.forced)
-
             accepted = verdict.num_accepted
 
             def told(report_of: Callable[..., Any], kind: NDArray[np.bool_], **drafted: Any) -> Any:
