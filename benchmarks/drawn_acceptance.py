@@ -33,7 +33,7 @@ def configurations(head: str) -> dict[str, dict[str, Any]]:
     chain = {"model": head, "num_speculative_tokens": CHAIN}
     tree = {"method": "echo", "model": head, "num_speculative_tokens": NODES}
     shape = {"policy": "topn", "max_depth": 4, "top_k": 4}
-    drawn = {"candidates": "drawn"}
+    best, drawn = {"candidates": "best"}, {"candidates": "drawn"}
     return {
         GREEDY_CHAIN: {"method": "eagle3", **chain},
         DRAWN_CHAIN: {
@@ -46,7 +46,7 @@ def configurations(head: str) -> dict[str, dict[str, Any]]:
             **chain,
             "echo": {"policy": "chain", **drawn},
         },
-        BEST: {**tree, "echo": shape},
+        BEST: {**tree, "echo": shape | best},
         DRAWN: {**tree, "echo": shape | drawn},
     }
 

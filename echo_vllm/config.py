@@ -136,11 +136,12 @@ class EchoConfig(BaseModel):
         ),
     )
     candidates: Candidates = Field(
-        default="best",
+        default="auto",
         description=(
             "For requests with a temperature, children of a node are the drafter's best tokens "
             "(`best`) or tokens drawn from its distribution (`drawn`; not with `evict` and "
-            '`graft`). `auto` draws where the policy can. Default "best".'
+            "`graft`). `auto` draws, where the policy can, for requests with a temperature of 0.8 "
+            'or more and no seed. Default "auto".'
         ),
     )
     linear: LinearLayers = Field(

@@ -45,7 +45,7 @@ trace_app = typer.Typer(
     no_args_is_help=True,
 )
 PUBLISHED_PREFIX = "published:"
-FULL = {"policy": "topn", "max_depth": 6, "top_k": 4}
+FULL = {"policy": "topn", "max_depth": 6, "top_k": 4, "candidates": "best"}
 """The default recording: with as many nodes as candidates, the fate of each is known."""
 
 FULL_NODES = num_candidates(6, 4, 4)

@@ -67,7 +67,7 @@ def chain_of(head: str, length: int, method: str) -> dict[str, Any]:
 
 def tree_of(head: str, nodes: int, max_depth: int = 6, top_k: int = 4) -> dict[str, Any]:
     """vLLM's speculative_config of a tree of the most probable candidates."""
-    section = {"policy": "topn", "max_depth": max_depth, "top_k": top_k}
+    section = {"policy": "topn", "max_depth": max_depth, "top_k": top_k, "candidates": "best"}
     return {"method": "echo", "model": head, "num_speculative_tokens": nodes, "echo": section}
 
 

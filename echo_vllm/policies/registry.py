@@ -176,7 +176,7 @@ def parse_section(section: object, *, num_speculative_tokens: int) -> EchoConfig
 
 
 def draws_of(config: EchoConfig) -> bool:
-    """Whether requests with a temperature get drawn candidates."""
+    """Whether requests with a temperature may get drawn candidates."""
     return config.candidates != "best" and policy_class(config.policy).draws
 
 

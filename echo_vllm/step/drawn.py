@@ -19,15 +19,32 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from echo_vllm import ops
+from echo_vllm.config import Candidates
 from echo_vllm.ops import AcceptRule
-from echo_vllm.step.verification import MAX_SAMPLED_ROWS, Drawing, Verdict
+from echo_vllm.step.verification import MAX_SAMPLED_ROWS, Children, Drawing, Judge, Verdict
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.drawn import DrawnPool
 from echo_vllm.trees.draws import Sampling, Stream, root_keys, uniforms
-from echo_vllm.trees.forest import DraftForest
+from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.store import Ints, owners
 
 _ANY = (1 << 63) - 1
+
+DRAWN_FROM = 0.8
+"""The temperature from which `"candidates": "auto"` draws: below, the drafter's best tokens are
+accepted as often (benchmarks/results/drawn-cpu.md)."""
+
+
+def is_drawn(params: SamplingParams, candidates: Candidates) -> bool:
+    """Whether the candidates of a request with these parameters are drawn, where the policy can.
+
+    With "auto" a request with a seed keeps the tokens that it would get without speculation.
+    """
+    if candidates == "best" or not Drawing.of(params).is_random:
+        return False
+    if params.structured_outputs is not None:  # Drafts that it forbids get no node.
+        return False
+    return candidates == "drawn" or (params.temperature >= DRAWN_FROM and params.seed is None)
 
 
 class DrawnRequests:
@@ -35,10 +52,15 @@ class DrawnRequests:
 
     Attributes:
         draws: [num_slots] bool, whether the request's candidates are drawn.
+        by_level: [num_slots] bool, whether more than temperature, top-k, top-p and min-p makes the
+            distribution of such a request's tokens, or more is asked for than tokens: only rows on
+            the accepted path can be sampled, by `judge`.
     """
 
-    def __init__(self, num_slots: int, max_nodes: int) -> None:
+    def __init__(self, num_slots: int, max_nodes: int, candidates: Candidates) -> None:
         self.draws = np.zeros(num_slots, np.bool_)
+        self.by_level = np.zeros(num_slots, np.bool_)
+        self._candidates = candidates
         self._seeds = np.zeros(num_slots, np.int64)
         self._temperature = np.ones(num_slots, np.float32)
         self._top_k = np.zeros(num_slots, np.int64)
@@ -53,8 +75,8 @@ class DrawnRequests:
 
     def begin(self, slot: int, params: SamplingParams) -> None:
         """A request takes the slot, or goes on with other parameters."""
-        drawing = Drawing.of(params)
-        self.draws[slot] = drawing.is_random and drawing.only_scales
+        self.draws[slot] = is_drawn(params, self._candidates)
+        self.by_level[slot] = self.draws[slot] and not Drawing.of(params).only_scales
         self.end(slot)
         if not self.draws[slot]:
             return
@@ -144,15 +166,8 @@ class DrawnRequests:
         row_owner, row_place = owners(own + 1)
         rows = starts[requests[row_owner]] + requests[row_owner] + row_place
         numbers = self._uniforms[slots[requests[row_owner]], row_place]
-        # A root has a number of its own in every step, whether anything was drawn or not.
-        is_root = row_place == 0
-        keys = self.root_keys(slots[requests], positions[requests], torch.device("cpu"))
-        numbers[is_root] = uniforms(keys, Stream.ACCEPT).numpy()
-        vocab = logits.shape[1]
-        if draft_offsets is not None:
-            vocab = len(draft_offsets)
-            if self._draft_ids is None:
-                self._draft_ids = _places(draft_offsets, logits.shape[1])
+        numbers[row_place == 0] = self._root_numbers(slots[requests], positions[requests])
+        vocab = self._draft_vocab(logits.shape[1], draft_offsets)
         own_slots = slots[requests[row_owner]]
         probs, draft_rows = self._drawn_from(own_slots, row_place, vocab, device)
         max_depth = others.accepted_rows.shape[1] - 1
@@ -164,7 +179,7 @@ class DrawnRequests:
                 probs,
                 upload(draft_rows, device),
                 self._draft_ids,
-                torch.full((len(own),), AcceptRule.DRAWN, dtype=torch.int32, device=device),
+                _all_drawn(len(own), device),
                 upload(torch.from_numpy(numbers), device),
                 upload(forest.token_ids[nodes], device),
                 upload(forest.parents[nodes], device),
@@ -172,8 +187,6 @@ class DrawnRequests:
                 max_depth,
             )
         )
-        for slot in slots[requests].tolist():  # Else q would be kept until the slot is used again.
-            self.end(slot)
         verdict = others.on_host()
         tokens = verdict.sampler_output.sampled_token_ids.clone()
         all_rows, num_accepted = verdict.accepted_rows.clone(), verdict.num_accepted.clone()
@@ -188,6 +201,68 @@ class DrawnRequests:
         tokens[index] = path.to(tokens.dtype)
         output = replace(verdict.sampler_output, sampled_token_ids=tokens)
         return Verdict(output, all_rows, num_accepted)
+
+    def judge(
+        self,
+        sampling: SamplingMetadata,
+        slots: Ints,
+        positions: Ints,
+        draft_offsets: torch.Tensor | None,
+    ) -> Judge:
+        """Of one step; for the arguments see `verify`.
+
+        A row and its children are a tree of their own. The root's number, which decides the last
+        token, is looked at once in a walk: where no child is accepted.
+        """
+
+        def tokens_of(logits: torch.Tensor, requests: Ints, rows: Ints, children: Children) -> Ints:
+            device, own = logits.device, slots[requests]
+            values, _ = self._processed(logits, sampling, np.arange(len(requests)), requests, slots)
+            owner, place = owners(children.counts + 1)
+            is_root = place == 0
+            numbers = np.zeros(len(owner))
+            numbers[is_root] = self._root_numbers(own, positions[requests])
+            numbers[~is_root] = self._uniforms[own[owner[~is_root]], children.places + 1]
+            vocab = self._draft_vocab(logits.shape[1], draft_offsets)
+            probs, draft_rows = self._drawn_from(own[owner], rows[owner], vocab, device)
+            draft_rows[torch.from_numpy(~is_root)] = -1
+            cu_nodes = np.concatenate([[0], children.counts.cumsum()])
+            accepted, counts, last = download(
+                *ops.sample_path(
+                    values,
+                    upload(torch.from_numpy(np.where(is_root, owner, -1).astype(np.int32)), device),
+                    probs,
+                    upload(draft_rows, device),
+                    self._draft_ids,
+                    _all_drawn(len(own), device),
+                    upload(torch.from_numpy(numbers), device),
+                    upload(torch.from_numpy(children.token_ids), device),
+                    torch.full((len(children.token_ids),), ROOT, dtype=torch.int32, device=device),
+                    upload(torch.from_numpy(cu_nodes.astype(np.int32)), device),
+                    1,
+                )
+            )
+            tokens = last.numpy().astype(np.int64)
+            chosen = np.flatnonzero(counts.numpy())
+            tokens[chosen] = children.token_ids[cu_nodes[chosen] + accepted.numpy()[chosen, 1] - 1]
+            return tokens
+
+        return tokens_of
+
+    def _root_numbers(self, slots: Ints, positions: Ints) -> NDArray[np.float64]:
+        """[n], the number of each root: it has one in every step, whether anything was drawn or
+        not."""
+        keys = self.root_keys(slots, positions, torch.device("cpu"))
+        numbers: NDArray[np.float64] = uniforms(keys, Stream.ACCEPT).numpy()
+        return numbers
+
+    def _draft_vocab(self, vocab: int, draft_offsets: torch.Tensor | None) -> int:
+        """Tokens of the draft vocabulary; `_draft_ids` is there from now on."""
+        if draft_offsets is None:
+            return vocab
+        if self._draft_ids is None:
+            self._draft_ids = _places(draft_offsets, vocab)
+        return len(draft_offsets)
 
     def _drawn_from(
         self, slots: Ints, places: Ints, vocab: int, device: torch.device
@@ -251,6 +326,11 @@ class DrawnRequests:
             top_p = None if sampling.top_p is None else sampling.top_p[requests]
             logits[places] = apply_top_k_top_p(values, top_k, top_p)
         return logits, rows
+
+
+def _all_drawn(count: int, device: torch.device) -> torch.Tensor:
+    """[count] int32, `ops.sample_path`'s rules of requests with drawn candidates."""
+    return torch.full((count,), AcceptRule.DRAWN, dtype=torch.int32, device=device)
 
 
 def _places(draft_offsets: torch.Tensor, vocab: int) -> torch.Tensor:

@@ -22,8 +22,9 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from echo_vllm.config import MAX_DEPTH
+from echo_vllm.config import MAX_DEPTH, Candidates
 from echo_vllm.forecast import StepCost
+from echo_vllm.forecast.forecaster import Kind
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.forecast.turnover import Turnover
 from echo_vllm.policies import Observation, draws_of, make_policy
@@ -31,6 +32,7 @@ from echo_vllm.startup.profiles import find_profile
 from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.drafts import Drafts
+from echo_vllm.step.drawn import is_drawn
 from echo_vllm.step.grammar import AllowedTree, allow
 from echo_vllm.step.stats import StepStats
 from echo_vllm.step.v1.slots import takes_trees
@@ -74,10 +76,13 @@ class EchoScheduler(Scheduler):
         self._turnover = Turnover()
         self._lasts: dict[str, int] = {}
         """See `_last`."""
+        self._kinds: dict[str, Kind | None] = {}
+        """See `_kind`."""
         profile = find_profile(spec.echo, spec.model, spec.revision)
         self._policy = make_policy(spec.echo, spec.num_speculative_tokens, profile)
-        self._draws = draws_of(spec.echo)
-        if self._draws:
+        self._candidates: Candidates = "best"
+        if draws_of(spec.echo):
+            self._candidates = spec.echo.candidates
             self._allocate = self.kv_cache_manager.allocate_slots
             self.kv_cache_manager.allocate_slots = self._allocate_for_any_draft
 
@@ -91,7 +96,7 @@ class EchoScheduler(Scheduler):
         exact (docs/drawn.md).
         """
         unused = 1 + self.num_spec_tokens - num_new_tokens
-        if unused > 0:
+        if unused > 0 and self._kind(request) == "drawn":
             kwargs["num_lookahead_tokens"] = kwargs.get("num_lookahead_tokens", 0) + unused
         return self._allocate(request, num_new_tokens, *args, **kwargs)
 
@@ -159,7 +164,7 @@ class EchoScheduler(Scheduler):
             if last > 0 and there <= request.num_computed_tokens:
                 # This step's token is not there yet, and after a path comes a bonus token.
                 by_depth[min(max(0, last - there - 2), MAX_DEPTH)] += 1
-                num_sampled += not self._draws and request.sampling_params.temperature > 0
+                num_sampled += self._kind(request) == "best"
         at_least = tuple(itertools.accumulate(by_depth[:0:-1]))[::-1]
         return Load(
             num_decoding,
@@ -183,6 +188,17 @@ class EchoScheduler(Scheduler):
                 last if takes_trees(request.sampling_params) else -last
             )
         return self._lasts[request.request_id]
+
+    def _kind(self, request: Any) -> Kind | None:
+        """Of the candidates of a request with a temperature; None without one."""
+        kind = self._kinds.get(request.request_id, ...)
+        if kind is ...:
+            params = request.sampling_params
+            kind = None
+            if params.temperature > 0:
+                kind = "drawn" if is_drawn(params, self._candidates) else "best"
+            self._kinds[request.request_id] = kind
+        return kind
 
     def _next_load(self, output: Any) -> tuple[int, int]:
         """Requests that the next step will decode, and prompt tokens that it will prefill.
@@ -327,6 +343,7 @@ class EchoScheduler(Scheduler):
             used = request.num_output_tokens
             self._turnover.ended(used, abs(self._last(request)) - request.num_prompt_tokens)
         self._lasts.pop(request.request_id, None)
+        self._kinds.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _learn(self, stats: StepStats) -> None:

@@ -19,7 +19,10 @@ There are two ways, and each request of a batch goes its own (`Drawing`):
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +123,30 @@ _SAMPLING_EPS = 1e-5
 """Below this vLLM's sampler takes a temperature for 0."""
 
 
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Children:
+    """The children of one row of each of n requests.
+
+    Attributes:
+        token_ids: [K] int32, of each request's in the order of its tree.
+        places: [K] int64, of each among its tree's nodes.
+        counts: [n] int64, children of each row.
+    """
+
+    token_ids: NDArray[np.int32]
+    places: Ints
+    counts: Ints
+
+
+Judge = Callable[[torch.Tensor, Ints, Ints, Children], Ints]
+"""Samples where candidates were drawn: from the target's logits [n, V] float32 at one row of each
+of n requests, changed by all that comes before temperature, the requests [n] of the batch, the rows
+[n] of their trees, and the rows' children, the next tokens [n]."""
+
+
 def verify(
     sampler: Sampler,
     logits: torch.Tensor,
@@ -129,6 +156,8 @@ def verify(
     skipped: NDArray[np.bool_],
     by_level: NDArray[np.bool_],
     is_random: NDArray[np.bool_],
+    judge: Judge | None = None,
+    judged: NDArray[np.bool_] | None = None,
 ) -> Verdict:
     """Walk every tree from its root.
 
@@ -142,13 +171,20 @@ def verify(
         skipped: [R] bool, requests that generate nothing in this step (partial prefills).
         by_level: [R] bool, requests that are sampled level by level; the others' rows at once.
         is_random: [R] bool, requests whose tokens are drawn; the others take the maximum.
+        judge: samples for those of `judged` ([R] bool) that are sampled level by level.
     """
     max_depth = int(forest.depths.max()) if forest.num_nodes else 0
+
+    def walk() -> _Walk:
+        steps = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
+        if judge is not None and judged is not None:
+            steps.judge, steps.judged = judge, judged
+        return steps
+
     walking = by_level & ~skipped
     at_once = ~by_level
     if not at_once.any():
-        walk = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
-        return walk.run(np.flatnonzero(walking))
+        return walk().run(np.flatnonzero(walking))
     if at_once.all():
         sampled = _sample_at_once(sampler, logits, forest, sampling, is_random)
         return _accept(sampled, forest, max_depth)
@@ -159,8 +195,7 @@ def verify(
     sampled[index] = some
     verdict = _accept(sampled, forest, max_depth).on_host()
     if walking.any():
-        walk = _Walk(sampler, logits, forest, sampling, output_token_ids, max_depth)
-        verdict = walk.run(np.flatnonzero(walking), verdict)
+        verdict = walk().run(np.flatnonzero(walking), verdict)
     return verdict
 
 
@@ -257,6 +292,8 @@ class _Walk:
         self.rows[:, 0] = 0
         self.num_accepted = np.zeros(self.num_requests, dtype=np.int32)
         self.logprobs: LogprobsTensors | None = None
+        self.judge: Judge | None = None
+        self.judged = np.zeros(self.num_requests, np.bool_)
 
     def run(self, requests: NDArray[np.int64], others: Verdict | None = None) -> Verdict:
         """Walk from the roots of `requests`; `others`, on the host, says what the rest accepted."""
@@ -300,12 +337,13 @@ class _Walk:
         batch = np.arange(self.num_requests) if whole else requests
         reached = np.minimum(level, self.num_accepted[batch])
         rows = self.first_row[batch] + self.rows[batch, reached]
-        output = self.sampler(
-            logits=self.logits[self._upload(rows)],
-            sampling_metadata=_sampling_of(
-                self.sampling, batch, requests, level, self.logits.device
-            ),
-        )
+        with self._judging(level, batch, requests):
+            output = self.sampler(
+                logits=self.logits[self._upload(rows)],
+                sampling_metadata=_sampling_of(
+                    self.sampling, batch, requests, level, self.logits.device
+                ),
+            )
         (drawn,) = download(output.sampled_token_ids[:, 0])
         sampled = drawn.numpy().astype(np.int32)
         if whole:
@@ -320,6 +358,37 @@ class _Walk:
         for request, token in zip(going.tolist(), self.tokens[going, level].tolist(), strict=True):
             self.output_token_ids[request].append(token)
         return going
+
+    @contextmanager
+    def _judging(self, level: int, batch: Ints, requests: Ints) -> Iterator[None]:
+        """The sampler asks `judge` for the tokens of those of `requests` that it samples for."""
+        places = np.flatnonzero(self.judged[batch] & np.isin(batch, requests))
+        if self.judge is None or not len(places):
+            yield
+            return
+        judge, sample = self.judge, self.sampler.sample
+        own = batch[places]
+        at = np.full(self.num_requests, ROOT - 1)
+        at[own] = self.rows[own, level] - 1
+        nodes = np.flatnonzero(self.parents == at[self.owner])
+        counts = np.bincount(self.owner[nodes], minlength=self.num_requests)[own]
+        children = Children(self.node_tokens[nodes], self.place[nodes], counts)
+
+        def judged(
+            logits: torch.Tensor, *args: Any, **options: Any
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            index = self._upload(places)
+            before = logits[index]  # A copy: sampling changes them.
+            sampled, processed = sample(logits, *args, **options)
+            tokens = judge(before, own, at[own] + 1, children)
+            sampled[index] = self._upload(tokens).to(sampled.dtype)
+            return sampled, processed
+
+        self.sampler.sample = judged
+        try:
+            yield
+        finally:
+            del self.sampler.sample
 
     def _children(
         self, level: int, requests: NDArray[np.int64], sampled: NDArray[np.int32]

@@ -55,6 +55,10 @@ class Setting:
         for token, count in Counter(output).items():
             x[token] -= self.options.get("frequency_penalty", 0.0) * count
             x[token] -= self.options.get("presence_penalty", 0.0)
+        for token, bias in self.options.get("logit_bias", {}).items():
+            x[token] += bias
+        if allowed := self.options.get("allowed_token_ids"):
+            x[[token for token in range(len(x)) if token not in allowed]] = -torch.inf
         x /= self.options.get("temperature", 1.0)
         p = torch.softmax(x, dim=0).numpy()
         if top_k := self.options.get("top_k"):

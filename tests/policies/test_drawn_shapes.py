@@ -94,7 +94,9 @@ def test_forests_of_both_kinds_become_one() -> None:
 def test_auto_draws_where_the_policy_can(policy: str) -> None:
     section = parse_section({"policy": policy, "candidates": "auto"}, num_speculative_tokens=4)
     assert draws_of(section) == (policy in ("chain", "topn", "echo", "auto"))
-    best = parse_section({"policy": policy}, num_speculative_tokens=4)
+    default = parse_section({"policy": policy}, num_speculative_tokens=4)
+    assert default.candidates == "auto"
+    best = parse_section({"policy": policy, "candidates": "best"}, num_speculative_tokens=4)
     assert not draws_of(best)
 
 

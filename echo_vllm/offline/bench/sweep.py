@@ -25,7 +25,7 @@ from echo_vllm.offline.bench.engine_process import EngineOptions
 from echo_vllm.offline.bench.fleet import Fleet, Kind, Launch, launcher
 from echo_vllm.offline.bench.tables import A_SECOND, AT_ONCE, Sample
 
-WARM_UP_TOKENS = 16
+WARM_UP_TOKENS = 32
 
 Cell = tuple[str, float, float, int]
 """Configuration, load, temperature, round."""
@@ -220,19 +220,18 @@ class Sweep:
         )
 
     def _warm_up(self, chats: Sequence[tuple[list[int], list[str]]]) -> list[Job]:
+        """Every load at every temperature, with the prompts that are measured last, if at all."""
         plan = self.plan
         loads = plan.loads if plan.arrival_seconds is None else (self.options.max_num_seqs,)
-        first, *others = plan.temperatures
-        each = [(round(load), first) for load in loads]
-        each += [(round(max(loads)), temperature) for temperature in others]
         return [
             Job(
-                [chats[i % len(chats)][0] for i in range(count)],
+                [chats[-1 - i % len(chats)][0] for i in range(count)],
                 count,
                 WARM_UP_TOKENS,
                 temperature=temperature,
             )
-            for count, temperature in each
+            for temperature in plan.temperatures
+            for count in map(round, loads)
         ]
 
 

@@ -166,7 +166,9 @@ class EchoRunnerMixin(_Runner):
         self.trees = TreeStore(self.max_num_reqs, spec.num_speculative_tokens)
         self.drawn: DrawnRequests | None = None
         if draws_of(spec.echo):
-            self.drawn = DrawnRequests(self.max_num_reqs, spec.num_speculative_tokens)
+            self.drawn = DrawnRequests(
+                self.max_num_reqs, spec.num_speculative_tokens, spec.echo.candidates
+            )
         self.grammar_parents: dict[str, list[int]] = {}
         """Of the last drafting, for the scheduler; see `Drafts`."""
         self.forced: list[int] = []
@@ -521,7 +523,15 @@ class EchoRunnerMixin(_Runner):
             return self.sampler(logits=logits, sampling_metadata=sampling)
         if not self.draws_at_once:
             by_level = by_level | is_random
-        drawn = self._draws(step.slots)
+        drawn = judged = self._draws(step.slots)
+        judge = None
+        positions = step.begins + step.query_start[1:] - step.query_start[:-1] - step.sizes
+        if drawn.any():
+            assert self.drawn is not None
+            judged = drawn & self.drawn.by_level[step.slots]
+            drawn = drawn & ~judged
+            offsets = self.drafter.draft_offsets
+            judge = self.drawn.judge(sampling, step.slots, positions, offsets)
         verdict = verify(
             self.sampler,
             logits,
@@ -531,6 +541,8 @@ class EchoRunnerMixin(_Runner):
             skipped | drawn,
             by_level | drawn,
             is_random,
+            judge,
+            judged,
         )
         if (drawn & ~skipped).any():
             assert self.drawn is not None
@@ -540,10 +552,13 @@ class EchoRunnerMixin(_Runner):
                 step.forest,
                 sampling,
                 step.slots,
-                step.begins + step.query_start[1:] - step.query_start[:-1] - step.sizes,
+                positions,
                 np.flatnonzero(drawn & ~skipped),
                 self.drafter.draft_offsets,
             )
+        for slot in step.slots[(drawn | judged) & ~skipped].tolist():
+            assert self.drawn is not None
+            self.drawn.end(slot)  # Else q would be kept until the slot is used again.
         if self.rests:
             return verdict.sampler_output
         self._commit(step, verdict)
