@@ -87,8 +87,8 @@ def run(
 ) -> tuple[Verdict, list[int]]:
     sampler: Any = Sampler()
     histories: list[list[int]] = [[], [1], [], [2, 2]]
-    flags = [np.array(values) for values in (skipped, by_level, is_random)]
-    verdict = verify(sampler, logits, FOREST, sampling, histories, *flags)
+    no, level, drawing = (np.array(values) for values in (skipped, by_level, is_random))
+    verdict = verify(sampler, logits, FOREST, sampling, histories, no, level, drawing)
     assert histories == [[], [1], [], [2, 2]]
     return verdict, sampler.rows
 
