@@ -186,7 +186,7 @@ def test_planted_bugs_are_caught(tiny: TinyModel, target_logits: Any) -> None:
         for plant in plants:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 plant(monkeypatch)
-                sampled = sample(llm, settings, 5000)
+                sampled = sample(llm, settings, 3000)
             vocab = tiny.shape.vocab
             values.append(
                 [
