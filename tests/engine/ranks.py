@@ -19,7 +19,7 @@ from tests.engine.engines import counters, engine, generate
 
 @dataclass(frozen=True)
 class Task:
-    """What to decode, first greedily, then at temperature 1 with a seed for each prompt."""
+    """What to decode: greedily, at temperature 1 with a seed for each prompt, and without one."""
 
     target: str
     speculation: dict[str, Any] | None
@@ -37,12 +37,14 @@ class Result:
         sampled: token ids, by prompt.
         counters: of speculation, over both.
         drafts: by rank, by step of speculation, by request: the tree's tokens and parents.
+        drawn: the same of drawn candidates, which only requests without a seed have.
     """
 
     greedy: list[list[int]]
     sampled: list[list[int]]
     counters: dict[str, Any]
     drafts: list[list[Any]]
+    drawn: list[list[Any]]
 
 
 def decode(task: Task) -> Result:
@@ -68,8 +70,11 @@ def decode(task: Task) -> Result:
         greedy = generate(llm, prompts, SamplingParams(temperature=0, **common))
         seeded = [SamplingParams(temperature=1, seed=i, **common) for i in range(len(prompts))]
         sampled = generate(llm, prompts, seeded)
-        drafts = [] if task.speculation is None else llm.collective_rpc(_recorded)
-        return Result(greedy, sampled, counters(llm), drafts)
+        found = counters(llm)
+        generate(llm, prompts, SamplingParams(temperature=1, **common))
+        recorded = [] if task.speculation is None else llm.collective_rpc(_recorded)
+        drafts, drawn = [best for best, _ in recorded], [drawn for _, drawn in recorded]
+        return Result(greedy, sampled, found, drafts, drawn)
 
 
 def _start_recording(worker: Any) -> None:
@@ -84,11 +89,20 @@ def _start_recording(worker: Any) -> None:
         return forest
 
     drafter.draft_trees = recording
+    requests = worker.model_runner.drawn
+    put = requests.put
+    requests.recorded = []
+
+    def recording_drawn(slots: Any, pool: Any, forest: Any) -> None:
+        requests.recorded.append(forest.trees())
+        put(slots, pool, forest)
+
+    requests.put = recording_drawn
 
 
-def _recorded(worker: Any) -> list[Any]:
-    recorded: list[Any] = worker.model_runner.drafter.recorded
-    return recorded
+def _recorded(worker: Any) -> tuple[list[Any], list[Any]]:
+    runner = worker.model_runner
+    return runner.drafter.recorded, runner.drawn.recorded
 
 
 def main(task: str, result: str) -> None:

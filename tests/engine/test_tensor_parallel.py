@@ -103,6 +103,12 @@ def test_both_ranks_make_the_same_trees(two_ranks: Result) -> None:
     assert min(drafted) < ON_FIRST_RANK <= max(drafted)
 
 
+def test_both_ranks_draw_the_same_trees(two_ranks: Result) -> None:
+    first, second = two_ranks.drawn
+    assert len(first) > 20
+    assert first == second
+
+
 def test_as_much_is_accepted_as_on_one_rank(one_rank: Result, two_ranks: Result) -> None:
     assert one_rank.counters["spec_decode_num_accepted_tokens"] > 50
     for name, value in one_rank.counters.items():
