@@ -119,6 +119,10 @@ BEHIND = 48
 """Tokens that a request has to catch up with after a long rest, before any had to: a window, and
 half a block."""
 
+SAMPLED = 0.8
+"""How often a target that samples takes one of the drafter's best tokens where a greedy one takes it
+for sure, a level, before it is known: profiles are of greedy answers."""
+
 FRESH = 256.0
 """Drafts whose first level tells what the present ones are like; older ones are forgotten."""
 
@@ -350,7 +354,7 @@ class Forecaster:
             for kind, model in models.items()
         }
         if online:
-            self._kinds["best"].sampled = OnlineSurvival(max_depth)
+            self._kinds["best"].sampled = OnlineSurvival(max_depth, start=SAMPLED)
         self._drafts: deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Kind]]
         self._drafts = deque(maxlen=MEMORY)
         self._num_drafts = 0

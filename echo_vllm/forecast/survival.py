@@ -197,6 +197,7 @@ class OnlineSurvival:
         half_life: float = 256.0,
         prior: float = 16.0,
         resting_half_life: float = 512.0,
+        start: float = 1.0,
     ) -> None:
         """
         Args:
@@ -207,17 +208,19 @@ class OnlineSurvival:
             resting_half_life: steps without any node after which what was seen counts half: low
                 factors may be why nothing is verified, and must not outlive the prompts that they
                 came from.
+            start: factor of depth 1 before any node is seen; of depth d its d-th power.
 
         Raises:
             ValueError: one of them is not positive.
         """
-        if min(max_depth, half_life, prior, resting_half_life) <= 0:
+        if min(max_depth, half_life, prior, resting_half_life, start) <= 0:
             raise ValueError(
-                "max_depth, half_life, prior and resting_half_life must be positive, got "
-                f"{max_depth}, {half_life}, {prior} and {resting_half_life}"
+                "max_depth, half_life, prior, resting_half_life and start must be positive, got "
+                f"{max_depth}, {half_life}, {prior}, {resting_half_life} and {start}"
             )
         self.half_life = half_life
         self.prior = prior
+        self.start = start
         self._keep = math.exp2(-1.0 / resting_half_life)
         self._predicted = [0.0] * max_depth
         self._accepted = [0.0] * max_depth
@@ -253,7 +256,8 @@ class OnlineSurvival:
         return [self._factor(i) for i in range(len(self._predicted))]
 
     def _factor(self, i: int) -> float:
-        ratio = (self._accepted[i] + self.prior) / (self._predicted[i] + self.prior)
+        accepted = self._accepted[i] + self.prior * self.start ** (i + 1)
+        ratio = accepted / (self._predicted[i] + self.prior)
         return min(4.0, max(0.25, ratio))
 
     def errors(self) -> list[float]:
