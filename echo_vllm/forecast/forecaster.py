@@ -120,8 +120,8 @@ BEHIND = 48
 half a block."""
 
 SAMPLED = 0.8
-"""How often a target that samples takes a best token of the drafter for once that a greedy one does,
-a level, before it is known: profiles are of greedy answers."""
+"""How often a target that samples takes a best token of the drafter for once that a greedy one
+does, a level, before it is known: profiles are of greedy answers."""
 
 FRESH = 256.0
 """Drafts whose first level tells what the present ones are like; older ones are forgotten."""
