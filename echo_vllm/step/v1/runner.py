@@ -583,7 +583,8 @@ class EchoRunnerMixin(_Runner):
         if step.rows is None:
             return
         accepted = verdict.accepted_rows[: step.rows.num_requests, 1:]
-        if accepted.device.type == "cpu" and not (accepted > torch.arange(accepted.shape[1]) + 1).any():
+        places = torch.arange(1, 1 + accepted.shape[1])
+        if accepted.device.type == "cpu" and not (accepted > places).any():
             return  # No row stands further back than it belongs.
         tables = self.input_batch.block_table
         commit_paths(
