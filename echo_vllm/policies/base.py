@@ -180,9 +180,9 @@ class DraftPolicy(ABC):
         k_max: the most nodes of the batch, prompt tokens included; None for no such limit.
         column_ranks: of a fixed shape, per column of the pool the place among the drafter's best
             tokens after its parent; None where children take the places from the first one on.
-        acceptance: how probably the target takes a token of a draft log-probability, elementwise:
-            what slots of drawn candidates are expected to be worth follows from it. None for a
-            shape that is fixed, where all slots are worth the same.
+        acceptance: how probably a drawn token is accepted, by the probability that it was drawn
+            with: what slots of drawn candidates are expected to be worth follows from it. None for
+            a shape that is fixed, where all slots are worth the same.
     """
 
     Config: ClassVar[type[EchoConfig]]

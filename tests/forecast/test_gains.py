@@ -1,100 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Expected gains against enumeration of all draws."""
+"""What drawn children are expected to be worth."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
-from echo_vllm.ops import reference
+from echo_vllm.forecast.gains import (
+    LOOKED_AT,
+    expected_gains,
+    gains_and_reaches,
+    reaches_of,
+    usual_acceptance,
+)
+from echo_vllm.trees.draws import Draws, Sampling, draw_children
 
-probabilities = st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5)
+weights = st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5)
 
 
-def distribution(weights: list[float]) -> torch.Tensor:
-    x = torch.tensor(weights, dtype=torch.float64)
+def distribution(values: list[float]) -> torch.Tensor:
+    x = torch.tensor(values, dtype=torch.float64)
     return x / x.sum()
 
 
-def enumerated_gains(q: torch.Tensor, p: torch.Tensor, k: int) -> list[float]:
-    """Of every order of k draws: its probability times the chance that the r-th is accepted."""
-    gains = [0.0] * k
-    for order in itertools.permutations(range(len(q)), k):
-        weight, left = 1.0, 1.0
-        for token in order:
-            weight, left = weight * float(q[token]) / left, left - float(q[token])
-        reach = 1.0
-        for rank, chance in enumerate(reference.rejection(p, q, order)[0]):
-            gains[rank] += weight * reach * chance
-            reach *= 1 - chance
-    return gains
+@given(values=weights)
+@settings(max_examples=100, deadline=None)
+def test_the_first_gain_is_what_the_curve_says_of_a_draw(values: list[float]) -> None:
+    q = distribution(values)
+    gains = expected_gains(q, usual_acceptance, 4)
+    assert gains[0] == pytest.approx(float((q * usual_acceptance(q)).sum()), abs=1e-6)
+    assert 0 <= float(gains.min()) <= float(gains.sum()) <= 1
 
 
-@given(q=probabilities, p=probabilities)
-@settings(max_examples=60, deadline=None)
-def test_the_first_gain_is_exact_and_the_others_are_near(q: list[float], p: list[float]) -> None:
-    draft, target = distribution(q), distribution(p)
-    expected = enumerated_gains(draft, target, 3)
-    gains = expected_gains(draft, target, 3).tolist()
-    assert gains[0] == pytest.approx(expected[0], abs=1e-6)
-    assert gains[0] == pytest.approx(float(torch.minimum(draft, target).sum()), abs=1e-6)
-    assert gains[1] == pytest.approx(expected[1], abs=0.05)
-    assert gains[2] == pytest.approx(expected[2], abs=0.15)
-    assert sum(gains) <= 1 + 1e-6
+def test_a_sure_drafter_promises_more_than_one_that_is_not() -> None:
+    """By its first child; and of the others less."""
+    sure = distribution([0.95, 0.02, 0.01, 0.01, 0.01])
+    unsure = distribution([0.2, 0.2, 0.2, 0.2, 0.2])
+    of_sure, of_unsure = (expected_gains(q, usual_acceptance, 3) for q in (sure, unsure))
+    assert of_sure[0] > 1.5 * of_unsure[0]
+    assert of_sure[1] < of_unsure[1]
 
 
-def test_gains_are_near_where_the_draft_resembles_the_target() -> None:
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for _ in range(60):
-        logits = 1.5 * torch.randn(6, generator=generator).double()
-        noise = 0.7 * torch.randn(6, generator=generator).double()
-        q, p = torch.softmax(logits + noise, 0), torch.softmax(logits, 0)
-        found = expected_gains(q, p, 3).double()
-        errors.append((found - torch.tensor(enumerated_gains(q, p, 3))).abs())
-    assert (torch.stack(errors).mean(0) < 0.01).all()
+def test_a_child_after_rejections_is_worth_less() -> None:
+    q = torch.softmax(2 * torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), 1)
+    gains = expected_gains(q, usual_acceptance, 4)
+    assert (gains.diff(dim=1) < 0).all()
 
 
-def test_a_guess_that_is_not_whole_leaves_the_rest_elsewhere() -> None:
-    q, p = distribution([4, 3, 2, 1]), torch.tensor([0.3, 0.1, 0.1, 0.0], dtype=torch.float64)
-    whole = torch.cat([p, 1 - p.sum(0, keepdim=True)])
-    expected = enumerated_gains(torch.cat([q, q.new_zeros(1)]), whole, 2)
-    assert expected_gains(q, p, 2).tolist() == pytest.approx(expected, abs=0.02)
+def test_expectations_are_the_mean_of_what_is_reached() -> None:
+    """Over many draws, by rank: the estimate before and that after know the same curve."""
+    logits = 1.5 * torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
+    count, k = 20_000, 3
+    keys = torch.arange(count)
+    draws = draw_children(logits.expand(count, -1), k, keys, Sampling(torch.ones(count)))
+    gains, reaches = gains_and_reaches(draws, usual_acceptance)
+    assert reaches.mean(0)[0] == pytest.approx(float(gains[0, 0]), abs=0.005)
+    # What was drawn before is taken by its expectation.
+    torch.testing.assert_close(reaches.mean(0), gains[0], atol=0.02, rtol=0.0)
 
 
-def test_the_most_probable_tokens_bound_a_vocabulary_from_below() -> None:
+def test_what_is_missing_of_a_vocabulary_is_no_gain() -> None:
     q = distribution([2.0**-i for i in range(12)])
-    p = guess_target(q, lambda logq: 0.7 * logq.exp() ** 0.8)
-    whole, part = expected_gains(q, p, 3), expected_gains(q[:8], p[:8], 3)
+    whole, part = expected_gains(q, usual_acceptance, 3), expected_gains(q[:8], usual_acceptance, 3)
     assert (part <= whole + 1e-6).all()
     torch.testing.assert_close(part, whole, atol=0.02, rtol=0)
 
 
-@given(q=probabilities, p=probabilities, order=st.permutations(range(5)), missing=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_what_was_drawn_is_reached_as_recursive_rejection_has_it(
-    q: list[float], p: list[float], order: list[int], missing: int
-) -> None:
-    draft, target = distribution(q), distribution(p)
-    tokens = order[: 3 - missing]
-    expected, reach = [], 1.0
-    for chance in reference.rejection(target, draft, tokens)[0]:
-        expected.append(reach * chance)
-        reach *= 1 - chance
-    padded = torch.tensor([tokens + [-1] * missing])
-    found = reaches_of(draft.unsqueeze(0), target.unsqueeze(0), padded)[0].tolist()
-    assert found == pytest.approx(expected + [0.0] * missing, abs=1e-5)
+def test_nothing_drawn_is_not_reached() -> None:
+    reaches = reaches_of(torch.tensor([[0.5, 0.3, 0.0], [1.0, 0.0, 0.0]]), usual_acceptance)
+    assert reaches[0, 2] == reaches[1, 1] == reaches[1, 2] == 0
+    assert reaches[1, 0] == pytest.approx(float(usual_acceptance(torch.ones(()))), abs=1e-6)
+    # The second child had 0.3 of the half that was left.
+    first, second = usual_acceptance(torch.tensor([0.5, 0.6])).tolist()
+    assert reaches[0].tolist() == pytest.approx([first, (1 - first) * second / 2, 0], abs=1e-6)
 
 
-def test_a_guess_is_a_distribution() -> None:
-    q = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0]])
-    sure = guess_target(q, lambda logq: torch.ones_like(logq))
-    assert sure.tolist() == [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]
-    timid = guess_target(q, lambda logq: logq.exp() / 2)
-    torch.testing.assert_close(timid, q.double() / 2)
+def test_a_fixed_shape_and_a_row_that_is_not_finite() -> None:
+    ids = torch.tensor([[3, 1], [-1, -1]])
+    probs = torch.softmax(torch.randn(2, 2 * LOOKED_AT), 1)
+    probs[1] = torch.nan
+    draws = Draws(ids, torch.zeros(2, 2), torch.zeros(2, 2).long(), probs)
+    fixed, reached = gains_and_reaches(draws, None)
+    assert fixed.tolist() == reached.tolist() == [[1, 1], [1, 1]]
+    gains, reaches = gains_and_reaches(draws, usual_acceptance)
+    assert gains.isfinite().all()
+    assert gains[1].tolist() == reaches[1].tolist() == [0, 0]

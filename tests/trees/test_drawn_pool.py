@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from echo_vllm import ops
-from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
 from echo_vllm.ops import AcceptRule
 from echo_vllm.trees.drawn import NO_SLOT, DrawnPool, OpenLevel, Survival
 from echo_vllm.trees.draws import Draws, Sampling, draw_children, root_keys
 from echo_vllm.trees.forest import ROOT, DraftForest
+from tests.trees.guesses import expected_gains, guess_target, reaches_of
 from tests.trees.test_drawn_exactness import Tree, World, children_of, error, prefix_of, shape
 
 VOCAB = 30
