@@ -13,7 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-from echo_vllm.trees.draws import EXHAUSTED
+from echo_vllm.ops.argmax import best_of_rows
+from echo_vllm.trees.draws import EXHAUSTED, Draws
+
+LOOKED_AT = 32
+"""A row's most probable tokens, from which the worth of its slots is estimated."""
 
 
 def usual_acceptance(logprobs: torch.Tensor) -> torch.Tensor:
@@ -110,3 +114,29 @@ def reaches_of(
         scale = torch.where(there[:, rank], scale + total / left.clamp(min=EXHAUSTED), scale)
         left = left - drawn[:, rank]
     return torch.stack(found, 1).float()
+
+
+def gains_and_reaches(
+    draws: Draws, curve: Callable[[torch.Tensor], torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `DrawnPool.open` and `fill` want of some rows' draws, both [rows, k]: of the draws'
+    distributions alone, and of what was drawn.
+
+    Args:
+        draws: as said.
+        curve: of `guess_target`; None for a shape that is fixed: whatever is drawn, every slot
+            stays.
+    """
+    ids, k = draws.token_ids, draws.token_ids.shape[1]
+    if curve is None:
+        ones = torch.ones(ids.shape, device=draws.probs.device)
+        return ones, ones
+    best, indices = best_of_rows(draws.probs, LOOKED_AT)
+    # A row that is not finite has no children, and nothing to expect of them.
+    gains = expected_gains(best, guess_target(best, curve), k).nan_to_num(0.0)
+    # The drawn tokens first, whether they are among the best or not.
+    again = (indices.unsqueeze(2) == ids.unsqueeze(1)).any(2)
+    drawn = draws.probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
+    probs = torch.cat([drawn, best.masked_fill(again, 0.0)], 1)
+    places = torch.arange(k, device=ids.device).expand_as(ids).masked_fill(ids < 0, -1)
+    return gains, reaches_of(probs, guess_target(probs, curve), places)

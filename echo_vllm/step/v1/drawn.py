@@ -13,20 +13,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from echo_vllm.forecast.gains import expected_gains, guess_target, reaches_of
-from echo_vllm.ops.argmax import best_of_rows
-from echo_vllm.policies import Cut, DraftBatch, DraftPolicy
+from echo_vllm.policies import Cut, DraftBatch
+from echo_vllm.step.drawn import draw_level
 from echo_vllm.step.frontier import Frontier
 from echo_vllm.transfer import upload
 from echo_vllm.trees.drawn import DrawnPool
-from echo_vllm.trees.draws import Draws, Sampling, draw_children
+from echo_vllm.trees.draws import Sampling
 from echo_vllm.trees.forest import ROOT, DraftForest
 
 if TYPE_CHECKING:
     from echo_vllm.step.v1.drafter import EchoProposer
-
-LOOKED_AT = 32
-"""A row's most probable tokens, from which the worth of its slots is estimated."""
 
 
 def draw_trees(
@@ -79,36 +75,8 @@ def draw_trees(
                 block_table=block_table[rows],
             )
         logits = proposer.draft_logits(output)
-        width = parents.shape[1]
-        keys = pool.keys_of(parents).flatten()
-        draws = draw_children(logits, k, keys, sampling.of(active, width))
-        gains, reaches = _estimates(policy, draws, k)
-        opened = pool.open(parents, gains.view(len(active), width, k))
-        tokens = draws.token_ids.clamp(min=0)
-        offsets = proposer.draft_offsets
-        if offsets is not None:
-            tokens = tokens + offsets[tokens]
-        pool.fill(opened, policy.drawn_widths(opened).to(device), draws, tokens, reaches)
+        draw_level(pool, policy, parents, logits, sampling, proposer.draft_offsets)
     floors = torch.full((num_requests,), cut.floor, device=device)
     floors[upload(batch.probes, device)] = max(cut.floor, cut.probed)
     most = num_requests * cut.max_nodes
     return pool, pool.take(most, cut.max_nodes, cut.least_worth, floors)
-
-
-def _estimates(policy: DraftPolicy, draws: Draws, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `DrawnPool.open` and `fill` want, both [rows, k]: of the draws' distributions alone, and
-    of what was drawn."""
-    acceptance = policy.acceptance
-    if acceptance is None:  # A fixed shape: whatever is drawn, every slot stays.
-        ones = torch.ones(draws.token_ids.shape, device=draws.probs.device)
-        return ones, ones
-    best, indices = best_of_rows(draws.probs, LOOKED_AT)
-    # A row that is not finite has no children, and nothing to expect of them.
-    gains = expected_gains(best, guess_target(best, acceptance), k).nan_to_num(0.0)
-    # The drawn tokens first, whether they are among the best or not.
-    ids = draws.token_ids
-    again = (indices.unsqueeze(2) == ids.unsqueeze(1)).any(2)
-    drawn = draws.probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
-    probs = torch.cat([drawn, best.masked_fill(again, 0.0)], 1)
-    places = torch.arange(k, device=ids.device).expand_as(ids).masked_fill(ids < 0, -1)
-    return gains, reaches_of(probs, guess_target(probs, acceptance), places)
