@@ -76,8 +76,10 @@ def reaches_of(drawn_probs: torch.Tensor, curve: Curve) -> torch.Tensor:
     drawn = drawn_probs.double()
     left = 1.0 - (drawn.cumsum(1) - drawn)
     draft = (drawn / left.clamp(min=EXHAUSTED)).clamp(max=1.0)
-    later = draft.new_tensor([_after(rank) for rank in range(drawn.shape[1])])
-    chances = (curve(draft) * later).masked_fill(drawn <= 0, 0.0)
+    chances = curve(draft)
+    for rank in range(drawn.shape[1]):
+        chances[:, rank] *= _after(rank)
+    chances = chances.masked_fill(drawn <= 0, 0.0)
     before = torch.cat([torch.ones_like(draft[:, :1]), (1.0 - chances)[:, :-1].cumprod(1)], 1)
     return (before * chances).float()
 

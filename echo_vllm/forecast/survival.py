@@ -126,6 +126,11 @@ class SurvivalModel:
         scaled._factors = factors
         return scaled
 
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self._zeros.device
+
     def to(self, device: torch.device | str) -> SurvivalModel:
         """The same model on `device`."""
         moved = copy.copy(self)

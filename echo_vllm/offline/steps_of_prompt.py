@@ -5,6 +5,7 @@ of it the target verified, and the path that it accepted. `echo-vllm show` draws
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -168,6 +169,8 @@ def steps_of_prompt(
     Raises:
         ValueError, OSError, RuntimeError: vLLM's own.
     """
+    # On Model Runner V2 a step's tree is heard of when the next one has begun.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     options = {
         "dtype": dtype,
         "max_model_len": max_model_len,

@@ -206,9 +206,11 @@ class AutoPolicy(CostAwarePolicy):
         return (counted(chances, depths, num_accepted, self.max_depth),)
 
     def notes_of_drafted(
-        self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
+        self, pool: CandidatePool | None, trees: RankedTrees, probes: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         gains = super().notes_of_drafted(pool, trees, probes)
+        if pool is None:
+            return gains
         first = first_of(self._survival_on(pool.device), pool.best_of_level(1))
         return *gains, first, *self._remembered(pool, probes)
 
@@ -220,8 +222,31 @@ class AutoPolicy(CostAwarePolicy):
         return {
             **(super().report_of_notes(verified, drafted[:1]) or {}),
             **_as_lists(verified[0] if verified else np.zeros((2, 0))),
-            "first": tuple(drafted[1].tolist()) if drafted else NO_FIRST,
+            "first": tuple(drafted[1].tolist()) if len(drafted) > 1 else NO_FIRST,
             "samples": _drafts_of(drafted[2:]),
+        }
+
+    def notes_of_verified_drawn(
+        self, path_logprobs: torch.Tensor, depths: torch.Tensor, num_accepted: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        model = self._survival_on(depths.device, self.drawn_model)
+        chances = model.probability(path_logprobs, depths)
+        return (counted(chances, depths, num_accepted, self.max_depth),)
+
+    def notes_of_drawn(self, pool: DrawnPool, probes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        best = pool.first_scores()
+        first = first_of(self._survival_on(best.device, self.drawn_model), best)
+        return first, *self._remembered_drawn(pool, probes)
+
+    def report_of_drawn_notes(
+        self, verified: Sequence[NDArray[Any]], drafted: Sequence[NDArray[Any]]
+    ) -> dict[str, Any] | None:
+        if not verified and not drafted:
+            return None
+        return {
+            **_as_lists(verified[0] if verified else np.zeros((2, 0))),
+            "first": tuple(drafted[0].tolist()) if drafted else NO_FIRST,
+            "samples": _existing(drafted[1:]),
         }
 
     def samples(self, pool: CandidatePool, probes: torch.Tensor) -> list[Sample]:
@@ -266,28 +291,28 @@ class AutoPolicy(CostAwarePolicy):
         return num_requests * expected
 
     def drawn_survival(self, batch: DraftBatch, device: torch.device) -> Survival:
-        model = self.drawn_model.to(device)
+        model = self._survival_on(device, self.drawn_model)
         if batch.plan.drawn_factors:
             factors = upload(torch.tensor(batch.plan.drawn_factors), device)
             model = model.with_factors(factors)
         return model.probability
 
-    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
-        """Whoever's best node promises as many tokens as a request's share of the level costs."""
-        plan, depth = batch.plan, level.depth + 1
-        going = torch.ones(len(level.requests), dtype=torch.bool)
-        if plan.max_depth is not None and depth > plan.max_depth:
-            going[:] = False
-        elif plan.cost is not None and plan.price > 0:
-            rows = batch.num_requests * self.frontier_of(batch)
-            seconds = float(plan.cost.draft_level(rows)) / batch.num_requests
-            growth = (plan.growth or self.growth)[depth - 2]
-            (best,) = download(level.promises.amax(1))
-            # Nor can a child be worth more than its parent promises.
-            going = (best * growth > plan.price * seconds) & (best >= plan.least_worth)
-        if len(batch.probes):
-            going |= torch.isin(level.requests, batch.probes)
-        return going
+    def planned(self, depth: int, requests: torch.Tensor, batch: DraftBatch) -> torch.Tensor:
+        limit = batch.plan.max_depth
+        return torch.full((len(requests),), limit is None or depth <= limit)
+
+    def promising(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor | None:
+        """Whoever's best node promises as many tokens as a request's share of the level costs.
+        Where the host does not know who goes on, a level costs the same in any case."""
+        plan = batch.plan
+        if plan.cost is None or plan.price <= 0 or level.unseen:
+            return None
+        rows = batch.num_requests * self.frontier_of(batch)
+        seconds = float(plan.cost.draft_level(rows)) / batch.num_requests
+        growth = (plan.growth or self.growth)[level.depth - 1]
+        best = level.promises.amax(1)
+        # Nor can a child be worth more than its parent promises.
+        return (best * growth > plan.price * seconds) & (best >= plan.least_worth)
 
     def drawn_parents(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
         return level.best(self.frontier_of(batch))
@@ -305,18 +330,21 @@ class AutoPolicy(CostAwarePolicy):
         if pool is not None:
             (best,) = download(pool.first_scores())
             first = tuple(first_of(self.drawn_model, best).tolist())
-        if pool is not None and pool.depth == self.max_depth:
-            # Those that drafted to full depth; see `samples`.
-            full = probes[torch.isin(probes, pool.active)]
-            promises, parents = pool.promises_of(full)
-            columns, scores, depths = pool.best(full, self.max_nodes)
-            needed = least_widths(promises, parents, pool.level_starts, self.forecaster.widths)
-            fields = download(scores, depths, needed.gather(1, columns))
-            for own, levels, widths in zip(*fields, strict=True):
-                exists = own > NO_SLOT
-                samples.append(tuple(x[exists].tolist() for x in (own, levels, widths)))
+            remembered = download(*self._remembered_drawn(pool, probes))
+            samples = _existing([field.numpy() for field in remembered])
         counts = _counted_in(self.drawn_model, verified, num_accepted)
         return {**counts, "samples": samples, "first": first}
+
+    def _remembered_drawn(self, pool: DrawnPool, probes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of the probes that drafted to full depth (see `samples`) the scores, depths and least
+        widths of their slots [probes, n], on the pool's device. Empty without any."""
+        full = probes[torch.isin(probes, pool.active)]
+        if pool.depth < self.max_depth or not len(full):
+            return ()
+        promises, parents = pool.promises_of(full)
+        columns, scores, depths = pool.best(full, self.max_nodes)
+        needed = least_widths(promises, parents, pool.level_starts, self.forecaster.widths)
+        return scores, depths, needed.gather(1, columns)
 
 
 def least_widths(
@@ -378,6 +406,15 @@ def _drafts_of(fields: Sequence[NDArray[Any]]) -> list[Sample]:
         return []
     drafts = zip(*(field.tolist() for field in fields), strict=True)
     return [tuple(draft) for *draft, last in drafts if last > NO_CANDIDATE]
+
+
+def _existing(fields: Sequence[NDArray[Any]]) -> list[Sample]:
+    """`AutoPolicy._remembered_drawn` as lists, of the slots that there are."""
+    found = []
+    for own, levels, widths in zip(*fields, strict=True):
+        exists = own > NO_SLOT
+        found.append((own[exists].tolist(), levels[exists].tolist(), widths[exists].tolist()))
+    return found
 
 
 def _growth(profile: DrafterProfile | None, max_depth: int) -> list[float]:

@@ -27,9 +27,10 @@ from echo_vllm.forecast import Costs, StepCost
 from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.gains import usual_acceptance
 from echo_vllm.forecast.plan import DraftPlan, Load
+from echo_vllm.transfer import download, upload
 from echo_vllm.trees.drawn import DrawnLevel, DrawnPool, OpenLevel, Survival
 from echo_vllm.trees.forest import DraftForest
-from echo_vllm.trees.pool import CandidatePool, Expansion
+from echo_vllm.trees.pool import CandidatePool, Expansion, best_first, places_in
 from echo_vllm.trees.ranked import RankedTrees
 
 
@@ -313,8 +314,14 @@ class DraftPolicy(ABC):
         """Calibration of what slots are expected to be worth; None takes it as it is."""
         return None
 
-    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
-        """[A] bool, on the host: which of the level's requests may have nodes below it.
+    def planned(self, depth: int, requests: torch.Tensor, batch: DraftBatch) -> torch.Tensor:
+        """[A] bool, on the host: which of `requests` ([A], on the host) may have nodes of a depth,
+        by what was decided before the drafting. Probes may in any case."""
+        return torch.ones(len(requests), dtype=torch.bool)
+
+    def promising(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor | None:
+        """[A] bool, on the pool's device: which of the level's requests may have nodes below it, by
+        what these promise; None where nobody is asked. Probes may in any case.
 
         What is said of a request follows from its own nodes, and from no other's: how many nodes it
         has must not depend on what is drawn for others, because a token budget compares them. And
@@ -325,7 +332,14 @@ class DraftPolicy(ABC):
             level: the deepest one.
             batch: the requests whose candidates are drawn.
         """
-        return torch.ones(len(level.requests), dtype=torch.bool)
+        return None
+
+    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+        """[A] bool, on the host: which of the level's requests may have nodes below it."""
+        going = self.planned(level.depth + 1, level.requests, batch)
+        if going.any() and (promising := self.promising(level, batch)) is not None:
+            going = going & download(promising)[0]
+        return going | torch.isin(level.requests, batch.probes)
 
     def drawn_parents(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
         """[A, W] int64, the columns of the level to draw children under."""
@@ -334,6 +348,15 @@ class DraftPolicy(ABC):
     def drawn_widths(self, level: OpenLevel) -> torch.Tensor:
         """[A, W] int64: children that each parent gets, `drawn_ranks` at most."""
         return torch.full(level.parents.shape, self.drawn_ranks, device=level.parents.device)
+
+    def drawn_ranked(self, pool: DrawnPool, batch: DraftBatch, cut: Cut) -> RankedTrees:
+        """`ranked`, of the requests whose candidates are drawn: the slots of greatest worth, the
+        floors of `cut` before all others. A batch may share its nodes by them (docs/drawn.md)."""
+        places = places_in(best_first(pool.worths))
+        floors = torch.full((pool.num_requests, 1), cut.floor)
+        floors[batch.probes] = max(cut.floor, cut.probed)
+        tiers = torch.where(places < upload(floors, places.device), 0, 1).to(torch.int32)
+        return RankedTrees.best(pool, pool.worths, tiers, self.max_nodes)
 
     def report_drawn(
         self,
@@ -406,14 +429,14 @@ class DraftPolicy(ABC):
         return ()
 
     def notes_of_drafted(
-        self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
+        self, pool: CandidatePool | None, trees: RankedTrees, probes: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """The same of a drafting.
 
         Args:
-            pool: the candidates.
-            trees: made of them.
-            probes: of the batch, on the host.
+            pool: the best candidates; None where all are drawn.
+            trees: of the whole batch.
+            probes: of the requests of `pool`, on the host.
         """
         return ()
 
@@ -421,4 +444,20 @@ class DraftPolicy(ABC):
         self, verified: Sequence[NDArray[Any]], drafted: Sequence[NDArray[Any]]
     ) -> dict[str, Any] | None:
         """`report`, of the notes of a step; empty where nothing was verified or drafted."""
+        return None
+
+    def notes_of_verified_drawn(
+        self, path_logprobs: torch.Tensor, depths: torch.Tensor, num_accepted: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """`notes_of_verified`, of drawn candidates."""
+        return ()
+
+    def notes_of_drawn(self, pool: DrawnPool, probes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`notes_of_drafted`, of drawn candidates alone."""
+        return ()
+
+    def report_of_drawn_notes(
+        self, verified: Sequence[NDArray[Any]], drafted: Sequence[NDArray[Any]]
+    ) -> dict[str, Any] | None:
+        """`report_drawn`, of the notes of a step; empty where nothing was verified or drafted."""
         return None

@@ -106,7 +106,8 @@ class CostAwarePolicy(DraftPolicy):
         self._cost: OnlineCost | None = None
         self._rests = 0
         """Steps that rested, up to now."""
-        self._moved: tuple[SurvivalModel, torch.device, SurvivalModel] | None = None
+        self._moved: dict[SurvivalModel, SurvivalModel] = {}
+        """Models with their tables on the worker's device, where they stay."""
         # Of draftings that nobody saw: what k nodes a tree come to, and what the last one ran.
         self._gains: NDArray[np.float64] | None = None
         self._levels: Sequence[int] = ()
@@ -181,11 +182,14 @@ class CostAwarePolicy(DraftPolicy):
         """Nodes of a request that the drafter expands of a level."""
         return self.max_frontier
 
-    def _survival_on(self, device: torch.device) -> SurvivalModel:
-        """The model with its table on `device`, where it stays."""
-        if self._moved is None or self._moved[:2] != (self.survival, device):
-            self._moved = self.survival, device, self.survival.to(device)
-        return self._moved[2]
+    def _survival_on(
+        self, device: torch.device, model: SurvivalModel | None = None
+    ) -> SurvivalModel:
+        """A model, by default that of the best candidates, with its table on `device`."""
+        model = model or self.survival
+        if model not in self._moved or self._moved[model].device != device:
+            self._moved[model] = model.to(device)
+        return self._moved[model]
 
     def probabilities(self, pool: CandidatePool, batch: DraftBatch) -> torch.Tensor:
         """[R, P] float32 in 0..1: how probably each candidate is accepted; never above its
@@ -233,7 +237,7 @@ class CostAwarePolicy(DraftPolicy):
         return scores, torch.where(rank < pool.on_device(floors), 0, 1).to(torch.int32)
 
     def notes_of_drafted(
-        self, pool: CandidatePool, trees: RankedTrees, probes: torch.Tensor
+        self, pool: CandidatePool | None, trees: RankedTrees, probes: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         return (gain_curve(trees, self.max_nodes),)
 

@@ -24,6 +24,7 @@ rerank; with budget for all of them and no gate that fires, the result is the `t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -35,11 +36,16 @@ from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies.base import Cut, DraftBatch, DraftPolicy
 from echo_vllm.policies.elastic import Floor, GatedConfig
-from echo_vllm.transfer import download
-from echo_vllm.trees.drawn import DrawnLevel
+from echo_vllm.trees.drawn import DrawnLevel, DrawnPool
 from echo_vllm.trees.forest import ROOT, DraftForest
-from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, Expansion
-from echo_vllm.trees.ranked import RankedTrees
+from echo_vllm.trees.pool import (
+    NO_CANDIDATE,
+    CandidatePool,
+    Expansion,
+    best_first,
+    places_in,
+)
+from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
 
 REST_BELOW = 0.25
 """Nodes of the budget a request below which nobody drafts: all would catch up and draft a level for
@@ -198,14 +204,26 @@ class EchoPolicy(DraftPolicy):
 
     def drawn_cut(self, batch: DraftBatch) -> Cut:
         """An equal part of the budget: one that went by promise would tie a request's nodes to what
-        is drawn for others."""
+        is drawn for others, and a scheduler that compares sizes would tie them to its own."""
         return Cut(min(self.max_nodes, self.budget(batch) // max(1, batch.num_requests)))
 
-    def going(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor:
+    def promising(self, level: DrawnLevel, batch: DraftBatch) -> torch.Tensor | None:
         """A gate asks what the best node of its level promises."""
         if level.depth not in self.gates:
-            return super().going(level, batch)
-        return download(level.promises.amax(1) > self.gates[level.depth])[0]
+            return None
+        return level.promises.amax(1) > self.gates[level.depth]
+
+    def drawn_ranked(self, pool: DrawnPool, batch: DraftBatch, cut: Cut) -> RankedTrees:
+        """The floor; an equal part of the budget, beside what depth takes of the best candidates;
+        then what is left of it, by worth. A place in the order of worth is known before its token.
+        """
+        places = places_in(best_first(pool.worths))
+        last = 3 if self.width_at == "truncation" else 2
+        tiers = torch.where(places < cut.max_nodes, 1, last).masked_fill(places < self.floor, 0)
+        trees = RankedTrees.best(pool, pool.worths, tiers.to(torch.int32), self.max_nodes)
+        # As path scores are; behind the last node is a score of 0 as ever.
+        is_node = trees.tiers < FILLER_TIER
+        return replace(trees, scores=torch.where(is_node, trees.scores.log(), 0.0))
 
     def _is_depth(self, pool: CandidatePool) -> torch.Tensor:
         """[R, P] bool: the best node of a level that passed its gate, or an ancestor of one."""

@@ -524,13 +524,6 @@ def _check_v2(vllm_config: VllmConfig) -> None:
     assert spec is not None
     if not HAS_TRITON:
         refuse(f"{runner} without Triton", "unset the variable, or set it to 0")
-    if spec.echo.trace is not None:
-        refuse(f"{runner} and {SECTION}.trace", "unset the variable, or remove trace")
-    if spec.echo.candidates == "drawn":
-        refuse(
-            f"{runner} and candidates drawn",
-            'unset the variable, or set candidates to "auto" or "best"',
-        )
     size = vllm_config.parallel_config.data_parallel_size
     cache = vllm_config.cache_config.cache_dtype
     others = {

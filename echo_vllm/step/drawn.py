@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""Requests with drawn candidates: their parameters, their trees between two steps, and how these
-are verified (docs/drawn.md).
+"""Requests with drawn candidates: how a level of them is drawn, and on V1 their parameters, their
+trees between two steps, and how these are verified (docs/drawn.md).
 
 A draft lives here from its drawing to its verification, by the request's slot: the distributions
 that its nodes were drawn from, and the numbers that decide about them.
@@ -20,11 +20,13 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from echo_vllm import ops
 from echo_vllm.config import Candidates
+from echo_vllm.forecast.gains import gains_and_reaches
 from echo_vllm.ops import AcceptRule
+from echo_vllm.policies import DraftPolicy
 from echo_vllm.step.verification import MAX_SAMPLED_ROWS, Children, Drawing, Judge, Verdict
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.drawn import DrawnPool
-from echo_vllm.trees.draws import Sampling, Stream, root_keys, uniforms
+from echo_vllm.trees.draws import Sampling, Stream, draw_children, root_keys, uniforms
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.store import Ints, owners
 
@@ -45,6 +47,45 @@ def is_drawn(params: SamplingParams, candidates: Candidates) -> bool:
     if params.structured_outputs is not None:  # Drafts that it forbids get no node.
         return False
     return candidates == "drawn" or (params.temperature >= DRAWN_FROM and params.seed is None)
+
+
+def draw_level(
+    pool: DrawnPool,
+    policy: DraftPolicy,
+    parents: torch.Tensor,
+    logits: torch.Tensor,
+    sampling: Sampling,
+    draft_offsets: torch.Tensor | None,
+    going: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw a level of A requests: its slots are given out, then filled.
+
+    Args:
+        pool: whose `active` requests they are.
+        policy: that says how many children each parent gets.
+        parents: [A, W] int64, as of `DrawnPool.open`.
+        logits: [A * W, V_draft], the drafter's after each parent.
+        sampling: of all requests of the pool.
+        draft_offsets: [V_draft] int64, from a token of the draft vocabulary to the target's; None
+            where the two are one.
+        going: [A] bool, on the pool's device: the others get no children; None for all.
+
+    Returns:
+        [A * W, V_draft] float32, q of each parent.
+    """
+    (count, width), k, device = parents.shape, policy.drawn_ranks, logits.device
+    keys = pool.keys_of(parents).flatten()
+    draws = draw_children(logits, k, keys, sampling.of(pool.active, width))
+    gains, reaches = gains_and_reaches(draws, policy.acceptance)
+    opened = pool.open(parents, gains.view(count, width, k))
+    tokens = draws.token_ids.clamp(min=0)
+    if draft_offsets is not None:
+        tokens = tokens + draft_offsets[tokens]
+    widths = upload(policy.drawn_widths(opened), device)
+    if going is not None:
+        widths = widths * going.unsqueeze(1)
+    pool.fill(opened, widths, draws, tokens, reaches)
+    return draws.probs
 
 
 class DrawnRequests:
@@ -261,7 +302,7 @@ class DrawnRequests:
         if draft_offsets is None:
             return vocab
         if self._draft_ids is None:
-            self._draft_ids = _places(draft_offsets, vocab)
+            self._draft_ids = places_of(draft_offsets, vocab)
         return len(draft_offsets)
 
     def _drawn_from(
@@ -333,7 +374,7 @@ def _all_drawn(count: int, device: torch.device) -> torch.Tensor:
     return torch.full((count,), AcceptRule.DRAWN, dtype=torch.int32, device=device)
 
 
-def _places(draft_offsets: torch.Tensor, vocab: int) -> torch.Tensor:
+def places_of(draft_offsets: torch.Tensor, vocab: int) -> torch.Tensor:
     """[vocab] int32, where in the draft vocabulary each of the target's tokens is, or -1."""
     places = torch.full((vocab,), -1, dtype=torch.int32, device=draft_offsets.device)
     own = torch.arange(len(draft_offsets), device=draft_offsets.device)

@@ -28,7 +28,8 @@ from echo_vllm import ops
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.draws import Draws, Stream, uniforms
 from echo_vllm.trees.forest import ROOT, DraftForest
-from echo_vllm.trees.pool import best_first, places_in
+from echo_vllm.trees.pool import best_first, parents_in, places_in
+from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
 
 NO_SLOT = float("-inf")
 """Worth of a column that holds no node."""
@@ -72,12 +73,14 @@ class DrawnLevel:
         requests: [A] int64, on the host, the active requests.
         first: the column of the first node.
         promises: [A, C] float32 in 0..1, of the columns from `first` on; 0 where there is no node.
+        unseen: as of the pool.
     """
 
     depth: int
     requests: torch.Tensor
     first: int
     promises: torch.Tensor
+    unseen: bool = False
 
     def best(self, width: int) -> torch.Tensor:
         """[A, min(width, C)] int64, the columns that promise most, ties by column."""
@@ -89,15 +92,23 @@ class DrawnPool:
 
     Attributes:
         active: [A] int64, on the host, ascending: the requests that the next level is drawn for.
+        unseen: whether nobody may ask the device for anything of it: then a request leaves but by
+            the plan, its trees are `RankedTrees`, and whoever draws keeps q.
     """
 
-    def __init__(self, root_keys: torch.Tensor, survival: Survival | None = None) -> None:
+    def __init__(
+        self, root_keys: torch.Tensor, survival: Survival | None = None, *, unseen: bool = False
+    ) -> None:
         """
         Args:
             root_keys: [R] int64, of `draws.root_keys`; the pool lives on their device.
             survival: calibration of expected acceptance, by score (its logarithm) and depth; None
                 takes expectations as they are.
+            unseen: see the attribute.
         """
+        self.unseen = unseen
+        self.num_rows = 0
+        """Rows of q so far: of the pool or, if it is unseen, of each request."""
         requests, device = len(root_keys), root_keys.device
         self._survival = survival
         self.active = torch.arange(requests)
@@ -131,7 +142,7 @@ class DrawnPool:
         """The level to draw children under."""
         first, stop = self._starts[-2:]
         promises = self._of_active(self._promises)[:, first + 1 : stop + 1]
-        return DrawnLevel(self.depth, self.active, first, promises)
+        return DrawnLevel(self.depth, self.active, first, promises, self.unseen)
 
     def keys_of(self, parents: torch.Tensor) -> torch.Tensor:
         """[A, W] int64, the keys of nodes [A, W], for `draws.draw_children`."""
@@ -150,9 +161,10 @@ class DrawnPool:
                 accepted one, given that the parent is (`forecast.gains.expected_gains`).
 
         Raises:
-            ValueError: a parent is not of the deepest level.
+            ValueError: a parent is not of the deepest level, and the pool may be asked.
         """
-        if not ((parents >= self._starts[-2]) & (parents < self._starts[-1])).all():
+        is_deepest = (parents >= self._starts[-2]) & (parents < self._starts[-1])
+        if not self.unseen and not is_deepest.all():
             raise ValueError(
                 f"parents must be columns {self._starts[-2]} to {self._starts[-1] - 1} of the "
                 f"deepest level, got {parents.min()} to {parents.max()}"
@@ -204,12 +216,14 @@ class DrawnPool:
         exists &= (draws.token_ids >= 0).view(shape) & (level.worths > 0)
         # A hole in a row of siblings would put the later ones out of their order.
         exists = exists.cumprod(2).bool()
-        first_row = sum(len(probs) for probs in self._draft_probs)
-        rows = torch.arange(first_row, first_row + requests * width, device=device)
-        rows = rows.view(requests, width).to(torch.int32)
+        count = width if self.unseen else requests * width
+        rows = torch.arange(self.num_rows, self.num_rows + count, dtype=torch.int32, device=device)
+        rows = rows.expand(requests, -1) if self.unseen else rows.view(requests, width)
+        self.num_rows += count
         active = upload(self.active, device)
         self._rows[active.unsqueeze(1), level.parents + 1] = rows
-        self._draft_probs.append(draws.probs)
+        if not self.unseen:
+            self._draft_probs.append(draws.probs)
         own = (level.reaches.unsqueeze(2) * reaches.view(shape)).masked_fill(~exists, 0.0)
         worths = level.worths.masked_fill(~exists, NO_SLOT)
         promises = torch.minimum(self._calibrated(own, level.depth), level.worths)
@@ -288,6 +302,47 @@ class DrawnPool:
         )
         return DraftForest(*fields)
 
+    # ---- Where the host sees no tree ----
+
+    @property
+    def worths(self) -> torch.Tensor:
+        """[R, P] float32, of all slots; NO_SLOT where there is none."""
+        return self._worths[:, 1:]
+
+    @property
+    def path_logprobs(self) -> torch.Tensor:
+        """[R, P] float32, logarithms of what was expected of the slots before calibration; NO_SLOT
+        where there is none."""
+        return self._expected[:, 1:].log().masked_fill(self.worths == NO_SLOT, NO_SLOT)
+
+    @property
+    def parents(self) -> torch.Tensor:
+        """[R, P] int64, columns, or ROOT."""
+        return self._parents
+
+    def depths(self) -> torch.Tensor:
+        """[P] int64, the depth of every column."""
+        starts = torch.tensor(self._starts[1:])
+        depths = torch.arange(1, len(starts)).repeat_interleave(starts.diff())
+        return upload(depths, self._keys.device)
+
+    def tree_of(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `CandidatePool.tree_of`."""
+        return self._token_ids.gather(1, columns), parents_in(self._parents, columns)
+
+    def deciding(self, trees: RankedTrees) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rows_of`, of trees that were made of this pool's columns: both [R, 1 + n], of the root
+        and the nodes of each request; int32 and float64, on the device. Rows of q are those of the
+        request, -1 also behind the last node."""
+        places = torch.nn.functional.pad(trees.columns + 1, (1, 0))
+        # The last place is nobody's, and takes what is no node.
+        is_node = trees.tiers < FILLER_TIER
+        num_places = places.shape[1]
+        above = torch.where(is_node, trees.parents.to(torch.int64) + 1, num_places)
+        is_parent = is_node.new_zeros(len(above), num_places + 1).scatter(1, above, True)
+        rows = self._rows.gather(1, places).masked_fill(~is_parent[:, :-1], -1)
+        return rows, uniforms(self._keys.gather(1, places), Stream.ACCEPT)
+
     @property
     def level_starts(self) -> list[int]:
         """The first column of every level."""
@@ -295,7 +350,7 @@ class DrawnPool:
 
     def _depths_of(self, columns: torch.Tensor) -> torch.Tensor:
         """int64, the depths of `columns`, whatever their shape."""
-        starts = torch.tensor(self._starts[1:], device=columns.device)
+        starts = upload(torch.tensor(self._starts[1:]), columns.device)
         return torch.searchsorted(starts, columns.contiguous(), right=True)
 
     def best(

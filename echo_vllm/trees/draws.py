@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 
 from echo_vllm.transfer import upload
@@ -144,7 +145,7 @@ def draft_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
         truncated = sampling.truncated
         if truncated is None:
             truncated = torch.ones(len(scaled), dtype=torch.bool)
-        rows = upload(truncated.nonzero().squeeze(1), logits.device)
+        rows = upload(torch.from_numpy(np.flatnonzero(truncated.numpy())), logits.device)
         some = _truncated(
             scaled[rows],
             None if sampling.top_k is None else sampling.top_k[rows],

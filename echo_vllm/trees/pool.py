@@ -34,6 +34,19 @@ def places_in(order: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def parents_in(parents: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[R, n] int32: where among the `columns` [R, n] int64 of a pool the parents of these are, or
+    ROOT; the pool's own `parents` are [R, P] int64."""
+    place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    num_requests, num_columns = parents.shape
+    # The last column stands for the root.
+    position = parents.new_full((num_requests, num_columns + 1), ROOT)
+    position.scatter_(1, columns, place)
+    above = parents.gather(1, columns)
+    above = torch.where(above == ROOT, num_columns, above)
+    return position.gather(1, above).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class Expansion:
     """How one level of candidates grows out of the frontier.
@@ -286,13 +299,7 @@ class CandidatePool:
     def tree_of(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trees of the columns [R, n] where they are: tokens [R, n] int64, parents [R, n]
         int32, indices into the same row. The columns are as `take` wants them."""
-        place = torch.arange(columns.shape[1], device=self.device).expand_as(columns)
-        # The last column stands for the root, which index -1 finds.
-        position = self.parents.new_full((self.num_requests, self.num_columns + 1), ROOT)
-        position.scatter_(1, columns, place)
-        above = self.parents.gather(1, columns)
-        above = torch.where(above == ROOT, self.num_columns, above)
-        return self.token_ids.gather(1, columns), position.gather(1, above).to(torch.int32)
+        return self.token_ids.gather(1, columns), parents_in(self.parents, columns)
 
     def all_columns(self) -> torch.Tensor:
         """[R, P] int64."""

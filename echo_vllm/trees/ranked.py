@@ -9,8 +9,10 @@ and after the next batch is known. So a request keeps its nodes in the order of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -19,6 +21,17 @@ from echo_vllm.trees.pool import NO_CANDIDATE, CandidatePool, best_first
 
 FILLER_TIER = 1 << 30
 """Of places behind a tree's last node, which are served when nothing else is left."""
+
+
+class Pool(Protocol):
+    """A pool of candidates, whatever their kind; see `CandidatePool`."""
+
+    @property
+    def path_logprobs(self) -> torch.Tensor: ...
+
+    def depths(self) -> torch.Tensor: ...
+
+    def tree_of(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class RankedTrees:
         scores: [R, n] float32, falling in each tier; 0 behind the last node.
         depths: [R, n] int32, from 1; 0 behind the last node.
         path_logprobs: [R, n] float32; NO_CANDIDATE behind the last node.
+        columns: [R, n] int64, of the pool that the nodes are from; any behind the last node.
     """
 
     token_ids: torch.Tensor
@@ -40,6 +54,7 @@ class RankedTrees:
     scores: torch.Tensor
     depths: torch.Tensor
     path_logprobs: torch.Tensor
+    columns: torch.Tensor
 
     @cached_property
     def sizes(self) -> torch.Tensor:
@@ -58,12 +73,13 @@ class RankedTrees:
             tiers.to(torch.float32),
             pool.depths().to(torch.int32)[columns],
             pool.path_logprobs.gather(1, columns),
+            columns,
         )
 
     @classmethod
     def best(
         cls,
-        pool: CandidatePool,
+        pool: Pool,
         scores: torch.Tensor,
         tiers: torch.Tensor,
         most: int,
@@ -93,4 +109,25 @@ class RankedTrees:
             scores.gather(1, columns).masked_fill(~is_node, 0.0),
             depths.gather(1, columns).masked_fill(~is_node, 0),
             pool.path_logprobs.gather(1, columns).masked_fill(~is_node, NO_CANDIDATE),
+            columns,
         )
+
+    @classmethod
+    def together(cls, parts: Sequence[RankedTrees]) -> RankedTrees:
+        """The trees of some requests, then those of others, each with as many places as any."""
+        if len(parts) == 1:
+            return parts[0]
+        most = max(part.columns.shape[1] for part in parts)
+        behind = {
+            **dict.fromkeys((field.name for field in fields(cls)), 0.0),
+            "parents": ROOT,
+            "tiers": FILLER_TIER,
+            "path_logprobs": NO_CANDIDATE,
+        }
+
+        def padded(part: RankedTrees, name: str) -> torch.Tensor:
+            values: torch.Tensor = getattr(part, name)
+            missing = most - values.shape[1]
+            return torch.nn.functional.pad(values, (0, missing), value=behind[name])
+
+        return cls(*(torch.cat([padded(part, name) for part in parts]) for name in behind))

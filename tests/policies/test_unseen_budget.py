@@ -101,9 +101,8 @@ def test_the_gain_curve_is_what_the_best_nodes_come_to(chances: list[list[float]
         scores[row, : len(own)] = torch.tensor(sorted(own, reverse=True))
         tiers[row, : len(own)] = 1
     nothing = torch.zeros(shape, dtype=torch.int32)
-    trees = RankedTrees(
-        torch.zeros(shape, dtype=torch.int64), nothing + ROOT, tiers, scores, nothing, scores
-    )
+    zeros = torch.zeros(shape, dtype=torch.int64)
+    trees = RankedTrees(zeros, nothing + ROOT, tiers, scores, nothing, scores, zeros)
     num_trees, *gains = gain_curve(trees, 5).tolist()
     assert num_trees == sum(map(bool, chances))
     best = sorted((chance for own in chances for chance in own), reverse=True)

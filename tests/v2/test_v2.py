@@ -31,8 +31,9 @@ def run_pytest(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
 
 
-def test_the_emulated_graph_and_the_paths_of_trees() -> None:
-    run_pytest("tests/v2/graph.py", "tests/v2/paths.py")
+def test_the_emulated_graph_the_paths_of_trees_and_what_is_drawn() -> None:
+    files = [f"tests/v2/{name}.py" for name in ("graph", "paths", "drawn")]
+    run_pytest(*files, "-k", "not host_waits")
 
 
 @pytest.mark.full
@@ -42,4 +43,5 @@ def test_vllms_own_chain_on_v2() -> None:
 
 @pytest.mark.full
 def test_trees_on_v2() -> None:
-    run_pytest("tests/v2/trees.py", "tests/v2/budget.py", "tests/v2/learning.py")
+    files = ("trees", "budget", "learning", "drawn", "tracing")
+    run_pytest(*(f"tests/v2/{name}.py" for name in files))

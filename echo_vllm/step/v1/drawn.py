@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from echo_vllm.forecast.gains import gains_and_reaches
 from echo_vllm.policies import Cut, DraftBatch
+from echo_vllm.step.drawn import draw_level
 from echo_vllm.step.frontier import Frontier
 from echo_vllm.transfer import upload
 from echo_vllm.trees.drawn import DrawnPool
-from echo_vllm.trees.draws import Sampling, draw_children
+from echo_vllm.trees.draws import Sampling
 from echo_vllm.trees.forest import ROOT, DraftForest
 
 if TYPE_CHECKING:
@@ -75,16 +75,7 @@ def draw_trees(
                 block_table=block_table[rows],
             )
         logits = proposer.draft_logits(output)
-        width = parents.shape[1]
-        keys = pool.keys_of(parents).flatten()
-        draws = draw_children(logits, k, keys, sampling.of(active, width))
-        gains, reaches = gains_and_reaches(draws, policy.acceptance)
-        opened = pool.open(parents, gains.view(len(active), width, k))
-        tokens = draws.token_ids.clamp(min=0)
-        offsets = proposer.draft_offsets
-        if offsets is not None:
-            tokens = tokens + offsets[tokens]
-        pool.fill(opened, policy.drawn_widths(opened).to(device), draws, tokens, reaches)
+        draw_level(pool, policy, parents, logits, sampling, proposer.draft_offsets)
     floors = torch.full((num_requests,), cut.floor, device=device)
     floors[upload(batch.probes, device)] = max(cut.floor, cut.probed)
     most = num_requests * cut.max_nodes

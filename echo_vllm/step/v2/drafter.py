@@ -19,22 +19,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
+from echo_vllm.config import Candidates
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, DraftPolicy
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.clock import StepMarks
 from echo_vllm.step.frontier import Frontier
+from echo_vllm.step.v2.drawn import DrawnSlots, grow_drawn
 from echo_vllm.step.v2.levels import LevelBuffers
 from echo_vllm.step.v2.rests import RESTS, RestedRows
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
+from echo_vllm.step.v2.tracing import TracedDrafting
 from echo_vllm.transfer import upload
+from echo_vllm.trees.draws import Sampling, draw_children
 from echo_vllm.trees.pool import CandidatePool
+from echo_vllm.trees.ranked import RankedTrees
 
 
 @dataclass
@@ -45,13 +52,17 @@ class Drafting:
         req_ids: of the R requests that it drafted for.
         sizes: [R] int32, nodes of their trees, on the device.
         notes: for the policy of the scheduler's process.
+        drawn_notes: the same of drawn candidates.
         level_rows: of each level that was a forward.
+        traced: the candidates, where a trace is kept.
     """
 
     req_ids: list[str]
     sizes: torch.Tensor
     notes: tuple[torch.Tensor, ...]
+    drawn_notes: tuple[torch.Tensor, ...] = ()
     level_rows: list[int] = field(default_factory=list)
+    traced: TracedDrafting | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,10 @@ class TreeSpeculator(EagleSpeculator):
         """Of the step that has just drafted; the runner takes it."""
         self.rested: RestedRows | None = None
         """What the drafter has yet to see, for a policy that may rest."""
+        self.keeps_candidates = False
+        """Set by the runner, of the same step: whether a trace wants them."""
+        self.drawn: DrawnSlots | None = None
+        """Where candidates are drawn, what their trees were drawn from."""
         self._output: torch.Tensor | None = None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -141,6 +156,20 @@ class TreeSpeculator(EagleSpeculator):
                 self.device,
             )
 
+    def draw_by(self, candidates: Candidates, states: SamplingStates, vocab_size: int) -> None:
+        """Draw candidates, for the requests that `candidates` says, by vLLM's `states` of their
+        parameters; the target has `vocab_size` tokens."""
+        offsets = self.model.draft_id_to_target_id
+        self.drawn = DrawnSlots(
+            self.policy,
+            candidates,
+            states,
+            vocab=vocab_size,
+            draft_vocab=vocab_size if offsets is None else len(offsets),
+            draft_offsets=offsets,
+            device=self.device,
+        )
+
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
         self.levels.fit(self.block_tables.input_block_tables)
@@ -150,6 +179,9 @@ class TreeSpeculator(EagleSpeculator):
         levels = self.levels
         output, _ = self.run_level(levels.token_ids, levels.positions, levels.hidden, None)
         self.top_tokens(output, self.policy.num_ranks)
+        if self.drawn is not None:
+            keys = torch.zeros(len(output), dtype=torch.int64, device=self.device)
+            draw_children(self.logits_of(output), self.policy.drawn_ranks, keys, Sampling())
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep what the drafter's head reads for the first level; nothing is sampled here."""
@@ -240,21 +272,68 @@ class TreeSpeculator(EagleSpeculator):
             num_sampled > 0,
             [table[:num_reqs] for table in self.block_tables.input_block_tables],
         )
-        req_ids, slots = input_batch.req_ids, input_batch.idx_mapping
-        chosen = [i for i, name in enumerate(req_ids) if self._drafts_for(name)]
-        places = self._upload(np.array(chosen, np.int64))
-        if len(chosen) < num_reqs:
-            req_ids, slots, roots = [req_ids[i] for i in chosen], slots[places], roots.of(places)
-        probes = np.array([i for i, name in enumerate(req_ids) if name in self.probes], np.int64)
         drafts.zero_()  # vLLM marks what it does not use with -1, which is no token.
-        batch = DraftBatch(len(req_ids), num_reqs, self.plan, torch.from_numpy(probes))
-        pool, level_rows = self._grow(roots, batch)
-        drafted = self.policy.ranked(pool, batch)
-        self.slots.write(slots, drafted)
-        drafts[places, : drafted.token_ids.shape[1]] = drafted.token_ids
-        notes = self.policy.notes_of_drafted(pool, drafted, batch.probes)
-        self.drafting = Drafting(req_ids, drafted.sizes, notes, level_rows)
+        self.drafting = self._draft(roots, input_batch, drafts)
         return drafts
+
+    def _draft(self, roots: Roots, input_batch: InputBatch, drafts: torch.Tensor) -> Drafting:
+        """Write the trees that grow from `roots`, of all requests of a batch, to the slots of those
+        that get one, and their tokens to `drafts` [R, N]."""
+        req_ids, policy = input_batch.req_ids, self.policy
+        chosen = np.array([i for i, x in enumerate(req_ids) if self._drafts_for(x)], np.int64)
+        probes = np.array([i for i, x in enumerate(chosen) if req_ids[x] in self.probes], np.int64)
+        batch = DraftBatch(len(chosen), len(req_ids), self.plan, torch.from_numpy(probes))
+        slots_np = input_batch.idx_mapping_np[chosen]
+        draws = np.zeros(len(chosen), np.bool_)
+        if self.drawn is not None:
+            draws = self.drawn.draws(slots_np)
+        others, drawing = np.flatnonzero(~draws), np.flatnonzero(draws)
+        # Both are known before anything is drawn.
+        cut, other_nodes = policy.drawn_cut(batch), policy.drawn_rows(batch, len(drawing))
+        level_rows: list[int] = []
+        drafted: list[RankedTrees] = []
+        drawn_notes: tuple[torch.Tensor, ...] = ()
+        pool, drawn_pool, of_others = None, None, batch
+
+        def placed(part: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, Roots]:
+            places = self._upload(chosen[part])
+            whole = len(part) == len(req_ids)
+            slots = input_batch.idx_mapping
+            return places, slots if whole else slots[places], roots if whole else roots.of(places)
+
+        def write(places: torch.Tensor, slots: torch.Tensor, trees: RankedTrees) -> None:
+            self.slots.write(slots, trees)
+            drafts[places, : trees.token_ids.shape[1]] = trees.token_ids
+            drafted.append(trees)
+
+        if len(drawing):
+            assert self.drawn is not None
+            places, slots, own_roots = placed(drawing)
+            of_drawing = batch.of_some(drawing)
+            drawn_pool, level_rows = grow_drawn(
+                self, self.drawn, own_roots, slots, slots_np[drawing], of_drawing
+            )
+            trees = policy.drawn_ranked(drawn_pool, of_drawing, cut)
+            self.drawn.write(slots, slots_np[drawing], drawn_pool, trees)
+            write(places, slots, trees)
+            drawn_notes = policy.notes_of_drawn(drawn_pool, of_drawing.probes)
+            of_others = batch.of_some(others, other_nodes=other_nodes)
+        if len(others):
+            places, slots, own_roots = placed(others)
+            pool, rows = self._grow(own_roots, of_others)
+            level_rows = level_rows + rows
+            write(places, slots, policy.ranked(pool, of_others))
+        together = RankedTrees.together(drafted)
+        notes = policy.notes_of_drafted(pool, together, of_others.probes)
+        order = np.concatenate([drawing, others])
+        names = [req_ids[i] for i in chosen[order]]
+        drafting = Drafting(names, together.sizes, notes, drawn_notes, level_rows)
+        if self.keeps_candidates:
+            # Probes are told by their places among the requests, as they are named.
+            batch = replace(batch, probes=torch.from_numpy(np.flatnonzero(np.isin(order, probes))))
+            lens = roots.context_lens[self._upload(chosen[order])]
+            drafting.traced = TracedDrafting(names, lens, batch, together, drawn_pool, pool)
+        return drafting
 
     def _drafts_for(self, req_id: str) -> bool:
         return self.drafting_for is None or req_id in self.drafting_for
@@ -292,6 +371,8 @@ class TreeSpeculator(EagleSpeculator):
 
     def leaves(self, slot: int | None) -> None:
         """The request in `slot`, if there is one, gives its blocks back."""
+        if self.drawn is not None and slot is not None:
+            self.drawn.end(slot)
         if self.rested is not None and slot in self.rested:
             self.catch_up()
 
@@ -426,6 +507,11 @@ class TreeSpeculator(EagleSpeculator):
                 inputs_embeds=None,
             )
         return output, features
+
+    def logits_of(self, output: torch.Tensor) -> torch.Tensor:
+        """[rows, V_draft], after each row; on all ranks."""
+        logits: torch.Tensor = self.model.logits_processor(self.model.lm_head, output)
+        return logits
 
     def top_tokens(self, output: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best tokens after each row, in the target's vocabulary, and their

@@ -10,6 +10,7 @@ the later tokens have arrived, they have, and the device has passed the step's m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from echo_vllm.forecast import StepCost
 from echo_vllm.policies import DraftPolicy, Observation
 from echo_vllm.step.clock import StepMarks
 from echo_vllm.step.v2.drafter import Drafting
+from echo_vllm.step.v2.tracing import TraceNotes
 
 
 @dataclass
@@ -45,8 +47,9 @@ class StepNotes:
     Args:
         policy: the worker's.
         step: what the host knows of it.
-        verified: the policy's notes of the verification, on the device.
+        verified, verified_drawn: the policy's notes of the verification, on the device.
         drafting: at the end of the step, if there was one.
+        trace: what a trace is told, if one is kept.
         marks, before: of this step and of the one before it.
         main_stream, copy_stream: the step's, and the one that copies its tokens.
     """
@@ -57,36 +60,51 @@ class StepNotes:
         step: Observation,
         *,
         verified: Sequence[torch.Tensor],
+        verified_drawn: Sequence[torch.Tensor],
         drafting: Drafting | None,
+        trace: TraceNotes | None,
         marks: StepMarks,
         before: StepMarks | None,
         main_stream: Any,
         copy_stream: Any,
     ) -> None:
-        self._policy, self._step = policy, step
+        self._policy, self._step, self._trace = policy, step, trace
         self._marks, self._before = marks, before
         self._req_ids = [] if drafting is None else drafting.req_ids
-        drafted = () if drafting is None else (drafting.sizes, *drafting.notes)
-        self._num_verified = len(verified)
-        self._there = (*verified, *drafted)  # Kept, as the copies read them on another stream.
+        sizes = () if drafting is None else (drafting.sizes,)
+        of_both = ((), ()) if drafting is None else (drafting.notes, drafting.drawn_notes)
+        # Kept, as the copies read them on another stream.
+        self._there = (verified, verified_drawn, sizes, *of_both)
         self.cost: StepCost | None = None
         with stream(copy_stream, main_stream):
             copy_stream.wait_stream(main_stream)
-            self._here = [async_copy_to_np(notes) for notes in self._there]
+            self._here = [[async_copy_to_np(note) for note in notes] for notes in self._there]
+            if trace is not None:
+                trace.copy()
+
+    def record(self) -> None:
+        """Tell the trace, once: what is here is whole, and all steps before are told."""
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            verify_s, draft_s, _ = self._marks.seconds(self._before)
+            trace.record(verify_s, draft_s, self._step.level_rows)
 
     def arrived(self) -> Heard:
         """Once the tokens of a later step are here."""
         verify_s, draft_s, other_s = self._marks.seconds(self._before)
-        verified = self._here[: self._num_verified]
-        sizes, *drafted = self._here[self._num_verified :] or [[]]
+        self.record()
+        verified, verified_drawn, sizes, drafted, drawn = self._here
         step = replace(
             self._step,
             verify_s=verify_s,
             draft_s=draft_s,
             other_s=None if self._before is None else other_s,
             report=self._policy.report_of_notes(verified, drafted),
+            drawn_report=self._policy.report_of_drawn_notes(verified_drawn, drawn),
         )
-        by_request = zip(self._req_ids, (int(size) for size in sizes), strict=True)
+        by_request = zip(
+            self._req_ids, (int(size) for size in itertools.chain(*sizes)), strict=True
+        )
         return Heard({req_id: size for req_id, size in by_request if size}, step, self.cost)
 
 

@@ -9,9 +9,12 @@ batch in which nobody has a penalty or a bad word pays nothing. Nothing here wai
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +27,8 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from echo_vllm.ops.triton_kernels.paths import forbid_ends, penalise_paths
-from echo_vllm.step.v2.state import ScheduledTrees
+from echo_vllm.step.v2.drawn import DrawnSlots
+from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
 
 
 class Paths:
@@ -163,11 +167,16 @@ class PathSampler:
     Args:
         sampler: whose processors make way.
         max_depth: of the deepest node there can be.
+        slots: of all requests.
+        drawn: the same, where candidates are drawn.
     """
 
-    def __init__(self, sampler: Sampler, max_depth: int) -> None:
+    def __init__(
+        self, sampler: Sampler, max_depth: int, slots: TreeSlots, drawn: DrawnSlots | None
+    ) -> None:
         self.sampler = sampler
         self._max_depth = max_depth
+        self._slots, self._drawn = slots, drawn
         ours = {PenaltiesState: PathPenalties, BadWordsState: PathBadWords}
         sampler.logits_processors = [
             ours[type(stock)](stock) if type(stock) in ours else stock
@@ -179,9 +188,32 @@ class PathSampler:
     ) -> SamplerOutput:
         """Sample every row of `logits` [L, vocab]; see vLLM's `Sampler`."""
         self._go_along(Paths(trees, batch, self._max_depth))
-        output: SamplerOutput = self.sampler(logits, batch)
+        with self._drawing(batch, trees):
+            output: SamplerOutput = self.sampler(logits, batch)
         self._go_along(None)
         return output
+
+    @contextmanager
+    def _drawing(self, batch: InputBatch, trees: ScheduledTrees) -> Iterator[None]:
+        """The sampler, with recursive rejection where candidates are drawn: behind all that edits
+        logits, and before anybody asks for log-probabilities."""
+        drawn, sampler = self._drawn, self.sampler
+        if drawn is None or not drawn.draws(batch.idx_mapping_np).any():
+            yield
+            return
+        stock = sampler.sample
+
+        def sample(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            sampled, processed = stock(*args, **kwargs)
+            return drawn.verified(processed, sampled, batch, trees, self._slots), processed
+
+        # What samples and cuts in one kernel does not say what it has cut.
+        with (
+            patch.object(sampler, "use_flashinfer", False),
+            patch.object(sampler, "use_xpu_sampler", False),
+            patch.object(sampler, "sample", sample),
+        ):
+            yield
 
     def _go_along(self, paths: Paths | None) -> None:
         for processor in self.sampler.logits_processors:

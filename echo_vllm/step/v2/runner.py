@@ -10,11 +10,13 @@ every row on the accepted path is drawn as plain decoding would draw it there.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu import model_runner
@@ -24,9 +26,10 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from echo_vllm import ops
 from echo_vllm.forecast import StepCost
-from echo_vllm.policies import Observation
+from echo_vllm.policies import Observation, draws_of
 from echo_vllm.step.clock import StepMarks, marks_on
 from echo_vllm.step.commit import commit_paths
+from echo_vllm.step.tracing import TraceRecorder
 from echo_vllm.step.v2.budget import TreeBudget, drafting_of, num_nodes_of, plan_of, probes_of
 from echo_vllm.step.v2.drafter import TreeSpeculator
 from echo_vllm.step.v2.outputs import OutputWithNotes, StepNotes
@@ -38,6 +41,9 @@ from echo_vllm.step.v2.state import (
     policy_of,
     scheduled_trees,
 )
+from echo_vllm.step.v2.tracing import TraceNotes
+from echo_vllm.transfer import upload
+from echo_vllm.trees.pool import NO_CANDIDATE
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Runner
@@ -57,7 +63,10 @@ class TreeVerifier:
     """vLLM's warm-up asks; it is the sampler's part of it that is meant."""
 
     def __init__(self, sampler: Sampler, runner: EchoRunnerV2Mixin) -> None:
-        self.sampler = PathSampler(sampler, runner.policy.max_depth)
+        assert runner.speculator is not None
+        self.sampler = PathSampler(
+            sampler, runner.policy.max_depth, runner.tree_slots, runner.speculator.drawn
+        )
         self.runner = runner
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch, *args: Any) -> SamplerOutput:
@@ -82,9 +91,7 @@ class TreeVerifier:
             self.runner.req_states.prefill_len.gpu,
         )
         trees.accepted_rows = accepted
-        trees.notes = self.runner.policy.notes_of_verified(
-            trees.path_logprobs, trees.depths, num_accepted
-        )
+        self._note(input_batch, trees, num_accepted)
         self.runner.commit(input_batch, trees)
         rows = rows.to(torch.int64)
         output.sampled_token_ids = sampled[rows]
@@ -92,6 +99,25 @@ class TreeVerifier:
             output.logprobs_tensors = _logprobs_of(output.logprobs_tensors, rows)
         output.num_sampled, output.num_rejected = num_sampled, num_rejected
         return output
+
+    def _note(self, batch: InputBatch, trees: ScheduledTrees, num_accepted: torch.Tensor) -> None:
+        """What the policy wants to know of the verification, of each kind of candidates."""
+        policy, drawn = self.runner.policy, self.runner.speculator.drawn
+        scores, accepted = trees.path_logprobs, num_accepted
+        if drawn is not None:
+            found = drawn.draws(batch.idx_mapping_np)
+            draws = upload(torch.from_numpy(found), scores.device)
+            sizes = trees.cu_nodes.diff()
+            of_nodes = draws.repeat_interleave(sizes, output_size=len(scores))
+            if found.any():
+                trees.drawn_notes = policy.notes_of_verified_drawn(
+                    scores.masked_fill(~of_nodes, NO_CANDIDATE),
+                    trees.depths,
+                    num_accepted.masked_fill(~draws, 0),
+                )
+            scores = scores.masked_fill(of_nodes, NO_CANDIDATE)
+            accepted = num_accepted.masked_fill(draws, 0)
+        trees.notes = policy.notes_of_verified(scores, trees.depths, accepted)
 
 
 def _logprobs_of(tensors: LogprobsTensors, rows: torch.Tensor) -> LogprobsTensors:
@@ -125,7 +151,10 @@ class EchoRunnerV2Mixin(_Runner):
         """Of this step, or of the last one."""
         self._marks_before: StepMarks | None = None
         self._notes: StepNotes | None = None
-        """Of the last step, if the policy shares a budget out."""
+        """Of the last step, if the policy shares a budget out, or a trace is kept."""
+        self.recorder = TraceRecorder.of(vllm_config) if is_global_first_rank() else None
+        self._untold: deque[StepNotes] = deque(maxlen=4)
+        """Of the last steps, more than can be on their way at once."""
 
         def init_speculator(config: VllmConfig, device: torch.device, _: Any) -> TreeSpeculator:
             return TreeSpeculator(config, device, self.policy, self.tree_slots)
@@ -137,6 +166,11 @@ class EchoRunnerV2Mixin(_Runner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         assert self.sampler is not None
+        assert self.speculator is not None
+        section = self.speculative_config.echo
+        if draws_of(section):
+            states = self.sampler.sampling_states
+            self.speculator.draw_by(section.candidates, states, self.vocab_size)
         self.rejection_sampler = TreeVerifier(self.sampler, self)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
@@ -160,6 +194,16 @@ class EchoRunnerV2Mixin(_Runner):
             self.speculator.leaves(self.req_states.req_id_to_index.get(req_id))
         return super()._remove_request(req_id)
 
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        drawn = None if self.speculator is None else self.speculator.drawn
+        if drawn is None:
+            return
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.sampling_params is not None:
+                slot = self.req_states.req_id_to_index[request.req_id]
+                drawn.begin(slot, request.sampling_params)
+
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
         if not dummy_run:
             self._marks_before, self._marks = self._marks, self._make_marks()
@@ -169,6 +213,7 @@ class EchoRunnerV2Mixin(_Runner):
             self.speculator.drafting_for = drafting_of(scheduler_output)
             self.speculator.probes = probes_of(scheduler_output)
             self.speculator.marks = self._marks
+            self.speculator.keeps_candidates = self.recorder is not None
             if isinstance(self.adaptive_verification, TreeBudget):
                 self.adaptive_verification.num_nodes = num_nodes_of(scheduler_output)
         return super().gather_batch_req_state(scheduler_output, dummy_run)
@@ -232,7 +277,7 @@ class EchoRunnerV2Mixin(_Runner):
             if self.trees is not None:
                 self._announce(None)
             self.trees = None
-        if self.policy.has_order and state is not None:
+        if (self.policy.has_order or self.recorder is not None) and state is not None:
             output = self._with_notes(output, state.input_batch, trees)
         return output
 
@@ -244,6 +289,10 @@ class EchoRunnerV2Mixin(_Runner):
         assert self._marks is not None
         self._marks.drafted.record()
         drafting, self.speculator.drafting = self.speculator.drafting, None
+        trace = None
+        if self.recorder is not None:
+            traced = None if drafting is None else drafting.traced
+            trace = TraceNotes(self.recorder, input_batch, trees, traced)
         before, self._notes = (
             self._notes,
             StepNotes(
@@ -256,7 +305,9 @@ class EchoRunnerV2Mixin(_Runner):
                     level_rows=() if drafting is None else drafting.level_rows,
                 ),
                 verified=() if trees is None else trees.notes,
+                verified_drawn=() if trees is None else trees.drawn_notes,
                 drafting=drafting,
+                trace=trace,
                 marks=self._marks,
                 before=self._marks_before,
                 main_stream=self.main_stream,
@@ -264,7 +315,16 @@ class EchoRunnerV2Mixin(_Runner):
             ),
         )
         self._notes.cost, self.cost = self.cost, None
+        if self.recorder is not None:
+            self._untold.append(self._notes)
         return output if before is None else OutputWithNotes(output, before)
+
+    def end_trace(self) -> None:
+        """Write what the last steps have left, which no output brings any more."""
+        if self._untold:
+            torch.accelerator.synchronize()
+        for notes in self._untold:
+            notes.record()
 
     def commit(self, input_batch: InputBatch, trees: ScheduledTrees) -> None:
         """Move the accepted paths' keys and values to where a chain would have left them."""

@@ -21,9 +21,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from echo_vllm.config import Candidates
 from echo_vllm.forecast.plan import DraftPlan, Load
-from echo_vllm.policies import Observation
+from echo_vllm.policies import Observation, draws_of
 from echo_vllm.step.clock import LONGEST_GAP_S
+from echo_vllm.step.drawn import is_drawn
 from echo_vllm.step.scheduler import trimmed
 from echo_vllm.step.v2.budget import num_nodes_of, tell
 from echo_vllm.step.v2.outputs import Heard, heard_with
@@ -50,6 +52,11 @@ class UnseenTreesMixin(_Scheduler):
         """Request -> nodes of the last tree of it that is known here."""
         self._plan = DraftPlan()
         self._drafting: set[str] = set()
+        section = self.vllm_config.speculative_config.echo
+        self._candidates: Candidates = section.candidates if draws_of(section) else "best"
+        self._fresh: set[str] = set()
+        """Requests that the last step with any rows drafts for: of their trees nothing has been
+        heard yet."""
         self._probes: list[str] = []
         """Of the drafting at the end of the step scheduled last: who gets a tree, and who of these
         are its probes."""
@@ -57,8 +64,22 @@ class UnseenTreesMixin(_Scheduler):
     # ---- Before the step ----
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._drop_stale_trees()
         self._limit_drafts()
         return super().schedule(*args, **kwargs)
+
+    def _drop_stale_trees(self) -> None:
+        """Take placeholders from requests whose drawn tree the step after its drafting did not
+        verify.
+
+        Of such a tree something may have been heard by now, and nothing that is decided about it
+        may follow from what was drawn (docs/drawn.md).
+        """
+        for request in self.running:
+            if not request.spec_token_ids or request.request_id in self._fresh:
+                continue
+            if is_drawn(request.sampling_params, self._candidates):
+                request.spec_token_ids = []
 
     def _limit_drafts(self) -> None:
         """Leave requests as many placeholders as the batch has room for.
@@ -111,6 +132,8 @@ class UnseenTreesMixin(_Scheduler):
         here = [name for name in able if name in scheduler_output.num_scheduled_tokens]
         self._probes = [here[i] for i in plan.probed(len(here))]
         self._drafting = set(self._probes if plan.max_depth == 0 else here)
+        if scheduler_output.num_scheduled_tokens:
+            self._fresh = self._drafting
         if not self._drafting:
             scheduler_output.num_spec_tokens_to_schedule = 0
         tell(scheduler_output, plan, num_nodes, self._drafting, self._probes)
@@ -167,7 +190,8 @@ class UnseenTreesMixin(_Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
         self._num_nodes = num_nodes_of(scheduler_output)
-        heard = heard_with(model_runner_output)
+        # Where nothing is shared out, what is heard is a trace's alone.
+        heard = heard_with(model_runner_output) if self._policy.has_order else None
         self._sizes = {} if heard is None else heard.sizes
         if heard is not None:
             self._learn(heard)

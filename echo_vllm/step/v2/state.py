@@ -101,6 +101,7 @@ class ScheduledTrees:
         causal_positions: [rows], the positions that the trees' rows have by their order.
         accepted_rows: [R, D + 1] int32, as of `ops.accept_path`; set when the batch was verified.
         notes: of the verification, for the policy of the scheduler's process.
+        drawn_notes: the same of drawn candidates.
     """
 
     num_trees: int
@@ -113,6 +114,7 @@ class ScheduledTrees:
     causal_positions: torch.Tensor | None = None
     accepted_rows: torch.Tensor | None = None
     notes: tuple[torch.Tensor, ...] = ()
+    drawn_notes: tuple[torch.Tensor, ...] = ()
 
 
 def scheduled_trees(

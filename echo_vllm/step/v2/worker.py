@@ -39,6 +39,12 @@ class EchoWorkerV2Mixin(EchoWorkerMixin):
             runner.cost = measured_cost(runner, forwards_of)
         return times
 
+    def shutdown(self) -> None:
+        runner: Any = getattr(self, "model_runner", None)
+        if runner is not None:
+            runner.end_trace()
+        super().shutdown()
+
 
 class EchoCPUWorkerV2(EchoWorkerV2Mixin, CPUWorker):
     """vLLM's CPU worker with `EchoCPUModelRunnerV2`."""
