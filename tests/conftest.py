@@ -90,6 +90,7 @@ LONGEST = (
     "engine/test_rest.py",
     "engine/test_requests.py",
     "server/test_data_parallel.py",
+    "server/test_ray.py",
     "startup/test_heads_table.py",
     "triton/test_triton.py",
     "cuda/test_emulated_kernels.py",

@@ -138,17 +138,18 @@ def check_engine_args(engine_args: Any) -> None:
     """
     from vllm.platforms import current_platform
 
+    if engine_args.data_parallel_backend == "ray" and current_platform.is_cpu():
+        refuse("--data-parallel-backend ray on a CPU", "remove it, each rank is a process then")
     if engine_args.distributed_executor_backend != "ray":
         return
     option = "--distributed-executor-backend ray"
-    if not current_platform.ray_device_key:
-        refuse(
-            f"{option} on a {current_platform.device_type.upper()}, which vLLM's Ray executor does "
-            "not know",
-            "remove it, the ranks of one machine are processes then",
-        )
     if importlib.util.find_spec("ray") is None:
         refuse(f"{option} where the package ray is not installed", "install ray, or remove it")
+    if current_platform.is_cpu() and not _is_switched_on("VLLM_USE_RAY_V2_EXECUTOR_BACKEND"):
+        refuse(
+            f"{option} and VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 on a CPU",
+            "unset the variable",
+        )
 
 
 def normalise_speculative_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -498,21 +499,30 @@ def check_features(vllm_config: VllmConfig) -> None:
         _check_narrow_cache(vllm_config, dtype)
     if vllm_config.parallel_config.data_parallel_size > 1:
         _check_data_parallelism(vllm_config)
+    if vllm_config.parallel_config.enable_expert_parallel:
+        _check_expert_parallelism(vllm_config)
 
 
 def _check_data_parallelism(vllm_config: VllmConfig) -> None:
+    spec = vllm_config.speculative_config
+    assert spec is not None
+    if spec.echo.trace is not None:
+        option = f"--data-parallel-size {vllm_config.parallel_config.data_parallel_size}"
+        refuse(f"echo.trace and {option}, whose ranks would write one file", "remove either")
+
+
+def _check_expert_parallelism(vllm_config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
     spec = vllm_config.speculative_config
     assert spec is not None
-    option = f"--data-parallel-size {vllm_config.parallel_config.data_parallel_size}"
-    if spec.target_model_config.is_moe and current_platform.is_cpu():
+    quantization = spec.target_model_config.quantization
+    if quantization is not None and current_platform.is_cpu():
         refuse(
-            f"{option} and a mixture of experts on a CPU, where vLLM's ranks cannot share experts",
-            "start one server for each replica",
+            f"--enable-expert-parallel and a model in {quantization} on a CPU, where vLLM's "
+            "kernels for it want all experts",
+            "remove --enable-expert-parallel, each rank has a slice of every expert then",
         )
-    if spec.echo.trace is not None:
-        refuse(f"echo.trace and {option}, whose ranks would write one file", "remove either")
 
 
 def _check_v2(vllm_config: VllmConfig) -> None:

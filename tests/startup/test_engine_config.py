@@ -81,18 +81,27 @@ def test_vllms_way_with_the_last_cached_block_is_there_for_who_asks_for_it(
 def test_ray_is_refused_before_vllm_looks_for_it(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.platforms import current_platform
-
-    with pytest.raises(EchoConfigError) as error:
-        make_config(distributed_executor_backend="ray", tensor_parallel_size=2)
-    assert str(error.value) == (
-        f"{METHOD} --distributed-executor-backend ray on a CPU, which vLLM's Ray executor does not "
-        "know; remove it, the ranks of one machine are processes then."
-    )
-    monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
+    option = "--distributed-executor-backend ray"
+    two_ranks = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EchoConfigError, match="the package ray is not installed; install ray"):
-        make_config(distributed_executor_backend="ray", tensor_parallel_size=2)
+    with pytest.raises(EchoConfigError) as error:
+        make_config(**two_ranks)
+    assert str(error.value) == (
+        f"{METHOD} {option} where the package ray is not installed; install ray, or remove it."
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(EchoConfigError) as error:
+        make_config(**two_ranks)
+    assert str(error.value) == (
+        f"{METHOD} {option} and VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 on a CPU; unset the variable."
+    )
+    monkeypatch.undo()
+    with pytest.raises(EchoConfigError) as error:
+        make_config(data_parallel_backend="ray", data_parallel_size=2)
+    assert str(error.value) == (
+        f"{METHOD} --data-parallel-backend ray on a CPU; remove it, each rank is a process then."
+    )
 
 
 def test_the_section_may_be_left_out(make_config: MakeConfig) -> None:
@@ -377,16 +386,17 @@ def test_an_fp8_cache_needs_kernels_of_vllm_and_of_ours(
         make_config(kv_cache_dtype="fp8", dtype=dtype)
 
 
-def test_data_parallel_ranks_have_no_trace_and_on_a_cpu_no_experts_in_common(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.config import ModelConfig
+def test_whole_experts_of_a_quantized_model_are_refused_on_a_cpu(make_config: MakeConfig) -> None:
+    config = make_config(tensor_parallel_size=2, distributed_executor_backend="mp")
+    config.parallel_config.enable_expert_parallel = True
+    validation.check_features(config)
+    config.speculative_config.target_model_config.quantization = "fp8"
+    with pytest.raises(EchoConfigError, match="--enable-expert-parallel and a model in fp8"):
+        validation.check_features(config)
 
+
+def test_data_parallel_ranks_have_no_trace(make_config: MakeConfig, tmp_path: Path) -> None:
     make_config(data_parallel_size=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelConfig, "is_moe", True)
-        with pytest.raises(EchoConfigError, match="a mixture of experts on a CPU, where vLLM's"):
-            make_config(data_parallel_size=2)
     trace = {"echo": {"trace": str(tmp_path / "trace.jsonl")}}
     with pytest.raises(EchoConfigError) as error:
         make_config(trace, data_parallel_size=2)
