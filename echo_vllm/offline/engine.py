@@ -46,6 +46,9 @@ class LocalEngine:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from vllm import LLM
 
+        # vLLM collects garbage five times while it starts, and would look at every object that an
+        # import has made: half a second each time. At its end it takes this back itself.
+        gc.freeze()
         self.llm: Any = LLM(str(model), **{"enforce_eager": True, **options})
         self.engine: Any = self.llm.llm_engine
         self._model = str(model)
@@ -164,8 +167,7 @@ class LocalEngine:
 
         self.engine.engine_core.shutdown()
         del self.engine, self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # collects garbage
 
     def __enter__(self) -> Self:
         return self
