@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
-"""The CUDA sources compile for every architecture, without warnings and without spills.
+"""The CUDA sources compile without warnings and without spills.
 
 The library that they make loads beside a CPU build of torch.
 
@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.full
 def test_every_kernel_compiles_and_none_spills() -> None:
-    """For two of the three architectures of `make cuda-check`: no source differs between them, and
-    each takes a minute."""
+    """For one of the three architectures of `make cuda-check`: no source differs between them, and
+    each takes half a minute."""
     result = subprocess.run(
-        [sys.executable, "scripts/cuda_check.py", "--link", "--archs", "80,90a"],
+        [sys.executable, "scripts/cuda_check.py", "--link", "--archs", "90a"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -37,8 +37,7 @@ def test_every_kernel_compiles_and_none_spills() -> None:
     if result.stdout.startswith("cuda-check: skipped"):
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr
-    for arch in ("sm_80", "sm_90a"):
-        assert arch in result.stdout
+    assert "sm_90a" in result.stdout
     library = re.search(r"(\S+_C_cuda\.abi3\.so): ([\d.]+) MiB", result.stdout)
     assert library is not None
     assert float(library[2]) < 40, "the CUDA library has grown"

@@ -289,25 +289,22 @@ def test_samples_under_a_small_grammar_have_the_target_s_distribution() -> None:
     drawn candidates for the requests of the batch that have no grammar, too."""
     from vllm import SamplingParams
 
-    grammar: dict[str, Any] = {"regex": "(yes|no|maybe) (yes|no|maybe)"}
-    prompts = ["Answer with two words, yes, no or maybe:"] * 400
-    constrained_ones = [constrained(1.5, **grammar)] * len(prompts)
-    free = [SamplingParams(temperature=1.0, max_tokens=12)] * len(prompts)
+    prompt = "Answer with two words, yes, no or maybe:"
+    with_grammar = constrained(1.5, regex="(yes|no|maybe) (yes|no|maybe)")
+    free = SamplingParams(temperature=1.0, max_tokens=8)
     sampled = []
     for candidates in (None, "best", "drawn"):
         spec = None
         if candidates is not None:
-            spec = echo(DEMO_HEAD, 8, max_depth=4, top_k=3, candidates=candidates)
-        asked, each = prompts, constrained_ones
-        if candidates == "drawn":
-            asked = [prompt for prompt in prompts for _ in range(2)]
-            each = [p for pair in zip(constrained_ones, free, strict=True) for p in pair]
+            spec = echo(DEMO_HEAD, 5, max_depth=3, top_k=3, candidates=candidates)
+        each = [with_grammar] * 4 + [free] * (candidates == "drawn")
+        each *= 100
         with demo_engine(spec, max_num_seqs=64) as llm:
-            outputs = llm.generate(asked, each, use_tqdm=False)
+            outputs = llm.generate([prompt] * len(each), each, use_tqdm=False)
             if spec is not None:
                 assert counters(llm)["spec_decode_num_accepted_tokens"] > 25
-        texts = [output.outputs[0].text for output in outputs]
-        sampled.append(texts[:: len(texts) // len(prompts)])
+        pairs = zip(outputs, each, strict=True)
+        sampled.append([answer.outputs[0].text for answer, asked in pairs if asked is with_grammar])
     for ours in sampled[1:]:
         both = (sampled[0], ours)
         answers = sorted(set().union(*both))

@@ -36,9 +36,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     target = make_target(folder / "target", shape)
     head = make_head(folder / "head", shape)
     draw = random.Random(3)
-    prompts = [[draw.randrange(2, VOCAB) for _ in range(draw.randrange(1, 60))] for _ in range(12)]
+    prompts = [[draw.randrange(2, VOCAB) for _ in range(draw.randrange(1, 60))] for _ in range(16)]
     spec = echo(head, 16, policy="topn", max_depth=4, top_k=4)
-    return Task(str(target), spec, 1, prompts, 40)
+    return Task(str(target), spec, 1, prompts, 24)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import openai
 from tests.server.conftest import MAX_MODEL_LEN, MODEL
 
 CONCURRENCY = 16
+TOKENS = 16
+"""Of an answer that is read to its end."""
 Kind = Callable[[openai.AsyncOpenAI, str], Coroutine[Any, Any, str]]
 
 
@@ -33,19 +35,19 @@ async def complete(client: openai.AsyncOpenAI, prompt: str, **fields: Any) -> An
 
 
 async def greedy(client: openai.AsyncOpenAI, prompt: str) -> str:
-    answer = await complete(client, prompt, temperature=0, max_tokens=24)
-    assert answer.usage.completion_tokens == len(answer.choices[0].token_ids) == 24
+    answer = await complete(client, prompt, temperature=0, max_tokens=TOKENS)
+    assert answer.usage.completion_tokens == len(answer.choices[0].token_ids) == TOKENS
     return "whole"
 
 
 async def chat(client: openai.AsyncOpenAI, prompt: str) -> str:
     messages: Any = [{"role": "user", "content": prompt}]
     answer = await client.chat.completions.create(
-        model=MODEL, messages=messages, temperature=0.7, top_p=0.9, max_tokens=20
+        model=MODEL, messages=messages, temperature=0.7, top_p=0.9, max_tokens=TOKENS
     )
     assert answer.usage is not None
     assert answer.choices[0].finish_reason in ("stop", "length")
-    assert (answer.usage.completion_tokens == 20) or answer.choices[0].finish_reason == "stop"
+    assert (answer.usage.completion_tokens == TOKENS) or answer.choices[0].finish_reason == "stop"
     return "whole"
 
 
@@ -55,7 +57,7 @@ async def stream(client: openai.AsyncOpenAI, prompt: str, stop_after: int | None
         model=MODEL,
         prompt=prompt,
         temperature=0,
-        max_tokens=24 if stop_after is None else 400,
+        max_tokens=TOKENS if stop_after is None else 400,
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True, "return_token_ids": True},
@@ -64,7 +66,7 @@ async def stream(client: openai.AsyncOpenAI, prompt: str, stop_after: int | None
     async with chunks:
         async for chunk in chunks:
             if chunk.usage is not None:
-                assert chunk.usage.completion_tokens == tokens == 24
+                assert chunk.usage.completion_tokens == tokens == TOKENS
                 return "whole"
             tokens += len(chunk.choices[0].token_ids)  # type: ignore[attr-defined]
             count += 1
