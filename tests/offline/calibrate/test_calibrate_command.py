@@ -191,8 +191,8 @@ def test_the_demo_is_calibrated_by_a_real_run(
     )
     arguments = [
         *(demo_target, "--drafter", demo_head, "--prompts", PROMPTS, "-o", profile),
-        *("--report", report, "--save-trace", trace, "--num-prompts", "12", "--tokens", "20"),
-        *("--max-depth", "3", "--top-k", "2", "--concurrency", "4", "--dtype", "float32"),
+        *("--report", report, "--save-trace", trace, "--num-prompts", "12", "--tokens", "24"),
+        *("--max-depth", "3", "--top-k", "3", "--concurrency", "4", "--dtype", "float32"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -212,10 +212,10 @@ def test_the_demo_is_calibrated_by_a_real_run(
     assert report.stat().st_size > 50_000
     # The whole pool was verified, so the fate of every candidate is known.
     header, steps = read_trace(trace)
-    assert header.num_speculative_tokens == 10
+    assert header.num_speculative_tokens == 21
     trees = [tree for step in steps for tree in step.requests]
     assert sum(tree.is_fully_verified for tree in trees) > 0.9 * len(trees)
-    assert made.num_steps > 12 * 20 / 4 / 2
+    assert made.num_steps > 12 * 24 / 4 / 2
     assert made.drawn is not None
     assert made.drawn.temperature == 1.0
     assert made.drawn.depths[0].acceptance > 0.3
