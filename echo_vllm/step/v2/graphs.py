@@ -45,6 +45,9 @@ class TreeGraphs(ModelCudaGraphManager):
         args, kwargs: vLLM's.
     """
 
+    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
+    _candidates: dict[tuple[int, int], list[BatchExecutionDescriptor]]
+
     def __init__(self, *args: Any, has_plain: bool, **kwargs: Any) -> None:
         self._has_plain = has_plain
         super().__init__(*args, **kwargs)
