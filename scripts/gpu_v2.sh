@@ -28,7 +28,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly PYTHON="${PYTHON:-python3}"
 readonly OUT="${OUT:-.build/gpu-v2}"
 readonly LIMIT="${LIMIT:-590}"
-readonly DRY="${DRY:-}"
+export DRY="${DRY:-}"
 PATIENCE=1
 [[ -n $DRY ]] && PATIENCE=8
 readonly STAGES="${*:-exact demo shape rest table}"
