@@ -36,11 +36,11 @@ from benchmarks.command_line import (
     token_prompts,
 )
 from benchmarks.gpu_engine import write_models
+from benchmarks.steps import Answer
 from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import PLAIN, Configuration, choose
 from echo_vllm.offline.bench.engine_process import EngineError, EngineProcess
 from echo_vllm.offline.bench.tables import markdown
-from echo_vllm.offline.engine import LocalEngine
 
 CONFIGURATIONS = [
     "eagle3-k1",
@@ -57,47 +57,6 @@ BYTES_OF_A_TOKEN = {"demo": 24 << 10, "llama-8b": 132 << 10}
 """Of K and V, target and head, in 16 bits; rounded up."""
 GIB_BESIDE_WEIGHTS = 6
 """Of each engine: its context on the GPU, activations, graphs."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A task for an engine: read all prompts, then the time until each has so many tokens more."""
-
-    prompts: list[list[int]]
-    max_tokens: int
-    temperature: float
-
-    def run(self, local: LocalEngine) -> dict[str, float]:
-        """Decoding alone: from the step after the one in which the last prompt was read."""
-        from vllm import SamplingParams
-
-        local.engine.reset_prefix_cache()
-        for place, ids in enumerate(self.prompts):
-            params = SamplingParams(
-                temperature=self.temperature,
-                seed=place if self.temperature else None,
-                max_tokens=self.max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            local.engine.add_request(str(place), {"prompt_token_ids": ids}, params)
-        said = dict.fromkeys(map(str, range(len(self.prompts))), 0)
-        while not all(said.values()):
-            self._step(local, said)
-        before, steps, start = sum(said.values()), 0, time.perf_counter()
-        # While all are there, so that the load is what it says.
-        while max(said.values()) < self.max_tokens:
-            self._step(local, said)
-            steps += 1
-        seconds, tokens = time.perf_counter() - start, sum(said.values()) - before
-        while local.engine.has_unfinished_requests():
-            local.engine.step()
-        return {"tokens": tokens, "seconds": seconds, "steps": steps}
-
-    @staticmethod
-    def _step(local: LocalEngine, said: dict[str, int]) -> None:
-        for output in local.engine.step():
-            said[output.request_id] = len(output.outputs[0].token_ids)
 
 
 @dataclass

@@ -55,7 +55,7 @@ if not folder.is_dir():
   model=(--model "$LOGS/tiny/target" --head "$LOGS/tiny/head" --dtype float32 --max-model-len 256
     --vocab 12)
   small=(--requests 1,2 --tokens 8 --rounds 1 --threads 1 --seconds 700)
-  demo=("${model[@]}" "${small[@]}" --configs eagle3-k3,eagle3-k5-adaptive,auto)
+  demo=("${model[@]}" "${small[@]}" --configs eagle3-k3,auto)
   shape=("${model[@]}" "${small[@]}" --configs topn-8)
   rest=("${model[@]}" --requests 2 --steps 10 --rounds 2 --threads 1)
 else

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_v2 import Answer, Cell, Run, groups, parse, table
+from benchmarks.gpu_v2 import Cell, Run, groups, parse, table
+from benchmarks.steps import Answer
 from echo_vllm.offline.bench.configurations import PLAIN, Configuration
 from echo_vllm.offline.bench.engine_process import EngineError
 
