@@ -14,14 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from echo_vllm.conversations import PROMPTS, read_conversations, shuffled
+import torch
+
+from echo_vllm.conversations import CHATS, PROMPTS, Chat, read_conversations, shuffled
 from echo_vllm.machine import fast_dtype
 from echo_vllm.offline.bench.configurations import DEMO_HEAD, DEMO_TARGET, Configuration
-from echo_vllm.offline.bench.engine_process import EngineOptions, EngineProcess
+from echo_vllm.offline.bench.engine_process import (
+    MAX_MODEL_LEN,
+    EngineOptions,
+    EngineProcess,
+)
 from echo_vllm.offline.bench.fleet import exit_on_sigterm
 from echo_vllm.offline.bench.results import hardware, versions
 from echo_vllm.offline.bench.sweep import Plan, Sweep
 from echo_vllm.offline.bench.tables import Sample
+
+CAPTURE_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+"""Rows that batches are padded to on a GPU, of every engine."""
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +60,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="OpenMP threads of every engine (all cores)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile, not eager mode")
+    parser.add_argument("--max-model-len", type=_positive, default=MAX_MODEL_LEN)
+    parser.add_argument(
+        "--vocab", type=_positive, metavar="N", help="prompts of N tokens, which mean nothing"
+    )
 
 
 def engine_options(arguments: argparse.Namespace, max_num_seqs: int) -> EngineOptions:
@@ -61,7 +74,31 @@ def engine_options(arguments: argparse.Namespace, max_num_seqs: int) -> EngineOp
         max_num_seqs=max_num_seqs,
         threads=arguments.threads,
         compile=arguments.compile,
+        max_model_len=arguments.max_model_len,
+        more=engine_more(arguments),
     )
+
+
+def engine_more(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What engines need here beside what they run."""
+    more: dict[str, Any] = {}
+    if arguments.vocab:
+        more["skip_tokenizer_init"] = True
+    if torch.cuda.is_available():
+        more["gpu_memory_utilization"] = 0.05  # What must be free at the start, no more.
+        if arguments.compile:  # Not vLLM's many sizes, so that an engine starts in time.
+            more["compilation_config"] = {"cudagraph_capture_sizes": CAPTURE_SIZES}
+    return more
+
+
+def token_prompts(arguments: argparse.Namespace, most: int, length: int) -> list[list[int]]:
+    """Token ids of prompts: first turns of chats with at most `most` tokens, or some that mean
+    nothing, with `length`."""
+    if arguments.vocab:
+        return [[(7919 * i + 31 * j) % arguments.vocab for j in range(length)] for i in range(1024)]
+    chat = Chat(str(arguments.model.resolve()))
+    texts = shuffled(read_conversations(CHATS, PROMPTS))
+    return [ids for ids in (chat.encode(turns[:1]) for turns in texts) if len(ids) <= most]
 
 
 def integers(text: str) -> list[int]:

@@ -235,7 +235,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "batch  engine  requests   rows  steps/s  ms/step  verify ms  draft ms  over equal rows"
     ]
-    found = {}
+    found: dict[tuple[int, str, int], dict[str, Any]] = {}
     for key in keys:
         own = [s for s in report["samples"] if (s["batch"], s["engine"], s["requests"]) == key]
         found[key] = {

@@ -30,10 +30,10 @@ from benchmarks.command_line import (
     report,
     run_program,
     started,
+    token_prompts,
 )
 from benchmarks.steps import Decode, Read, Stop
 from echo_vllm import atomic
-from echo_vllm.conversations import CHATS, PROMPTS, Chat, read_conversations, shuffled
 from echo_vllm.offline.bench.configurations import PLAIN, choose
 from echo_vllm.offline.bench.intervals import Interval, ratio
 from echo_vllm.offline.bench.tables import markdown
@@ -135,10 +135,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code."""
     options = parse()
-    chat = Chat(str(options.model.resolve()))
-    texts = shuffled(read_conversations(CHATS, PROMPTS))
     # No long ones, so that all prompts of a batch fit into one step.
-    prompts = [ids for ids in (chat.encode(turns[:1]) for turns in texts) if len(ids) <= 64]
+    prompts = token_prompts(options, most=64, length=32)
     blocks = max(1, -(-options.steps // (options.rounds * options.block)))
     chosen = choose(options.configs, options.head.resolve())
     for configuration in chosen:

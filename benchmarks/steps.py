@@ -3,7 +3,8 @@
 """Single steps of an engine, on the clock: tasks for an `EngineProcess`.
 
 `Read`, then any number of `Decode`, then `Stop`. Between two of them the engine waits with its
-requests in place, so that two engines can take turns within one batch.
+requests in place, so that two engines can take turns within one batch. `Answer` is a batch from its
+beginning to its end.
 """
 
 from __future__ import annotations
@@ -73,3 +74,44 @@ class Stop:
         local.engine.abort_request([_name(place) for place in range(self.requests)])
         while local.engine.has_unfinished_requests():
             local.engine.step()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A task for an engine: read all prompts, then the time until each has so many tokens more."""
+
+    prompts: list[list[int]]
+    max_tokens: int
+    temperature: float
+
+    def run(self, local: LocalEngine) -> dict[str, float]:
+        """Decoding alone: from the step after the one in which the last prompt was read."""
+        from vllm import SamplingParams
+
+        local.engine.reset_prefix_cache()
+        for place, ids in enumerate(self.prompts):
+            params = SamplingParams(
+                temperature=self.temperature,
+                seed=place if self.temperature else None,
+                max_tokens=self.max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            local.engine.add_request(str(place), {"prompt_token_ids": ids}, params)
+        said = dict.fromkeys(map(str, range(len(self.prompts))), 0)
+        while not all(said.values()):
+            self._step(local, said)
+        before, steps, start = sum(said.values()), 0, time.perf_counter()
+        # While all are there, so that the load is what it says.
+        while max(said.values()) < self.max_tokens:
+            self._step(local, said)
+            steps += 1
+        seconds, tokens = time.perf_counter() - start, sum(said.values()) - before
+        while local.engine.has_unfinished_requests():
+            local.engine.step()
+        return {"tokens": tokens, "seconds": seconds, "steps": steps}
+
+    @staticmethod
+    def _step(local: LocalEngine, said: dict[str, int]) -> None:
+        for output in local.engine.step():
+            said[output.request_id] = len(output.outputs[0].token_ids)

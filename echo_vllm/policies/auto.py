@@ -135,6 +135,9 @@ class AutoPolicy(CostAwarePolicy):
 
     # ---- In the worker's process ----
 
+    def level_widths(self) -> tuple[int, ...]:
+        return self.forecaster.widths
+
     def frontier_of(self, batch: DraftBatch) -> int:
         # Every request of a level has as many rows, and a probe shows what the widest trees bring.
         width = batch.plan.width

@@ -262,6 +262,10 @@ class DraftPolicy(ABC):
 
     # ---- In the worker's process, the same on every rank ----
 
+    def level_widths(self) -> Sequence[int]:
+        """Of how many nodes of a request a level below the root may be."""
+        return (self.max_frontier,)
+
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion | None:
         """How the level `depth` (1-based) grows; called with all levels above it in the pool.
 

@@ -154,6 +154,9 @@ class FixedShapePolicy(DraftPolicy):
         self.max_frontier = max(1, *(len(columns) for columns in self._frontier))
         self._drawn = _drawn_levels(shape, self.num_ranks)
 
+    def level_widths(self) -> list[int]:
+        return sorted({len(columns) for columns in self._frontier[1:]})
+
     def expand(self, depth: int, pool: CandidatePool, batch: DraftBatch) -> Expansion:
         children = self._children[depth - 1]
         if depth == 1:

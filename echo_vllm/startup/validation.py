@@ -623,7 +623,8 @@ def _choose_classes(vllm_config: VllmConfig) -> None:
         worker = CUDA_WORKER_V2 if on_v2 else CUDA_WORKER
         _check_gpu(vllm_config)
         _choose_attention_backend(vllm_config)
-        _choose_piecewise_graphs(vllm_config)
+        if not on_v2:
+            _choose_piecewise_graphs(vllm_config)
     else:
         refuse(f"device {show(current_platform.device_type)}", "run on a CPU or an NVIDIA GPU")
     _choose(vllm_config.parallel_config, "worker_cls", "auto", worker)

@@ -30,6 +30,7 @@ from echo_vllm import ops
 from echo_vllm.step.attention import cuda
 from echo_vllm.step.attention.backend import TreeAttentionMetadata
 from echo_vllm.step.attention.tree import VerificationRows
+from echo_vllm.step.v2.state import VerificationBuffers
 from tests.device import flash
 
 HEADS, KV_HEADS, D, BLOCK, BLOCKS_EACH = 4, 2, 16, 16, 6
@@ -50,7 +51,7 @@ def builder_of(kind: str) -> Any:
     cls = getattr(cuda, f"Echo{name}AttentionMetadataBuilder")
     builder = cls.__new__(cls)
     builder.verification, builder.rswa_window = None, None
-    builder._sizes = torch.zeros(len(TREES), dtype=torch.int32)
+    builder._sizes = torch.zeros(2 * len(CONTEXTS), dtype=torch.int32)
     builder._context_lens = torch.zeros_like(builder._sizes)
     if kind == "flash":
         builder.aot_schedule, builder.aot_sliding_window = False, (-1, -1)
@@ -148,6 +149,27 @@ def expected(
     return out
 
 
+def padded(cm: Any, rows: Any, more: int) -> tuple[Any, VerificationRows]:
+    """The same batch of trees with `more` requests and PADDING rows."""
+
+    def longer(tensor: Tensor, count: int, value: int) -> Tensor:
+        return torch.cat([tensor, torch.full((count, *tensor.shape[1:]), value).to(tensor)])
+
+    starts = longer(rows.row_start, more, rows.num_rows)
+    num_reqs, total = cm.num_reqs + more, cm.num_actual_tokens + PADDING
+    batch = cm.replace(
+        query_start_loc=starts,
+        seq_lens=longer(cm.seq_lens, more, 0),
+        num_reqs=num_reqs,
+        num_actual_tokens=total,
+        block_table_tensor=longer(cm.block_table_tensor, more, 0),
+        slot_mapping=longer(cm.slot_mapping, PADDING, -1),
+        positions=longer(cm.positions, PADDING, 3),
+    )
+    mask = longer(rows.mask, PADDING, -1)
+    return batch, VerificationRows(num_reqs, total, starts, rows.depths, mask)
+
+
 def run(
     kind: str,
     trees: list[list[int]],
@@ -156,9 +178,13 @@ def run(
     layout: str = "nhd",
     window: int | None = None,
     softcap: float = 0.0,
+    more_requests: int = 0,
 ) -> tuple[Any, Tensor, Tensor]:
-    """(metadata, output with PADDING rows behind, what the output should be)"""
-    cm, rows = batch(trees, rest)
+    """(metadata, output with PADDING rows behind, what the output should be)
+
+    With `more_requests`, which have no rows, all of it is a full graph's batch.
+    """
+    cm, rows = unpadded = batch(trees, rest)
     draw = torch.Generator().manual_seed(3)
     total = cm.num_actual_tokens + PADDING  # a piecewise graph pads the rows
     query = torch.randn(total, HEADS, D, generator=draw)
@@ -175,8 +201,11 @@ def run(
     else:
         pages = impl.pages(layer, cache)
         flash.write_to_cache(key, value, pages.key, pages.value, cm.slot_mapping)
+    if more_requests:
+        cm, rows = padded(*unpadded, more_requests)
     builder.verification = rows
     metadata = builder.build(0, cm)
+    cm = unpadded[0]
     output = torch.full((total, HEADS, D), torch.nan)
     impl.forward(layer, query, key, value, cache, metadata, output)
     return metadata, output, expected(trees, cm, query, cache, window, softcap)
@@ -322,3 +351,52 @@ def test_what_is_overridden_exists_in_vllm_and_takes_what_vllm_passes() -> None:
                 continue
             names = [n for n, p in wanted.items() if p.kind is not p.VAR_KEYWORD]
             assert list(mine)[: len(names)] == names, f"{ours.__name__}.{name}"
+
+
+@pytest.mark.parametrize("kind", ["flash", "triton"])
+def test_a_full_graph_holds_trees_unless_every_request_has_one_row(kind: str) -> None:
+    """What it is captured with lies where every batch's lies."""
+    builder, buffers = builder_of(kind), VerificationBuffers(16, 5, torch.device("cpu"))
+    builder.rows_to_capture = buffers.hold_roots
+    cm, _ = batch([], [3, 2])
+    captured = builder.build_for_cudagraph_capture(cm)
+    assert isinstance(captured, TreeAttentionMetadata)
+    assert captured.rest is None
+    assert captured.tree.suffix_len.tolist() == [3, 2]
+    assert captured.tree.context_lens.tolist() == CONTEXTS[2:4]
+    for kept, buffer in (
+        (captured.tree.mask, buffers.mask),
+        (captured.tree.row_start, cm.query_start_loc),
+        (captured.tree.positions, cm.positions),
+        (captured.tree.context_lens, builder._context_lens),
+        (captured.tree.suffix_len, builder._sizes),
+    ):
+        assert kept.data_ptr() == buffer.data_ptr()
+    plain = builder.build_for_cudagraph_capture(batch([], [1, 1])[0])
+    assert type(plain) is (FlashAttentionMetadata if kind == "flash" else TritonAttentionMetadata)
+    assert builder.verification is None
+
+
+@pytest.mark.parametrize("kind", ["flash", "triton"])
+@pytest.mark.parametrize("window", [None, 24])
+def test_requests_without_rows_and_rows_of_no_request_are_left_alone(
+    kind: str, window: int | None
+) -> None:
+    """The padding of a full graph."""
+    metadata, output, wanted = run(kind, TREES, [], window=window, more_requests=3)
+    assert metadata.tree.suffix_len.tolist() == [len(tree) + 1 for tree in TREES] + [0, 0, 0]
+    assert torch.allclose(output[:-PADDING], wanted, atol=2e-5)
+    assert output[-PADDING:].isnan().all(), "wrote to rows of padding"
+
+
+def test_rows_of_chains_see_their_request_up_to_themselves() -> None:
+    sizes = [3, 70, 1]
+    buffers = VerificationBuffers(80, 69, torch.device("cpu"))
+    row_start = torch.tensor([0, 3, 73, 74, 74, 74], dtype=torch.int32)
+    rows = buffers.hold_chains(row_start, 78)
+    parents = torch.cat([torch.arange(size - 1) - 1 for size in sizes]).to(torch.int32)
+    bounds = torch.tensor([0, 2, 71, 71], dtype=torch.int32)
+    mask, _ = ops.build_super_tree(parents, bounds, 2)
+    assert rows.num_requests == 5
+    assert rows.num_rows == len(rows.mask) == 78
+    assert torch.equal(rows.mask[:74], mask)

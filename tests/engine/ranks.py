@@ -9,11 +9,16 @@ its own, because the ranks bind to cores and need another environment than the o
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.conftest import IN_PROCESS_ENGINE, ROOT
 from tests.engine.engines import counters, engine, generate
 
 
@@ -77,24 +82,61 @@ def decode(task: Task) -> Result:
         return Result(greedy, sampled, found, drafts, drawn)
 
 
+def on_two_ranks(task: Task, folder: Path) -> Result:
+    """`decode` on two ranks, whose files go to `folder`."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("two ranks need two cores, and this process may use one only")
+    (folder / "task.json").write_text(json.dumps(asdict(replace(task, num_ranks=2))))
+    env = {
+        **os.environ,
+        **IN_PROCESS_ENGINE,
+        # One core a rank. vLLM's own choice could give both ranks the same one.
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores)),
+    }
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.engine.ranks"),
+            *(str(folder / "task.json"), str(folder / "result.json")),
+        ],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    return Result(**json.loads((folder / "result.json").read_text()))
+
+
 def _start_recording(worker: Any) -> None:
-    """Keep every forest that the worker's drafter makes from now on."""
-    drafter = worker.model_runner.drafter
-    propose = drafter.draft_trees
-    drafter.recorded = []
+    """Keep every forest that the worker drafts from now on."""
+    runner = worker.model_runner
+    runner.recorded, runner.recorded_drawn = [], []
+    if hasattr(runner, "tree_slots"):  # Model Runner V2, whose trees are all of a kind
+        slots, write = runner.tree_slots, runner.tree_slots.write
+
+        def written(places: Any, trees: Any) -> None:
+            write(places, trees)
+            kept = places, trees.token_ids, trees.parents, trees.sizes
+            runner.recorded.append([tensor.tolist() for tensor in kept])
+
+        slots.write = written
+        return
+    drafter, propose = runner.drafter, runner.drafter.draft_trees
 
     def recording(**kwargs: Any) -> Any:
         forest = propose(**kwargs)
-        drafter.recorded.append(forest.trees())
+        runner.recorded.append(forest.trees())
         return forest
 
     drafter.draft_trees = recording
-    requests = worker.model_runner.drawn
-    put = requests.put
-    requests.recorded = []
+    requests, put = runner.drawn, runner.drawn.put
 
     def recording_drawn(slots: Any, pool: Any, forest: Any) -> None:
-        requests.recorded.append(forest.trees())
+        runner.recorded_drawn.append(forest.trees())
         put(slots, pool, forest)
 
     requests.put = recording_drawn
@@ -102,7 +144,7 @@ def _start_recording(worker: Any) -> None:
 
 def _recorded(worker: Any) -> tuple[list[Any], list[Any]]:
     runner = worker.model_runner
-    return runner.drafter.recorded, runner.drawn.recorded
+    return runner.recorded, runner.recorded_drawn
 
 
 def main(task: str, result: str) -> None:

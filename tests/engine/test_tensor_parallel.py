@@ -7,18 +7,13 @@ No rank tells another what it drafted or accepted, so both must come to the same
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
-from tests.conftest import IN_PROCESS_ENGINE, ROOT
 from tests.engine.engines import echo
-from tests.engine.ranks import Result, Task, decode
+from tests.engine.ranks import Result, Task, decode, on_two_ranks
 from tests.engine.tiny import Shape, make_head, make_target
 
 pytestmark = pytest.mark.full
@@ -54,32 +49,7 @@ def one_rank(task: Task) -> Result:
 
 @pytest.fixture(scope="module")
 def two_ranks(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    if len(cores) < 2:
-        pytest.skip("two ranks need two cores, and this process may use one only")
-    folder = tmp_path_factory.mktemp("two-ranks")
-    (folder / "task.json").write_text(json.dumps(asdict(replace(task, num_ranks=2))))
-    env = {
-        **os.environ,
-        **IN_PROCESS_ENGINE,
-        # One core a rank. vLLM's own choice could give both ranks the same one.
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores)),
-    }
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.engine.ranks"),
-            *(str(folder / "task.json"), str(folder / "result.json")),
-        ],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-8000:]
-    return Result(**json.loads((folder / "result.json").read_text()))
+    return on_two_ranks(task, tmp_path_factory.mktemp("two-ranks"))
 
 
 def test_greedy_tokens_are_those_of_one_rank_without_speculation(

@@ -210,9 +210,11 @@ class Engine:
     def verify(self, batch: Any) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """The first tokens of every request, what a step lacks of them drawn by the book; and how
         many nodes were accepted."""
-        buffers = VerificationBuffers(self.count, len(batch.positions), 64, CPU)
+        buffers = VerificationBuffers(len(batch.positions), 64, CPU)
         with NoHostReads():  # type: ignore[no-untyped-call]
-            trees = scheduled_trees(self.slots, buffers, self.tokens, batch, are_chains=True)
+            trees = scheduled_trees(
+                self.slots, buffers, self.tokens, batch, are_causal=True, in_graph=False
+            )
         row_of_node = (batch.expanded_local_pos > 0).nonzero().flatten()
         states = [0.0] * len(batch.positions)
         for node, row in enumerate(row_of_node.tolist()):

@@ -6,22 +6,30 @@ A graph keeps addresses and numbers: when it is replayed, every kernel reads the
 launched with, whatever Python has made since. The emulation records the operators and Triton
 launches of a block with their arguments, numbers among them, and runs that list again. Before the
 first replay it spoils every tensor that the block read, did not make and that is not in one of the
-persistent buffers: on a GPU somebody else would have that memory by then. Asking the host for a
-value inside the block is an error, as it is for CUDA.
+persistent buffers: on a GPU somebody else would have that memory by then. Before every replay it
+spoils what the block made, because graphs share that memory. Asking the host for a value inside the
+block is an error, as it is for CUDA.
+
+`capturing` puts it in the place of torch's, for all that vLLM captures of an engine.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 HOST_READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 """Operators for which the host waits; `nonzero` because its result's size depends on values."""
+
+UNWRITTEN = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
+"""Operators that make memory for somebody to write to."""
 
 
 class CaptureError(RuntimeError):
@@ -55,6 +63,7 @@ class EmulatedGraph:
         self._known = {memory_of(tensor) for tensor in self._persistent}
         self._launches: list[Callable[[], None]] = []
         self._inside: dict[int, torch.Tensor] = {}
+        self._numbers: set[int] = set()
         self._strangers: dict[int, tuple[torch.Tensor, str]] = {}
         self._spoiled = False
 
@@ -78,6 +87,9 @@ class EmulatedGraph:
             self._spoiled = True
             for tensor, _ in self._strangers.values():
                 spoil(tensor)
+        for memory, tensor in self._inside.items():
+            if memory not in self._numbers:
+                spoil(tensor)
         for launch in self._launches:
             launch()
 
@@ -92,6 +104,11 @@ class EmulatedGraph:
             memory = memory_of(tensor)
             if memory not in self._known and memory not in self._strangers:
                 self._inside[memory] = tensor
+
+    def made_number(self, arguments: Any) -> None:
+        """What Python writes somewhere: a graph keeps it."""
+        self.made(arguments)
+        self._numbers |= {memory_of(tensor) for tensor in tensors_in(arguments)}
 
     def launch(self, again: Callable[[], None]) -> None:
         self._launches.append(again)
@@ -124,13 +141,15 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in HOST_READS:
             raise CaptureError(f"{name} makes the host wait, which a graph cannot hold")
         if name == "aten::lift_fresh" and not args[0].dim():
-            self.graph.made(args)  # A number that Python writes somewhere: a graph keeps it.
+            self.graph.made_number(args)
         self.graph.read(name, (args, kwargs))
         before = {memory_of(tensor) for tensor in tensors_in((args, kwargs))}
         result = func(*args, **kwargs)
         self.graph.made(result)
         # Views and results in place already are the memory of the recording.
         fresh = [memory_of(tensor) not in before for tensor in tensors_in(result)]
+        if name in UNWRITTEN:
+            return result  # and nothing to run again: it stays spoiled
 
         def again() -> None:
             outcome = tensors_in(func(*args, **kwargs))
@@ -168,3 +187,55 @@ class _TritonLaunches:
 
     def __exit__(self, *exception: object) -> None:
         self._function.run = self._stock
+
+
+class CapturedEngines:
+    """Stands in for torch's graphs, in this process.
+
+    Args:
+        opened: as of `EmulatedGraph`.
+
+    Attributes:
+        graphs: all that were captured.
+        also_persistent: what the garbage collector does not see, or what a warm-up makes.
+    """
+
+    def __init__(self, opened: Mapping[str, Callable[..., Any]]) -> None:
+        self.opened = opened
+        self.graphs: list[EmulatedGraph] = []
+        self.also_persistent: Callable[[], list[torch.Tensor]] = list
+        self._alive: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """All tensors that there are now count as persistent; what is made later for one batch does
+        not."""
+        gc.unfreeze()  # vLLM hides what it has made from the collector
+        self._alive = [held for held in gc.get_objects() if isinstance(held, torch.Tensor)]
+
+    def make(self) -> EmulatedGraph:
+        graph = EmulatedGraph([*self._alive, *self.also_persistent()], self.opened)
+        self.graphs.append(graph)
+        return graph
+
+
+@contextmanager
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[CapturedEngines]:
+    """vLLM's own manager of graphs captures and replays emulated ones."""
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    names = "unified_kv_cache_update", "unified_attention_with_output"
+    captured = CapturedEngines({f"vllm::{name}": getattr(attention, name) for name in names})
+
+    def graph(made: EmulatedGraph, *_: Any, **__: Any) -> Any:
+        return made.capture()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "CUDAGraph", captured.make)
+        patched.setattr(torch.cuda, "graph", graph)
+        patched.setattr(cudagraph_utils, "graph_capture", lambda **_: nullcontext())
+        patched.setattr(cudagraph_utils, "capture_pool", lambda *_: nullcontext())
+        patched.setattr(
+            type(cudagraph_utils.current_platform), "get_global_graph_pool", lambda _: None
+        )
+        yield captured

@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.input_batch import InputBuffers, prepare_pos_seq_lens
 
 from echo_vllm import ops
 from echo_vllm.step.attention.cpu import EchoCPUAttentionImpl
+from echo_vllm.step.v2.graphs import TreeGraphs, holds_trees
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, engine, generate, runner
 from tests.engine.test_exactness import greedy, tiny_prompts
@@ -98,6 +103,87 @@ def test_our_masks_can_be_captured() -> None:
     assert graph.strangers == []
     assert depths.tolist() == [0, 1, 1, 0, 1, 2]
     assert mask.flatten().tolist() == [0b1, 0b11, 0b101, 0b1, 0b11, 0b111]
+
+
+MOST_ROWS, MOST_REQUESTS = 17, 8
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], TreeGraphs]:
+    """A manager that believes to have captured all its graphs."""
+    monkeypatch.setattr(
+        cudagraph_utils,
+        "get_pp_group",
+        lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True),
+    )
+    monkeypatch.setattr(
+        type(cudagraph_utils.current_platform), "get_global_graph_pool", lambda _: None
+    )
+    sizes = [1, 4, 8, 24, 64, 136]
+
+    def make(has_plain: bool) -> TreeGraphs:
+        config: Any = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=MOST_REQUESTS),
+            compilation_config=SimpleNamespace(
+                cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=sizes[-1]
+            ),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            speculative_config=None,
+            cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        )
+        manager = TreeGraphs(
+            config,
+            torch.device("cpu"),
+            CUDAGraphMode.FULL_AND_PIECEWISE,
+            decode_query_len=MOST_ROWS,
+            varlen_decode=True,
+            has_plain=has_plain,
+        )
+        manager._graphs_captured = True
+        return manager
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("requests", "rows", "most", "rows_of_graph", "requests_of_graph"),
+    [
+        (2, 34, 17, 64, 4),  # Whole trees.
+        (5, 34, 17, 64, 8),  # Some smaller ones.
+        (8, 136, 17, 136, 8),
+        (3, 20, 17, 24, 8),  # More requests than so many rows have whole trees.
+        (2, 20, 17, 24, 2),
+        (6, 6, 17, 8, 8),  # Nobody got a node, which the host did not know.
+    ],
+)
+def test_a_batch_of_trees_has_the_graph_with_the_least_padding(
+    graphs: Callable[[bool], TreeGraphs],
+    requests: int,
+    rows: int,
+    most: int,
+    rows_of_graph: int,
+    requests_of_graph: int,
+) -> None:
+    found = graphs(True).dispatch(requests, rows, None, 0, most)
+    assert holds_trees(found)
+    assert (found.num_tokens, found.num_reqs) == (rows_of_graph, requests_of_graph)
+
+
+def test_plain_decoding_has_its_own_graphs_where_stock_attention_can_be_captured(
+    graphs: Callable[[bool], TreeGraphs],
+) -> None:
+    found = graphs(True).dispatch(3, 3, 1, 0, 1)
+    assert found.cg_mode is CUDAGraphMode.FULL
+    assert not holds_trees(found)
+    assert (found.num_tokens, found.num_reqs, found.uniform_token_count) == (4, 4, 1)
+    assert holds_trees(graphs(False).dispatch(3, 3, 1, 0, 1))
+
+
+def test_a_batch_that_reads_a_prompt_is_in_no_full_graph(
+    graphs: Callable[[bool], TreeGraphs],
+) -> None:
+    assert graphs(True).dispatch(2, 20, None, 0, None).cg_mode is CUDAGraphMode.PIECEWISE
+    assert graphs(True).dispatch(2, 20, None, 0, 18).cg_mode is CUDAGraphMode.PIECEWISE
 
 
 @pytest.mark.full

@@ -82,6 +82,8 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
         # block verification needs the V2 runner.
         **{f"eagle3-k{k}-drawn": eagle3(k, draft_sample_method="probabilistic") for k in (1, 2, 3)},
         "eagle3-adaptive": eagle3(3, num_speculative_tokens_per_batch_size=K_BY_BATCH_SIZE),
+        # vLLM's own budget of a batch, by the drafter's confidence; on the V2 runner.
+        "eagle3-k5-adaptive": eagle3(5, enable_adaptive_verification=True),
         "ngram": {
             "method": "ngram",
             "num_speculative_tokens": 3,
@@ -147,7 +149,7 @@ HELD_AGAINST = [
 ]
 """Pairs of which a table has a row: what the elastic policies must not be slower than."""
 
-ELASTIC = ("echo", "auto", "evict", "topn-equal", "eagle3-adaptive")
+ELASTIC = ("echo", "auto", "evict", "topn-equal", "eagle3-adaptive", "eagle3-k5-adaptive")
 """Beginnings of the names whose drafts depend on the load; the others are fixed."""
 
 

@@ -19,7 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -36,7 +36,8 @@ MAX_MODEL_LEN = 2048
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What all workers of a benchmark have in common; `model` is a folder or a model's name."""
+    """What all workers of a benchmark have in common; `model` is a folder or a model's name, `more`
+    are options of `vllm.LLM`."""
 
     model: str
     dtype: str
@@ -45,6 +46,7 @@ class EngineOptions:
     compile: bool = False
     max_model_len: int = MAX_MODEL_LEN
     kv_cache_bytes: int = KV_CACHE_BYTES
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 T_co = TypeVar("T_co", covariant=True)
@@ -193,6 +195,7 @@ def serve(connection: Connection) -> None:
             enforce_eager=not options.compile,
             disable_log_stats=False,  # As in a server; the counters come from there.
             speculative_config=configuration.speculation,
+            **options.more,
         )
         answer: Any = None
         while True:

@@ -9,11 +9,18 @@ of the batch goes to the stock backend as a smaller batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+    max_decode_query_len,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from echo_vllm import ops
 from echo_vllm.step.attention.tree import TreeAttention, VerificationRows
@@ -41,16 +48,54 @@ class TreeAttentionMetadata:
 
 
 class TreeMetadataBuilder(_Builder):
-    """Builds stock metadata unless the model runner announced trees in `verification`."""
+    """Builds stock metadata unless the model runner announced trees in `verification`.
+
+    Full CUDA graphs hold batches of decoding requests, whatever their trees: all of them run in
+    `ops.tree_attention` then. A batch with prompts is divided, which none can hold.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.verification: VerificationRows | None = None
         """Set by the model runner for the duration of one build."""
+        self.rows_to_capture: Callable[[torch.Tensor, int], VerificationRows] | None = None
+        """Set by a model runner whose full CUDA graphs hold trees: the rows of a batch that is made
+        up, of its `row_start` and its number of rows."""
         # Sizes and context lengths of the trees, where a CUDA graph finds those of every batch.
         most = self.vllm_config.scheduler_config.max_num_seqs
         self._sizes = torch.zeros(most, dtype=torch.int32, device=self.device)
         self._context_lens = torch.zeros_like(self._sizes)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    @classmethod
+    def get_stock_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """What the stock backend says of itself, whose metadata batches without trees have."""
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> int:
+        """Trees of one batch have different sizes."""
+        return max_decode_query_len(vllm_config)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        cm = common_attn_metadata
+        # Batches of plain decoding, a row a request, run in a graph of stock attention.
+        if self.rows_to_capture is None or cm.max_query_len == 1:
+            return super().build_for_cudagraph_capture(cm)
+        self.verification = self.rows_to_capture(cm.query_start_loc, cm.num_actual_tokens)
+        try:
+            return self.build(0, cm)
+        finally:
+            self.verification = None
 
     def build(
         self,
@@ -93,6 +138,15 @@ class TreeMetadataBuilder(_Builder):
         return TreeAttentionMetadata(
             replace(tree, block_table=blk_table[:n]), rest, slot_mapping=slot_mapping
         )
+
+
+def builders_of(
+    attn_groups: Iterable[Iterable[Any]],
+) -> Iterator[tuple[Any, TreeMetadataBuilder]]:
+    """Every one of vLLM's attention groups, and who builds its metadata."""
+    for groups in attn_groups:
+        for group in groups:
+            yield group, group.get_metadata_builder()
 
 
 def without_trees(cm: CommonAttentionMetadata, trees: VerificationRows) -> CommonAttentionMetadata:

@@ -101,12 +101,15 @@ class VerificationRows:
     """The trees of a batch that its attention must treat as trees: the first requests of it.
 
     Requests behind them (prefills, single tokens, chains) are causal and stay with stock kernels.
+    In a full CUDA graph there are none, and padding belongs to the trees: requests without rows,
+    and rows behind the last request's.
 
     Attributes:
         num_requests: how many of the batch's first requests have trees.
         num_rows: their rows in all, the first of the batch.
         row_start: [num_requests + 1] int32.
-        depths: [num_rows] int32, of every row, the root's is 0.
+        depths: [rows] int32, of every row that is no padding, the root's is 0; empty where nobody
+            has more than a root.
         mask: [num_rows, W] int64, ancestors or self among the request's own rows.
     """
 

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.states import SamplingStates
@@ -30,13 +31,14 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from echo_vllm.config import Candidates
 from echo_vllm.forecast.plan import DraftPlan
 from echo_vllm.policies import DraftBatch, DraftPolicy
-from echo_vllm.step.attention.backend import TreeAttentionMetadata
+from echo_vllm.step.attention.backend import TreeAttentionMetadata, builders_of
 from echo_vllm.step.clock import StepMarks
 from echo_vllm.step.frontier import Frontier
 from echo_vllm.step.v2.drawn import DrawnSlots, grow_drawn
+from echo_vllm.step.v2.graphs import CatchUpGraphs, LevelGraphs
 from echo_vllm.step.v2.levels import LevelBuffers
 from echo_vllm.step.v2.rests import RESTS, RestedRows
-from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
+from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots, VerificationBuffers
 from echo_vllm.step.v2.tracing import TracedDrafting
 from echo_vllm.transfer import upload
 from echo_vllm.trees.draws import Sampling, draw_children
@@ -135,7 +137,11 @@ class TreeSpeculator(EagleSpeculator):
         """Set by the runner, of the same step: whether a trace wants them."""
         self.drawn: DrawnSlots | None = None
         """Where candidates are drawn, what their trees were drawn from."""
-        self._output: torch.Tensor | None = None
+        self._chains = VerificationBuffers(self.max_num_tokens, policy.max_nodes, device)
+        self._output = torch.zeros(
+            self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device
+        )
+        """What the drafter's head reads for the first level."""
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
@@ -174,6 +180,41 @@ class TreeSpeculator(EagleSpeculator):
         super().set_attn(*args, **kwargs)
         self.levels.fit(self.block_tables.input_block_tables)
 
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        config, device = self.vllm_config, self.device
+        most_rows = self.num_speculative_steps + 1
+        self.prefill_cudagraph_manager = CatchUpGraphs(config, device, cudagraph_mode, most_rows)
+        self.level_graphs = LevelGraphs(config, device, cudagraph_mode, self.policy.level_widths())
+        # The first forward is causal. Where stock attention cannot be captured with any number of
+        # rows, its rows are chains, which ours takes for trees.
+        for group, builder in builders_of(self.attn_groups):
+            support = builder.get_stock_cudagraph_support(config, group.kv_cache_spec)
+            if support is not AttentionCGSupport.ALWAYS:
+                builder.rows_to_capture = self._chains.hold_chains
+
+    def capture(self) -> None:
+        # What dummy runs have left must be no place outside of what is captured.
+        self.last_token_indices.zero_()
+        self.idx_mapping.zero_()
+        manager = self.prefill_cudagraph_manager
+        assert manager is not None
+        if manager.use_breakable_cg:
+            manager.init_breakable_cg_runner(self.model)
+        manager.capture(
+            self._prefill,
+            self.model_state,
+            self.input_buffers,  # Rows of requests as the target's, positions of a chain.
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing the drafter's first forward",
+        )
+        levels = self.levels
+        self.level_graphs.capture_levels(
+            lambda count, width: levels.pad(0, count, width),
+            lambda count, width: levels.keep(*self._run_level_of(count, width)),
+        )
+
     def profile_level(self) -> None:
         """Run the largest level there can be, without attention, for vLLM to see what it takes."""
         levels = self.levels
@@ -185,7 +226,7 @@ class TreeSpeculator(EagleSpeculator):
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep what the drafter's head reads for the first level; nothing is sampled here."""
-        self._output = hidden_states
+        self._output[: len(hidden_states)].copy_(hidden_states)
         return self.draft_tokens[: len(hidden_states), 0]
 
     def propose(
@@ -201,6 +242,7 @@ class TreeSpeculator(EagleSpeculator):
         next_prefill_tokens: torch.Tensor,
         *args: Any,
         dummy_run: bool = False,
+        is_profile: bool = False,
         num_speculative_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -220,18 +262,9 @@ class TreeSpeculator(EagleSpeculator):
                 self._mark_verified()
                 return self.draft_tokens[:num_reqs]
             self.catch_up()
-            n = input_batch.num_tokens
+        if attn_metadata is not None:  # A profile run is without attention.
             # The target's metadata may be that of trees, and the drafter's layers share it.
-            attn_metadata = self.model_state.prepare_attn(
-                input_batch,
-                CUDAGraphMode.NONE,
-                tuple(
-                    table[: input_batch.num_reqs] for table in self.block_tables.input_block_tables
-                ),
-                self.block_tables.slot_mappings[:, :n],
-                self.attn_groups,
-                self.kv_cache_config,
-            )
+            attn_metadata = self._first_metadata(input_batch, is_profile=is_profile)
         if trees is not None and trees.accepted_rows is not None:
             order = self._accepted_first(input_batch, trees.accepted_rows)
             positions = input_batch.positions
@@ -256,6 +289,7 @@ class TreeSpeculator(EagleSpeculator):
             next_prefill_tokens,
             *args,
             dummy_run=dummy_run,
+            is_profile=is_profile,
             num_speculative_tokens=1,
             **kwargs,
         )
@@ -263,9 +297,8 @@ class TreeSpeculator(EagleSpeculator):
             self._mark_verified()
         if not wants_trees:
             return drafts
-        assert self._output is not None
         roots = Roots(
-            self._output,
+            self._output[:num_reqs],
             self.hidden_states[:num_reqs].clone(),
             last_sampled.flatten()[input_batch.idx_mapping].to(torch.int64),
             input_batch.seq_lens[:num_reqs] - num_rejected,
@@ -334,6 +367,47 @@ class TreeSpeculator(EagleSpeculator):
             lens = roots.context_lens[self._upload(chosen[order])]
             drafting.traced = TracedDrafting(names, lens, batch, together, drawn_pool, pool)
         return drafting
+
+    def _first_metadata(self, batch: InputBatch, *, is_profile: bool = False) -> dict[str, Any]:
+        """The metadata of the first forward; if that runs in a full graph, the graph's."""
+        manager = self.prefill_cudagraph_manager
+        assert isinstance(manager, CatchUpGraphs)
+        manager.most_rows = None
+        if not batch.has_prefill and not is_profile:
+            manager.most_rows = int(batch.num_scheduled_tokens.max())
+        graph = manager.dispatch(batch.num_reqs, batch.num_tokens_after_padding, None, 0)
+        num_reqs, num_rows = batch.num_reqs, batch.num_tokens
+        if graph.cg_mode is CUDAGraphMode.FULL:
+            assert graph.num_reqs is not None
+            buffers = self.target_input_buffers
+            num_reqs, num_rows = graph.num_reqs, graph.num_tokens
+            row_start = buffers.query_start_loc[: num_reqs + 1]
+            added = num_reqs - batch.num_reqs
+            bounds = batch.query_start_loc_np[: batch.num_reqs + 1]
+            lens = batch.seq_lens_cpu_upper_bound[: batch.num_reqs]
+            batch = replace(
+                batch,
+                num_reqs_after_padding=num_reqs,
+                num_tokens_after_padding=num_rows,
+                query_start_loc=row_start,
+                query_start_loc_np=np.pad(bounds, (0, added), mode="edge"),
+                seq_lens=buffers.seq_lens[:num_reqs],
+                seq_lens_cpu_upper_bound=torch.nn.functional.pad(lens, (0, added)),
+            )
+            for _, builder in builders_of(self.attn_groups):
+                if builder.rows_to_capture is not None:
+                    builder.verification = builder.rows_to_capture(row_start, num_rows)
+        metadata: dict[str, Any] = self.model_state.prepare_attn(
+            batch,
+            graph.cg_mode,
+            tuple(table[:num_reqs] for table in self.block_tables.input_block_tables),
+            self.block_tables.slot_mappings[:, :num_rows],
+            self.attn_groups,
+            self.kv_cache_config,
+        )
+        for _, builder in builders_of(self.attn_groups):
+            builder.verification = None
+        return metadata
 
     def _drafts_for(self, req_id: str) -> bool:
         return self.drafting_for is None or req_id in self.drafting_for
@@ -473,6 +547,14 @@ class TreeSpeculator(EagleSpeculator):
 
     def run_held(self, count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`run_level` of the level that the buffers hold, of `count` requests with `width` rows."""
+        graph, levels, n = self.level_graphs.find(count, width), self.levels, count * width
+        if graph is None or graph.num_reqs is None:
+            return self._run_level_of(count, width)
+        levels.pad(count, graph.num_reqs, width)
+        self.level_graphs.run_fullgraph(graph)
+        return levels.output[:n], levels.features[:n]
+
+    def _run_level_of(self, count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         levels, n = self.levels, count * width
         metadata: dict[str, Any] = {}
         for index, groups in enumerate(self.attn_groups):

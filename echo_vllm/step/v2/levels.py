@@ -30,7 +30,9 @@ class LevelBuffers:
     Attributes:
         token_ids, positions: [most rows] int32 and int64.
         hidden: [most rows, hidden].
-        scratch: keys and values of all levels of a drafting.
+        output, features: [most rows, hidden], where graphs leave what the drafter's head reads and
+            what the next level reads.
+        scratch: keys and values of all levels of a drafting, and a row for those of padding.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class LevelBuffers:
         self.token_ids = zeros(rows)
         self.positions = zeros(rows, of=torch.int64)
         self.hidden = zeros(rows, hidden_size, of=dtype)
+        self.output, self.features = torch.zeros_like(self.hidden), torch.zeros_like(self.hidden)
         self._mask = zeros(rows, num_mask_words(capacity), of=torch.int64)
         self._scratch_rows = zeros(rows, of=torch.int64)
         self._row_start = zeros(max_reqs + 1)
@@ -59,7 +62,7 @@ class LevelBuffers:
         self._suffix_start = zeros(max_reqs)
         self._suffix_len = zeros(max_reqs)
         self._block_tables: list[torch.Tensor] = []
-        self.scratch = DraftScratch(max_reqs * capacity)
+        self.scratch = DraftScratch(max_reqs * capacity + 1)
         for name, layer in layers.items():
             shape = self.scratch.num_rows, layer.num_kv_heads, layer.head_size
             self.scratch.layers[name] = zeros(*shape, of=dtype), zeros(*shape, of=dtype)
@@ -90,6 +93,20 @@ class LevelBuffers:
         torch.mul(self._counted[: count + 1], width, out=self._row_start[: count + 1])
         self._suffix_start[:count].copy_(level.first_rows)
         self._suffix_len[:count].fill_(level.num_slots)
+
+    def pad(self, count: int, padded: int, width: int) -> None:
+        """Let the level of `count` requests with `width` rows be one of `padded` requests: the
+        others see nothing, and their keys go to the last row of the scratch."""
+        self._context_lens[count:padded].zero_()
+        self._suffix_len[count:padded].zero_()
+        self._scratch_rows[count * width : padded * width].fill_(self.scratch.num_rows - 1)
+        bounds = slice(count + 1, padded + 1)
+        torch.mul(self._counted[bounds], width, out=self._row_start[bounds])
+
+    def keep(self, output: torch.Tensor, features: torch.Tensor) -> None:
+        """What a level gave, [n, hidden] both."""
+        self.output[: len(output)].copy_(output)
+        self.features[: len(features)].copy_(features)
 
     def attention(self, group: int, count: int, width: int) -> TreeAttention:
         """For the layers of a cache group: the level of `count` requests that is held."""

@@ -17,9 +17,11 @@ from unittest.mock import patch
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -27,11 +29,14 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from echo_vllm import ops
 from echo_vllm.forecast import StepCost
 from echo_vllm.policies import Observation, draws_of
+from echo_vllm.step.attention.backend import builders_of
+from echo_vllm.step.attention.tree import VerificationRows
 from echo_vllm.step.clock import StepMarks, marks_on
 from echo_vllm.step.commit import commit_paths
 from echo_vllm.step.tracing import TraceRecorder
 from echo_vllm.step.v2.budget import TreeBudget, drafting_of, num_nodes_of, plan_of, probes_of
 from echo_vllm.step.v2.drafter import TreeSpeculator
+from echo_vllm.step.v2.graphs import TreeGraphs, holds_trees
 from echo_vllm.step.v2.outputs import OutputWithNotes, StepNotes
 from echo_vllm.step.v2.paths import PathSampler
 from echo_vllm.step.v2.state import (
@@ -141,7 +146,10 @@ class EchoRunnerV2Mixin(_Runner):
         max_reqs = vllm_config.scheduler_config.max_num_seqs
         self.tree_slots = TreeSlots(max_reqs, self.policy.max_nodes, device)
         max_rows = vllm_config.scheduler_config.max_num_batched_tokens
-        self.tree_buffers = VerificationBuffers(max_reqs, max_rows, self.policy.max_nodes, device)
+        self.tree_buffers = VerificationBuffers(max_rows, self.policy.max_nodes, device)
+        self._are_chains = self.policy.max_frontier == 1 == self.policy.num_ranks
+        self._in_graph = False
+        """Whether the batch runs in a full graph with trees."""
         self.trees: ScheduledTrees | None = None
         """Of the batch between its scheduling and its drafting."""
         self.cost: StepCost | None = None
@@ -180,12 +188,30 @@ class EchoRunnerV2Mixin(_Runner):
             self.speculator.profile_level()
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(*args, **kwargs)
+        with patch.object(model_runner, "ModelCudaGraphManager", self._make_graphs):
+            super().initialize_kv_cache(*args, **kwargs)
         if self.policy.has_order:
-            # Set here, because vLLM would ask for full graphs if it made one itself.
+            # Set here, because vLLM makes one for its own chains alone.
             self.adaptive_verification = TreeBudget(
                 self.tree_slots, self.req_states, self.input_buffers.query_start_loc
             )
+
+    def _make_graphs(self, *args: Any, **kwargs: Any) -> TreeGraphs:
+        """The manager of the target's graphs, once there are the groups of its attention."""
+        support = min(
+            builder.get_stock_cudagraph_support(self.vllm_config, group.kv_cache_spec).value
+            for group, builder in builders_of(self.attn_groups)
+        )
+        # Chains need no other attention than the stock one, where that takes rows of any number.
+        if not self._are_chains or support < AttentionCGSupport.ALWAYS.value:
+            for _, builder in builders_of(self.attn_groups):
+                builder.rows_to_capture = self.tree_buffers.hold_roots
+        kwargs["varlen_decode"] = True
+        return TreeGraphs(
+            *args,
+            has_plain=support >= AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE.value,
+            **kwargs,
+        )
 
     def _remove_request(self, req_id: str) -> bool:
         """What the drafter has not seen yet of a request goes through it first: the blocks that the
@@ -218,11 +244,29 @@ class EchoRunnerV2Mixin(_Runner):
                 self.adaptive_verification.num_nodes = num_nodes_of(scheduler_output)
         return super().gather_batch_req_state(scheduler_output, dummy_run)
 
+    def prepare_inputs(
+        self,
+        scheduler_output: SchedulerOutput,
+        batch_req_state: Any,
+        batch_desc: BatchExecutionDescriptor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> InputBatch:
+        self._in_graph = holds_trees(batch_desc) and any(
+            builder.rows_to_capture is not None for _, builder in builders_of(self.attn_groups)
+        )
+        return super().prepare_inputs(
+            scheduler_output, batch_req_state, batch_desc, *args, **kwargs
+        )
+
     def prepare_attn(self, input_batch: InputBatch) -> Any:
         """Slots by the order of the rows, which vLLM computes, then positions by the depth."""
         result = super().prepare_attn(input_batch)
         num_nodes = input_batch.num_draft_tokens_per_req
         if num_nodes is None or not input_batch.num_draft_tokens:
+            if self._in_graph:
+                num_rows = input_batch.num_tokens_after_padding
+                self._announce(self.tree_buffers.hold_roots(input_batch.query_start_loc, num_rows))
             return result
         # A tree stands behind one committed token, so that its root is its request's first row.
         is_tree = num_nodes > 0
@@ -232,23 +276,25 @@ class EchoRunnerV2Mixin(_Runner):
             self.tree_buffers,
             self.req_states.draft_tokens,
             input_batch,
-            are_chains=self.policy.max_frontier == 1 == self.policy.num_ranks,
+            are_causal=self._are_chains and not self._in_graph,
+            in_graph=self._in_graph,
         )
         if trees.rows is not None:
-            rows = trees.rows
-            positions = input_batch.positions[: rows.num_rows]
+            # Padding has no depth and no root.
+            seen = input_batch.num_reqs if self._in_graph else trees.num_trees
+            row_start, depths = trees.rows.row_start[: seen + 1], trees.rows.depths
+            positions = input_batch.positions[: len(depths)]
             trees.causal_positions = positions.clone()
-            sizes = rows.row_start.diff()
-            base = positions[rows.row_start[:-1].to(torch.int64)]
-            positions.copy_(rows.depths + base.repeat_interleave(sizes, output_size=rows.num_rows))
-        self._announce(trees)
+            base = positions[row_start[:-1].to(torch.int64)]
+            sizes = row_start.diff()
+            positions.copy_(depths + base.repeat_interleave(sizes, output_size=len(depths)))
+        self._announce(trees.rows)
         return result
 
-    def _announce(self, trees: ScheduledTrees | None) -> None:
+    def _announce(self, rows: VerificationRows | None) -> None:
         """Tell the builders of attention metadata which rows of the next batch are trees."""
-        for groups in self.attn_groups:
-            for group in groups:
-                group.get_metadata_builder().verification = trees and trees.rows
+        for _, builder in builders_of(self.attn_groups):
+            builder.verification = rows
 
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
@@ -274,8 +320,7 @@ class EchoRunnerV2Mixin(_Runner):
         try:
             output = super().sample_tokens(*args, **kwargs)
         finally:
-            if self.trees is not None:
-                self._announce(None)
+            self._announce(None)
             self.trees = None
         if (self.policy.has_order or self.recorder is not None) and state is not None:
             output = self._with_notes(output, state.input_batch, trees)
@@ -334,7 +379,7 @@ class EchoRunnerV2Mixin(_Runner):
         assert self.speculator is not None
         commit_paths(
             trees.accepted_rows[: trees.num_trees, 1:].to(torch.int64),
-            trees.rows.row_start[:-1].to(torch.int64),
+            trees.rows.row_start[: trees.num_trees].to(torch.int64),
             slot_mappings=self.block_tables.slot_mappings[: len(self.attn_groups)],
             attn_groups=self.attn_groups,
             layers=self.compilation_config.static_forward_context,

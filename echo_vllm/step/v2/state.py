@@ -17,7 +17,7 @@ import torch
 from echo_vllm import ops
 from echo_vllm.policies import DraftPolicy, make_policy
 from echo_vllm.startup.profiles import find_profile
-from echo_vllm.step.attention.tree import VerificationRows, num_mask_words
+from echo_vllm.step.attention.tree import MASK_WORD_BITS, VerificationRows, num_mask_words
 from echo_vllm.trees.forest import ROOT
 from echo_vllm.trees.pool import NO_CANDIDATE
 from echo_vllm.trees.ranked import FILLER_TIER, RankedTrees
@@ -75,17 +75,51 @@ class TreeSlots:
 
 class VerificationBuffers:
     """Where the target's forward finds a batch's trees: always at the same addresses, which is what
-    a CUDA graph keeps.
+    a CUDA graph keeps. The rows of each request are vLLM's `query_start_loc`.
 
     Attributes:
-        row_start: [max_reqs + 1] int32, the rows of each request.
         mask: [max_rows, W] int64, W words for the largest tree there can be.
     """
 
-    def __init__(self, max_reqs: int, max_rows: int, num_nodes: int, device: torch.device) -> None:
-        self.row_start = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
+    def __init__(self, max_rows: int, num_nodes: int, device: torch.device) -> None:
         words = num_mask_words(1 + num_nodes)
         self.mask = torch.zeros(max_rows, words, dtype=torch.int64, device=device)
+        seen = torch.arange(1, 2 + num_nodes, device=device).unsqueeze(1)
+        seen = (seen - MASK_WORD_BITS * torch.arange(words, device=device)).clamp(0, MASK_WORD_BITS)
+        low = (1 << seen.clamp(max=MASK_WORD_BITS - 1)) - 1
+        self._causal = low.masked_fill(seen == MASK_WORD_BITS, -1)
+
+    def hold(
+        self, mask: torch.Tensor, depths: torch.Tensor, row_start: torch.Tensor, num_rows: int
+    ) -> VerificationRows:
+        """The rows of a batch.
+
+        Args:
+            mask, depths: [n, W] int64 and [n] int32, of the rows that there are.
+            row_start: [R + 1] int32, vLLM's, of the requests whose rows these are, and of padding
+                without rows behind them.
+            num_rows: n and padding, which no request has.
+        """
+        self.mask[: len(mask)].copy_(mask)
+        return VerificationRows(
+            len(row_start) - 1, num_rows, row_start, depths, self.mask[:num_rows]
+        )
+
+    def hold_roots(self, row_start: torch.Tensor, num_rows: int) -> VerificationRows:
+        """As `hold`, of requests that have no tree, or of those that vLLM invents: all rows may see
+        their request's first one."""
+        mask = self.mask[:num_rows]
+        mask.zero_()
+        mask[:, 0] = 1
+        return VerificationRows(len(row_start) - 1, num_rows, row_start, row_start[:0], mask)
+
+    def hold_chains(self, row_start: torch.Tensor, num_rows: int) -> VerificationRows:
+        """As `hold`, of requests whose rows see all that their request has up to themselves."""
+        rows = torch.arange(num_rows, dtype=torch.int32, device=row_start.device)
+        owner = torch.searchsorted(row_start[1:-1], rows, right=True)
+        local = (rows - row_start[owner]).clamp(max=len(self._causal) - 1)
+        mask = self.mask[:num_rows].copy_(self._causal[local])
+        return VerificationRows(len(row_start) - 1, num_rows, row_start, row_start[:0], mask)
 
 
 @dataclass
@@ -123,7 +157,8 @@ def scheduled_trees(
     draft_tokens: torch.Tensor,
     batch: InputBatch,
     *,
-    are_chains: bool,
+    are_causal: bool,
+    in_graph: bool,
 ) -> ScheduledTrees:
     """The trees that a batch verifies; nothing waits for the device.
 
@@ -133,7 +168,9 @@ def scheduled_trees(
         draft_tokens: [max_reqs, N] int64, vLLM's.
         batch: whose host says how many nodes there are in all, and whose device says how many each
             request has.
-        are_chains: whether every tree is a chain.
+        are_causal: whether every tree is a chain, which stock attention sees as it is.
+        in_graph: whether the batch runs in a full graph with trees. Then all its requests count as
+            trees, those of a root alone too, and its padding belongs to them.
     """
     assert batch.num_draft_tokens_per_req is not None
     device = draft_tokens.device
@@ -154,14 +191,13 @@ def scheduled_trees(
         path_logprobs=slots.path_logprobs[slot, place],
         cu_nodes=cu_nodes,
     )
-    if not are_chains:
-        bounds, num_rows = cu_nodes[: num_trees + 1], total + num_trees
-        mask, depths = ops.build_super_tree(trees.parents, bounds, buffers.mask.shape[1])
-        trees.rows = VerificationRows(
-            num_trees,
-            num_rows,
-            buffers.row_start[: num_trees + 1].copy_(batch.cu_num_logits[: num_trees + 1]),
-            depths,
-            buffers.mask[:num_rows].copy_(mask),
-        )
+    if are_causal:
+        return trees
+    seen = batch.num_reqs if in_graph else num_trees
+    mask, depths = ops.build_super_tree(trees.parents, cu_nodes[: seen + 1], buffers.mask.shape[1])
+    if in_graph:
+        row_start, num_rows = batch.query_start_loc, batch.num_tokens_after_padding
+    else:
+        row_start, num_rows = batch.query_start_loc[: seen + 1], total + seen
+    trees.rows = buffers.hold(mask, depths, row_start, num_rows)
     return trees
