@@ -140,7 +140,7 @@ class EchoConfig(BaseModel):
         description=(
             "For requests with a temperature, children of a node are the drafter's best tokens "
             "(`best`) or tokens drawn from its distribution (`drawn`; not with `evict` and "
-            "`graft`). `auto` draws, where the policy can, for requests with a temperature of 0.8 "
+            "`graft`). `auto` draws, where the policy can, for requests with a temperature of 0.5 "
             'or more and no seed. Default "auto".'
         ),
     )

@@ -32,7 +32,7 @@ from echo_vllm.trees.store import Ints, owners
 
 _ANY = (1 << 63) - 1
 
-DRAWN_FROM = 0.8
+DRAWN_FROM = 0.5
 """The temperature from which `"candidates": "auto"` draws: below, the drafter's best tokens are
 accepted as often (benchmarks/results/drawn-cpu.md)."""
 

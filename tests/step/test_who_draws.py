@@ -17,7 +17,7 @@ from echo_vllm.step.drawn import DRAWN_FROM, is_drawn
     ("options", "who"),
     [
         ({"temperature": 0.0}, set()),
-        ({"temperature": 0.6}, {"drawn"}),
+        ({"temperature": 0.4}, {"drawn"}),
         ({"temperature": DRAWN_FROM}, {"drawn", "auto"}),
         ({"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.05}, {"drawn", "auto"}),
         # With "auto" a seed gives the tokens of plain decoding.
