@@ -187,7 +187,7 @@ def sample(llm: Any, settings: list[Setting], each: int) -> list[list[tuple[int,
 def tree_engine(tiny: TinyModel, **section: Any) -> Any:
     return engine(
         tiny.target,
-        echo(tiny.head, 10, **{"max_depth": 3, "top_k": 3, **section}),
+        echo(tiny.head, 10, **{"max_depth": 3, "top_k": 3, "candidates": "best", **section}),
         skip_tokenizer_init=True,
         max_model_len=64,
         max_num_seqs=256,
