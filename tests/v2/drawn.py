@@ -493,7 +493,7 @@ def test_who_comes_when_all_seats_are_taken_keeps_the_best_candidates(
     for slot, params in enumerate([sampling(), sampling(seed=1), sampling(), sampling()]):
         slots.begin(slot, params)
     assert draws() == [True, False, True, False]
-    slots.begin(0, sampling(temperature=0.5))
+    slots.begin(0, sampling(temperature=0.4))
     slots.begin(3, sampling())
     assert draws() == [False, False, True, True]
     assert sorted(slots.first_rows(np.array([2, 3], np.int32)).tolist()) == [0, 5]
