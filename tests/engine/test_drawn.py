@@ -149,7 +149,7 @@ def plant_a_node_dropped_by_its_own_score(monkeypatch: pytest.MonkeyPatch) -> No
     take = DrawnPool.take
 
     def choosy(pool: DrawnPool, *args: Any) -> Any:
-        pool._worths = pool._worths.where(pool._reaches > 0.1, NO_SLOT)
+        pool._worths = pool._worths.where(pool._reaches > 0.25, NO_SLOT)
         return take(pool, *args)
 
     monkeypatch.setattr(DrawnPool, "take", choosy)
