@@ -368,9 +368,7 @@ class _Walk:
             return
         judge, sample = self.judge, self.sampler.sample
         own = batch[places]
-        at = np.full(self.num_requests, ROOT - 1)
-        at[own] = self.rows[own, level] - 1
-        nodes = np.flatnonzero(self.parents == at[self.owner])
+        nodes = np.flatnonzero(self._is_child(level, own))
         counts = np.bincount(self.owner[nodes], minlength=self.num_requests)[own]
         children = Children(self.node_tokens[nodes], self.place[nodes], counts)
 
@@ -380,7 +378,7 @@ class _Walk:
             index = self._upload(places)
             before = logits[index]  # A copy: sampling changes them.
             sampled, processed = sample(logits, *args, **options)
-            tokens = judge(before, own, at[own] + 1, children)
+            tokens = judge(before, own, self.rows[own, level].astype(np.int64), children)
             sampled[index] = self._upload(tokens).to(sampled.dtype)
             return sampled, processed
 
@@ -395,14 +393,19 @@ class _Walk:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Those of `requests` that have a child with the sampled token, ascending, and the child;
         at most one has it, because no token stands twice under one parent."""
-        # Where each request stands, as a parent; nobody's parent where it does not walk.
-        at = np.full(self.num_requests, ROOT - 1)
-        at[requests] = self.rows[requests, level] - 1
         token = np.full(self.num_requests, NO_TOKEN)
         token[requests] = sampled
-        child = (self.parents == at[self.owner]) & (self.node_tokens == token[self.owner])
-        nodes = np.flatnonzero(child)
+        has_token = self.node_tokens == token[self.owner]
+        nodes = np.flatnonzero(self._is_child(level, requests) & has_token)
         return self.owner[nodes], self.place[nodes]
+
+    def _is_child(self, level: int, requests: Ints) -> NDArray[np.bool_]:
+        """[K] bool, which nodes hang below where one of `requests` stands."""
+        # As a parent; nobody's parent where it does not walk.
+        at = np.full(self.num_requests, ROOT - 1)
+        at[requests] = self.rows[requests, level] - 1
+        is_child: NDArray[np.bool_] = self.parents == at[self.owner]
+        return is_child
 
     def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
         return upload(torch.from_numpy(values), self.logits.device)

@@ -322,9 +322,7 @@ class DrawnPool:
 
     def depths(self) -> torch.Tensor:
         """[P] int64, the depth of every column."""
-        starts = torch.tensor(self._starts[1:])
-        depths = torch.arange(1, len(starts)).repeat_interleave(starts.diff())
-        return upload(depths, self._keys.device)
+        return self._depths_of(torch.arange(self._parents.shape[1], device=self._keys.device))
 
     def tree_of(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `CandidatePool.tree_of`."""
@@ -390,9 +388,7 @@ class DrawnPool:
             scores: [R, P] float32, nats, as `path_logprobs` of `take`; NO_SLOT: there is none.
             parents: [R, P] int64, columns, or ROOT.
         """
-        exists = self._worths[:, 1:] > NO_SLOT
-        scores = self._expected[:, 1:].log().masked_fill(~exists, NO_SLOT)
-        scores, parents = download(scores, self._parents)
+        scores, parents = download(self.path_logprobs, self._parents)
         return scores, parents
 
     def draft_probs(self, rows: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,8 @@ from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from echo_vllm import ops
 from echo_vllm.config import Candidates
-from echo_vllm.ops import AcceptRule
 from echo_vllm.policies import DraftBatch, DraftPolicy
-from echo_vllm.step.drawn import draw_level, is_drawn, places_of
+from echo_vllm.step.drawn import all_drawn, draw_level, is_drawn, places_of
 from echo_vllm.step.frontier import Frontier
 from echo_vllm.step.v2.state import ScheduledTrees, TreeSlots
 from echo_vllm.transfer import upload
@@ -192,7 +191,7 @@ class DrawnSlots:
             self.probs,
             self._draft_rows[slot, local],
             self._draft_ids,
-            torch.full((num_reqs,), AcceptRule.DRAWN, dtype=torch.int32, device=device),
+            all_drawn(num_reqs, device),
             torch.where(local == 0, of_roots, self._uniforms[slot, local]),
             trees.token_ids.clamp(min=0).to(torch.int32),
             torch.where(is_node, trees.parents, slots.sizes[node_slot] - 1),
