@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +66,28 @@ def router_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return found
 
 
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Every new tensor of floats begins as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # `fill_uninitialized_memory`
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_cost_is_measured_with_many_experts(
     moe: TinyModel, router_logits: list[torch.Tensor], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Equal rows would all take the same two of eight experts, and a large forward look cheap."""
+    """Equal rows would all take the same two of eight experts, and a large forward look cheap.
+    So would rows of what happened to be in memory that nobody wrote."""
     monkeypatch.setenv("ECHO_VLLM_CACHE", str(tmp_path))
     with tiny_engine(moe, echo(moe.head, 12, **EVICT), enforce_eager=True) as llm:
         before = runner(llm).input_ids.gpu.clone()
         with _forwards(runner(llm)) as forwards:
             router_logits.clear()
-            forwards.target(16)
+            with unwritten_is_nan():
+                forwards.target(16)
         assert torch.equal(runner(llm).input_ids.gpu, before)
     assert router_logits
     for logits in router_logits:

@@ -214,6 +214,10 @@ class TreeAttentionImpl(_Impl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See vLLM's `AttentionImpl.forward` for shapes; rows of padding may follow the batch's."""
+        if attn_metadata is None:
+            # A forward that warms up or is timed. vLLM's CPU leaves what was in memory there, and
+            # experts would be chosen by it.
+            return output.zero_()
         if not isinstance(attn_metadata, TreeAttentionMetadata):
             return super().forward(
                 layer,
