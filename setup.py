@@ -103,6 +103,7 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 X86_SOURCES = {
     "csrc/cpu/packed_linear_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/packed_linear_avx512.cpp": AVX512_FLAGS,
+    "csrc/cpu/packed_linear_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
     "csrc/cpu/sample_path_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/sample_path_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],

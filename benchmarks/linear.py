@@ -2,11 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 """The linear layers of the demo target's shape: `ops.packed_linear` and vLLM's oneDNN, by rows.
 
-    python -m benchmarks.linear [--rows 1,2,4,8,16,32] [--rounds 9] [--json FILE]
+    python -m benchmarks.linear [--dtype bfloat16] [--rows 1,2,4,8,16,32] [--rounds 9] [--json FILE]
 
 One pass is all layers of the model and its output layer, so that no weight is in the cache when
-its turn comes. The three columns run in turns; medians, as ratios to vLLM's time for the same rows,
-with vLLM's own time over that of one row.
+its turn comes. The columns run in turns; medians, as ratios to vLLM's time for the same rows,
+with vLLM's own time over that of one row. Last, how many of the outputs of each are not bit for bit
+vLLM's.
 """
 
 from __future__ import annotations
@@ -54,12 +55,22 @@ def seconds(layers: Pass, inputs: dict[int, torch.Tensor]) -> float:
     return time.perf_counter() - begin
 
 
+def different_bits(stock: Pass, ours: Pass, inputs: dict[int, torch.Tensor]) -> tuple[int, int]:
+    """How many outputs of one pass differ, and how many there are."""
+    pairs = [
+        (layer(inputs[depth]), other(inputs[depth]))
+        for (depth, layer), (_, other) in zip(stock, ours, strict=True)
+    ]
+    return sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     rows = [1, 2, 4, 6, 8, 9, 12, 16, 17, 24, 32, 48, 64, 128, 512]
     parser.add_argument("--rows", type=integers, default=rows)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -67,15 +78,18 @@ def main() -> int:
 
     current_platform.import_kernels()
     weights = [torch.randn(shape) * 0.02 for shape in [*SHAPES * LAYERS, (VOCAB, HIDDEN)]]
-    weights = [weight.bfloat16().float() for weight in weights]
-    kinds = {"vLLM": stock, "packed, bfloat16": packed, "packed, float32": packed_float32}
+    dtype = getattr(torch, args.dtype)
+    weights = [weight.bfloat16().to(dtype) for weight in weights]
+    kinds = {"vLLM": stock, "packed, bfloat16": packed}
+    if dtype == torch.float32:
+        kinds["packed, float32"] = packed_float32
     passes: dict[str, Pass] = {
         name: [(weight.shape[1], make(weight)) for weight in weights]
         for name, make in kinds.items()
     }
     medians: dict[str, list[float]] = {name: [] for name in kinds}
     for count in args.rows:
-        inputs = {depth: torch.randn(count, depth) for _, depth in SHAPES}
+        inputs = {depth: torch.randn(count, depth).to(dtype) for _, depth in SHAPES}
         times: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in range(args.rounds):
             for name, layers in passes.items():
@@ -97,9 +111,14 @@ def main() -> int:
         for i, count in enumerate(args.rows)
     ]
     print(markdown(header, table))
+    differing, outputs = different_bits(passes[first], passes["packed, bfloat16"], inputs)
+    print(f"\n{differing} of {outputs} outputs for {args.rows[-1]} rows are not vLLM's to the last bit.")
     if args.json:
         report = {
             "command": " ".join(["python", "-m", "benchmarks.linear", *sys.argv[1:]]),
+            "dtype": args.dtype,
+            "differing_outputs": differing,
+            "outputs": outputs,
             "threads": torch.get_num_threads(),
             "rows": args.rows,
             "seconds": medians,

@@ -19,17 +19,20 @@ namespace echo_vllm::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// The processor has AMX and AVX-512 for bfloat16, and the kernel lets this process use tiles.
+bool has_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & bit_AVX512BF16) != 0;
+}
+
+// The processor has AMX, and the kernel lets this process use tiles.
 bool amx_is_usable() {
 #if defined(__linux__)
   unsigned eax, ebx, ecx, edx;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   const bool amx = (edx & bit_AMX_TILE) != 0 && (edx & bit_AMX_BF16) != 0;
-  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return false;
-  const bool bf16 = (eax & bit_AVX512BF16) != 0;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
-  return amx && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -46,7 +49,10 @@ std::vector<Isa> detect() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       isas.push_back(Isa::kAvx512);
-      if (amx_is_usable()) isas.push_back(Isa::kAmx);
+      if (has_avx512_bf16()) {
+        isas.push_back(Isa::kAvx512Bf16);
+        if (amx_is_usable()) isas.push_back(Isa::kAmx);
+      }
     }
   }
 #endif
@@ -68,6 +74,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAmx:
       return "amx";
   }

@@ -9,8 +9,9 @@
 
 namespace echo_vllm::cpu {
 
-// kAmx is kAvx512 with AMX tiles where the cache has the amx layout.
-enum class Isa : int { kPortable, kAvx2, kAvx512, kAmx };
+// kAvx512Bf16 is kAvx512 with products of bfloat16 pairs in linear layers, kAmx that with AMX tiles
+// where the cache has the amx layout.
+enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // What this machine and this build can run, slowest first; never empty.
 const std::vector<Isa>& supported_isas();

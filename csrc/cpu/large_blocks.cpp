@@ -82,10 +82,10 @@ void give_back(void* data) { pool().give(data); }
 }  // namespace
 
 Tensor new_output(const Tensor& x, int64_t rows, int64_t columns) {
-  const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = rows * columns * static_cast<int64_t>(x.element_size());
   if (bytes < kLargeBytes) return torch::stable::new_empty(x, {rows, columns});
   return torch::stable::from_blob(pool().take(bytes), {rows, columns}, {columns, 1}, x.device(),
-                                  torch::headeronly::ScalarType::Float, &give_back);
+                                  x.scalar_type(), &give_back);
 }
 
 }  // namespace echo_vllm::cpu

@@ -15,7 +15,7 @@ namespace echo_vllm::cpu {
 // Smaller outputs are malloc's.
 constexpr int64_t kLargeBytes = int64_t{32} << 20;
 
-// An uninitialised contiguous tensor [rows, columns] of float32 like `x`. A large one has memory
+// An uninitialised contiguous tensor [rows, columns] of the dtype of `x`. A large one has memory
 // that goes back to a pool, of `kFreeBlocks` at most, when the last tensor that shares it is gone.
 torch::stable::Tensor new_output(const torch::stable::Tensor& x, int64_t rows, int64_t columns);
 

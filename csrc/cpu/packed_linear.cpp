@@ -16,8 +16,6 @@
 namespace echo_vllm::cpu {
 namespace {
 
-// Rows that go through all panels of a task before the next ones: they stay in the cache.
-constexpr int64_t kBlockRows = 96;
 // More tasks than threads even out what else the machine does.
 constexpr int64_t kTasksPerThread = 4;
 // Fewer multiply-adds than this are not worth waking the other threads.
@@ -43,21 +41,51 @@ const PackedLinearKernel& kernel_of_panel(const char* op, int64_t panel) {
        "; pack the weight with pack_linear");
 }
 
+// The kernel for bfloat16 x; null where there is none.
+const PackedLinearKernel* pair_kernel() {
+#if defined(__x86_64__)
+  if (selected_isa() >= Isa::kAvx512Bf16) return &packed_linear_kernel_avx512_bf16();
+#endif
+  return nullptr;
+}
+
+const PackedLinearKernel& checked_pair_kernel(const char* op) {
+  const PackedLinearKernel* kernel = pair_kernel();
+  check(kernel != nullptr, op,
+        ": bfloat16 needs a processor with AVX-512 instructions for it (avx512_bf16); use float32");
+  return *kernel;
+}
+
 bool is_bfloat16(const uint32_t* bits, int64_t count) {
   uint32_t low = 0;
   for (int64_t i = 0; i < count; ++i) low |= bits[i] & 0xffffu;
   return low == 0;
 }
 
-}  // namespace
-
-Tensor pack_linear(const Tensor& weight) {
-  const char* op = "pack_linear";
-  check_dim(op, "weight", weight, 2);
-  check_dtype(op, "weight", weight, ScalarType::Float);
-  check(weight.is_contiguous(), op, ": weight must be contiguous");
+// [panels, ceil(K / 2), 2 * panel] of bfloat16 numbers [columns, depth].
+Tensor pack_pairs(const Tensor& weight, int64_t panel) {
   const int64_t columns = weight.size(0), depth = weight.size(1);
-  const int64_t panel = kernel_for(selected_isa()).panel;
+  const int64_t panels = (columns + panel - 1) / panel, steps = (depth + 1) / 2;
+  const uint16_t* from = static_cast<const uint16_t*>(weight.const_data_ptr());
+  Tensor packed = torch::stable::new_empty(weight, {panels, steps, 2 * panel});
+  uint16_t* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
+  for_each_task(panels, true, [&](int64_t p) {
+    for (int64_t k = 0; k < 2 * steps; ++k) {
+      for (int64_t j = 0; j < panel; ++j) {
+        const int64_t column = p * panel + j;
+        to[((p * steps + k / 2) * panel + j) * 2 + k % 2] =
+            column < columns && k < depth ? from[column * depth + k] : uint16_t{0};
+      }
+    }
+  });
+  return packed;
+}
+
+// [panels, K, panel] of fp32 numbers [columns, depth].
+Tensor pack_floats(const Tensor& weight) {
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  const PackedLinearKernel& kernel = kernel_for(selected_isa());
+  const int64_t panel = kernel.panel, lanes = kernel.lanes;
   const int64_t panels = (columns + panel - 1) / panel;
   const uint32_t* from = static_cast<const uint32_t*>(weight.const_data_ptr());
   const bool halves = is_bfloat16(from, columns * depth);
@@ -71,8 +99,10 @@ Tensor pack_linear(const Tensor& weight) {
         const int64_t column = p * panel + j;
         const uint32_t bits = column < columns ? from[column * depth + k] : 0;
         if (halves) {
-          const int64_t place = j < panel / 2 ? 2 * j : 2 * j + 1 - panel;
-          static_cast<uint16_t*>(to)[begin + place] = static_cast<uint16_t>(bits >> 16);
+          // Of two vectors, the first one's columns are the lower halves.
+          const int64_t pair = j / (2 * lanes), place = j % (2 * lanes);
+          const int64_t at = 2 * lanes * pair + 2 * (place % lanes) + place / lanes;
+          static_cast<uint16_t*>(to)[begin + at] = static_cast<uint16_t>(bits >> 16);
         } else {
           static_cast<uint32_t*>(to)[begin + j] = bits;
         }
@@ -82,49 +112,68 @@ Tensor pack_linear(const Tensor& weight) {
   return packed;
 }
 
+}  // namespace
+
+Tensor pack_linear(const Tensor& weight) {
+  const char* op = "pack_linear";
+  check_dim(op, "weight", weight, 2);
+  const ScalarType dtype = weight.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
+        ": weight must be Float or BFloat16, got ", torch::headeronly::toString(dtype));
+  check(weight.is_contiguous(), op, ": weight must be contiguous");
+  if (dtype == ScalarType::BFloat16) return pack_pairs(weight, checked_pair_kernel(op).panel);
+  return pack_floats(weight);
+}
+
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
                      const std::optional<Tensor>& bias) {
   const char* op = "packed_linear";
   check_dim(op, "x", x, 2);
-  check_dtype(op, "x", x, ScalarType::Float);
+  const ScalarType dtype = x.scalar_type();
+  const bool pairs = dtype == ScalarType::BFloat16;
+  check(pairs || dtype == ScalarType::Float, op, ": x must be Float or BFloat16, got ",
+        torch::headeronly::toString(dtype));
   check_last_dim_contiguous(op, "x", x);
   check_dim(op, "packed", packed, 3);
-  check_size(op, "packed", packed, 1, x.size(1));
+  check_size(op, "packed", packed, 1, pairs ? (x.size(1) + 1) / 2 : x.size(1));
   check(x.size(1) > 0, op, ": x must have columns, got shape ", ShapeOf{x});
   check(packed.is_contiguous(), op, ": packed must be contiguous");
-  const ScalarType dtype = packed.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
-        ": packed must be Float or BFloat16, got ", torch::headeronly::toString(dtype));
-  const PackedLinearKernel& kernel = kernel_of_panel(op, packed.size(2));
+  const ScalarType kept = packed.scalar_type();
+  check(kept == ScalarType::BFloat16 || (!pairs && kept == ScalarType::Float), op,
+        ": packed must be ", pairs ? "BFloat16" : "Float or BFloat16", ", got ",
+        torch::headeronly::toString(kept));
+  const PackedLinearKernel& kernel =
+      pairs ? checked_pair_kernel(op) : kernel_of_panel(op, packed.size(2));
+  if (pairs) check_size(op, "packed", packed, 2, 2 * kernel.panel);
   const int64_t panels = packed.size(0);
   check((num_columns + kernel.panel - 1) / kernel.panel == panels && num_columns > 0, op,
         ": num_columns must fit the ", panels, " panels of ", kernel.panel, ", got ", num_columns);
   PackedLinearArgs args{};
   if (bias.has_value()) {
     check_dim(op, "bias", *bias, 1);
-    check_dtype(op, "bias", *bias, ScalarType::Float);
+    check_dtype(op, "bias", *bias, dtype);
     check_size(op, "bias", *bias, 0, num_columns);
     check_last_dim_contiguous(op, "bias", *bias);
-    args.bias = static_cast<const float*>(bias->const_data_ptr());
+    args.bias = bias->const_data_ptr();
   }
   Tensor out = new_output(x, x.size(0), num_columns);
-  args.x = static_cast<const float*>(x.const_data_ptr());
+  args.x = x.const_data_ptr();
   args.packed = packed.const_data_ptr();
-  args.out = static_cast<float*>(out.mutable_data_ptr());
+  args.out = out.mutable_data_ptr();
   args.x_stride = x.stride(0);
   args.rows = x.size(0);
   args.columns = num_columns;
   args.depth = x.size(1);
-  args.is_bfloat16 = dtype == ScalarType::BFloat16;
+  args.is_bfloat16 = kept == ScalarType::BFloat16;
   if (args.rows == 0) return out;
-  const int64_t blocks = (args.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = (args.rows + kMaxPartRows - 1) / kMaxPartRows;
   const int64_t wanted = torch::stable::get_num_threads() * kTasksPerThread;
   const int64_t parts = std::min(panels, (wanted + blocks - 1) / blocks);
   const bool parallel = args.rows * num_columns * args.depth >= kMinParallelWork;
   for_each_task(blocks * parts, parallel, [&](int64_t task) {
     const int64_t block = task / parts, part = task % parts;
-    kernel.run(args, args.rows * block / blocks, args.rows * (block + 1) / blocks,
-               panels * part / parts, panels * (part + 1) / parts);
+    kernel.run(args, {args.rows * block / blocks, args.rows * (block + 1) / blocks,
+                      panels * part / parts, panels * (part + 1) / parts});
   });
   return out;
 }

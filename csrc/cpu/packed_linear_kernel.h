@@ -3,10 +3,10 @@
 //
 // x W^T for a few rows of x and a packed W (packed_linear.h). A register tile of up to kTileRows
 // rows and one panel walks down the depth; the panel, read from memory by the first tile, is in the
-// cache for the next ones. Whatever the number of rows, an output is the sum over ranges of
-// kRangeDepth of chains of multiply-adds: a row's result does not depend on the others in the
-// batch, to the last bit. oneDNN cuts the depth at the same places, so with AVX2 its results are
-// the same.
+// cache for the next ones, which fetch the following panel meanwhile. Whatever the number of rows,
+// an output is the sum over ranges of the depth of chains of multiply-adds: a row's result does not
+// depend on the others in the batch, to the last bit. The depth is cut where oneDNN cuts it, so its
+// results are the same.
 #pragma once
 
 #include "packed_linear.h"
@@ -15,120 +15,197 @@
 namespace echo_vllm::cpu {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kRangeDepth = 1024;
+constexpr int kLineBytes = 64;
+
+ECHO_INLINE int64_t range_depth_of(int64_t depth) {
 #if defined(__AVX512F__)
-constexpr int kTileRows = 12;  // 24 of 32 registers accumulate
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;  // 12 of 16
+  return depth > 1024 ? 1024 : 512;
 #else
-constexpr int kTileRows = 4;
+  return 1024;
 #endif
-
-// The two vectors of a panel at one k.
-ECHO_INLINE void load_panel(const float* p, Vec& low, Vec& high) {
-  low = load(p);
-  high = load(p + kLanes);
 }
 
-ECHO_INLINE void load_panel(const BFloat16* p, Vec& low, Vec& high) {
-  UintVec pairs;
-  std::memcpy(&pairs, p, sizeof(pairs));
-  low = reinterpret_cast<Vec>(pairs << 16);
-  high = reinterpret_cast<Vec>(pairs & 0xffff0000u);
-}
+// A format says what a panel holds at a step of the depth, and what a row multiplies it with:
+//   X, kSteps       the type of x, and how many numbers of a row a step takes
+//   kVecs, kTileRows  vectors of a panel, and rows of a tile: the accumulators, with a step's
+//                   vectors and a row's factor, fit the registers
+//   kStepBytes      of a panel
+//   load, factor, add
 
-// Adds `count` numbers at `from`, at most kPanel, to the two vectors.
-ECHO_INLINE void add_columns(const float* from, int64_t count, Vec& low, Vec& high) {
-  float both[kPanel] = {};
-  if (count < kPanel) {
-    std::memcpy(both, from, count * sizeof(float));
-    from = both;
-  }
-  low += load(from);
-  high += load(from + kLanes);
-}
+// A vector per kLanes columns: float32 x and weights.
+template <class T>
+struct FloatFormat {
+  using X = float;
+  static constexpr int kSteps = 1;
+#if defined(__AVX512F__)
+  static constexpr int kVecs = 4, kTileRows = 6;  // 24 of 32 registers accumulate
+#elif defined(__AVX2__)
+  static constexpr int kVecs = 2, kTileRows = 6;  // 12 of 16
+#else
+  static constexpr int kVecs = 2, kTileRows = 4;
+#endif
+  static constexpr int kStepBytes = kVecs * kLanes * sizeof(T);
+  using Factor = Vec;
+  using Weights = Vec;
 
-ECHO_INLINE void store_columns(float* to, int64_t count, Vec low, Vec high) {
-  if (count >= kPanel) {
-    store(to, low);
-    store(to + kLanes, high);
-    return;
+  static ECHO_INLINE_MEMBER void load_step(const void* from, Vec* to) {
+    const T* p = static_cast<const T*>(from);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; v += 2) load_two(p + v * kLanes, to[v], to[v + 1]);
   }
-  float both[kPanel];
-  store(both, low);
-  store(both + kLanes, high);
-  std::memcpy(to, both, count * sizeof(float));
-}
+  static ECHO_INLINE_MEMBER Vec factor(const float* x, int) { return splat(*x); }
+  static ECHO_INLINE_MEMBER Vec add(Vec sum, Vec factor, Vec weights) {
+    return sum + factor * weights;
+  }
 
-// kRows rows of one panel over the depth [begin, end).
-template <int kRows, class T>
-ECHO_INLINE void linear_tile(const PackedLinearArgs& args, int64_t row, int64_t panel,
-                             int64_t begin, int64_t end) {
-  const T* weight = static_cast<const T*>(args.packed) + panel * args.depth * kPanel;
-  const float* x = args.x + row * args.x_stride;
-  Vec low[kRows], high[kRows];
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) low[i] = high[i] = Vec{};
-  for (int64_t k = begin; k < end; ++k) {
-    Vec a, b;
-    load_panel(weight + k * kPanel, a, b);
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-      const Vec factor = splat(x[i * args.x_stride + k]);
-      low[i] += factor * a;
-      high[i] += factor * b;
-    }
+ private:
+  static ECHO_INLINE_MEMBER void load_two(const float* p, Vec& low, Vec& high) {
+    low = cpu::load(p);
+    high = cpu::load(p + kLanes);
   }
-  const int64_t column = panel * kPanel, count = args.columns - column;
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-    float* out = args.out + (row + i) * args.columns + column;
-    if (begin > 0) add_columns(out, count, low[i], high[i]);
-    if (args.bias != nullptr && end == args.depth) {
-      add_columns(args.bias + column, count, low[i], high[i]);
-    }
-    store_columns(out, count, low[i], high[i]);
+  static ECHO_INLINE_MEMBER void load_two(const BFloat16* p, Vec& low, Vec& high) {
+    UintVec pairs;
+    std::memcpy(&pairs, p, sizeof(pairs));
+    low = reinterpret_cast<Vec>(pairs << 16);
+    high = reinterpret_cast<Vec>(pairs & 0xffff0000u);
   }
-}
+};
 
-template <class T, int kRows = kTileRows>
-ECHO_INLINE void linear_rows(const PackedLinearArgs& args, int64_t rows, int64_t row, int64_t panel,
-                             int64_t begin, int64_t end) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) {
-      linear_tile<kRows, T>(args, row, panel, begin, end);
-    } else {
-      linear_rows<T, kRows - 1>(args, rows, row, panel, begin, end);
-    }
-  }
+// Columns beyond the last are zeros.
+template <class T>
+ECHO_INLINE Vec load_columns(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  T all[kLanes] = {};
+  std::memcpy(all, from, count * sizeof(T));
+  return load(all);
 }
 
 template <class T>
-void linear_panels(const PackedLinearArgs& args, int64_t first_row, int64_t last_row,
-                   int64_t first_panel, int64_t last_panel) {
-  const int64_t rows = last_row - first_row;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;  // of nearly equal heights
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    for (int64_t begin = 0; begin < args.depth; begin += kRangeDepth) {
-      const int64_t left = args.depth - begin;
-      const int64_t end = left > kRangeDepth ? begin + kRangeDepth : args.depth;
+ECHO_INLINE void store_columns(T* to, int64_t count, Vec sum) {
+  if (count >= kLanes) {
+    store(to, sum);
+    return;
+  }
+  T all[kLanes];
+  store(all, sum);
+  std::memcpy(to, all, count * sizeof(T));
+}
+
+// One panel, rows of x and their outputs, and the depth that a tile walks down.
+struct Range {
+  int64_t panel, begin, end;
+};
+
+// kRows rows of one panel over a range of the depth; `partial` [kRows, panel] are the sums of the
+// ranges before. Meanwhile `num_lines` cache lines of what begins at `fetched` are fetched at each
+// step.
+template <class Format, int kRows>
+ECHO_INLINE void linear_tile(const PackedLinearArgs& args, int64_t row, const Range& range,
+                             float* partial, const char* fetched, int num_lines) {
+  using X = typename Format::X;
+  constexpr int kVecs = Format::kVecs;
+  const int64_t steps = (args.depth + Format::kSteps - 1) / Format::kSteps;
+  const char* weight =
+      static_cast<const char*>(args.packed) + range.panel * steps * Format::kStepBytes;
+  const X* x = static_cast<const X*>(args.x) + row * args.x_stride;
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[i][v] = Vec{};
+  }
+  const auto step = [&](int64_t k, int count) __attribute__((always_inline)) {
+    typename Format::Weights weights[kVecs];
+    Format::load_step(weight + k / Format::kSteps * Format::kStepBytes, weights);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const auto factor = Format::factor(x + i * args.x_stride + k, count);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[i][v] = Format::add(sums[i][v], factor, weights[v]);
+    }
+  };
+  int64_t k = range.begin;
+  for (; k + Format::kSteps <= range.end; k += Format::kSteps) {
+    for (int line = 0; line < num_lines; ++line, fetched += kLineBytes) {
+      __builtin_prefetch(fetched, 0, 2);
+    }
+    step(k, Format::kSteps);
+  }
+  if (k < range.end) step(k, static_cast<int>(range.end - k));
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    X* out = static_cast<X*>(args.out) + (row + i) * args.columns;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      Vec sum = sums[i][v];
+      float* before = partial + (i * kVecs + v) * kLanes;
+      if (range.begin > 0) sum += load(before);
+      if (range.end < args.depth) {
+        store(before, sum);
+        continue;
+      }
+      const int64_t column = (range.panel * kVecs + v) * kLanes, count = args.columns - column;
+      if (count <= 0) break;
+      if (args.bias != nullptr) {
+        sum += load_columns(static_cast<const X*>(args.bias) + column, count);
+      }
+      store_columns(out + column, count, sum);
+    }
+  }
+}
+
+template <class Format, int kRows = Format::kTileRows>
+ECHO_INLINE void linear_rows(const PackedLinearArgs& args, int64_t rows, int64_t row,
+                             const Range& range, float* partial, const char* fetched,
+                             int num_lines) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      linear_tile<Format, kRows>(args, row, range, partial, fetched, num_lines);
+    } else {
+      linear_rows<Format, kRows - 1>(args, rows, row, range, partial, fetched, num_lines);
+    }
+  }
+}
+
+template <class Format>
+void linear_panels(const PackedLinearArgs& args, const PackedLinearPart& part) {
+  constexpr int kLines = Format::kStepBytes / kLineBytes;
+  const int64_t rows = part.last_row - part.first_row;
+  // Of nearly equal heights; all but one tile can fetch, each its share of what follows.
+  const int64_t tiles = (rows + Format::kTileRows - 1) / Format::kTileRows;
+  const int64_t share = tiles > 1 ? (kLines + tiles - 1) / tiles : 0;
+  const int64_t steps = (args.depth + Format::kSteps - 1) / Format::kSteps;
+  const char* packed = static_cast<const char*>(args.packed);
+  const int64_t range_depth = range_depth_of(args.depth);
+  constexpr int kPanel = Format::kVecs * kLanes;
+  alignas(64) float partial[kMaxPartRows * kPanel];
+  for (int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {
+    for (int64_t begin = 0; begin < args.depth; begin += range_depth) {
+      const bool is_last = args.depth - begin <= range_depth;
+      const Range range{panel, begin, is_last ? args.depth : begin + range_depth};
+      // What follows is the next range, or the next panel.
+      const int64_t range_steps = (range.end - begin + Format::kSteps - 1) / Format::kSteps;
+      const char* next =
+          packed + (panel * steps + begin / Format::kSteps + range_steps) * Format::kStepBytes;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t top = rows * tile / tiles, bottom = rows * (tile + 1) / tiles;
-        linear_rows<T>(args, bottom - top, first_row + top, panel, begin, end);
+        const int num_lines = static_cast<int>(tile * share < kLines ? share : 0);
+        linear_rows<Format>(args, bottom - top, part.first_row + top, range, partial + top * kPanel,
+                            next + tile * share * range_steps * kLineBytes, num_lines);
       }
     }
   }
 }
 
-void run_packed_linear(const PackedLinearArgs& args, int64_t first_row, int64_t last_row,
-                       int64_t first_panel, int64_t last_panel) {
+void run_packed_linear(const PackedLinearArgs& args, const PackedLinearPart& part) {
   if (args.is_bfloat16) {
-    linear_panels<BFloat16>(args, first_row, last_row, first_panel, last_panel);
+    linear_panels<FloatFormat<BFloat16>>(args, part);
   } else {
-    linear_panels<float>(args, first_row, last_row, first_panel, last_panel);
+    linear_panels<FloatFormat<float>>(args, part);
   }
 }
+
+constexpr int kFloatPanel = FloatFormat<float>::kVecs * kLanes;
 
 }  // namespace
 }  // namespace echo_vllm::cpu

@@ -21,7 +21,7 @@ constexpr int64_t kMinParallelLogits = 1 << 15;
 SamplePathKernel kernel_for(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2) return sample_path_kernel_avx2();
-  if (isa == Isa::kAvx512 || isa == Isa::kAmx) return sample_path_kernel_avx512();
+  if (isa >= Isa::kAvx512) return sample_path_kernel_avx512();
 #endif
   static_cast<void>(isa);
   return sample_path_kernel_portable();

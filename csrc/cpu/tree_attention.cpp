@@ -31,7 +31,7 @@ constexpr int64_t kMinSplitUnits = 4;
 const TreeAttentionKernel& kernel_for(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAmx) return tree_attention_kernel_amx();
-  if (isa == Isa::kAvx512) return tree_attention_kernel_avx512();
+  if (isa >= Isa::kAvx512) return tree_attention_kernel_avx512();
   if (isa == Isa::kAvx2) return tree_attention_kernel_avx2();
 #endif
   return tree_attention_kernel_portable();

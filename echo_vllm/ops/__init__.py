@@ -431,14 +431,15 @@ def pack_linear(weight: Tensor) -> Tensor:
     """A linear layer's weight in the order in which `packed_linear` reads it. CPU only.
 
     Args:
-        weight: float32 [N, K], contiguous.
+        weight: float32 [N, K], contiguous; or bfloat16, on a processor with `avx512_bf16`.
 
     Returns:
-        [ceil(N / p), K, p], p being two vectors of the instruction set that runs here: bfloat16
-        where every weight is one (half the memory traffic, and the same products), else float32.
+        Of a float32 weight [ceil(N / p), K, p], p being some vectors of the instruction set that
+        runs here: bfloat16 where every weight is one (half the memory traffic, and the same
+        products), else float32. Of a bfloat16 weight [ceil(N / p), ceil(K / 2), 2 * p].
 
     Raises:
-        RuntimeError: shape, dtype or stride does not fit.
+        RuntimeError: shape, dtype or stride does not fit, or the processor does not.
     """
     load_library()
     packed: Tensor = torch.ops.echo_vllm.pack_linear(weight)
@@ -453,13 +454,13 @@ def packed_linear(
     A row of the result does not depend on the other rows, to the last bit.
 
     Args:
-        x: float32 [M, K], last dim contiguous.
+        x: [M, K] of the weight's dtype, last dim contiguous.
         packed: of `pack_linear`, on a machine with the same instruction sets.
         num_columns: N.
-        bias: None or float32 [N].
+        bias: None or [N], of the dtype of x.
 
     Returns:
-        float32 [M, N].
+        [M, N] of the dtype of x; sums are in float32.
 
     Raises:
         RuntimeError: shapes, dtypes or strides do not fit.

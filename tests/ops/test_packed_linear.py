@@ -12,7 +12,9 @@ import torch
 
 from echo_vllm import ops
 
-ISAS = [isa for isa in ops.supported_cpu_isas() if isa != "amx"]  # amx has no kernel of its own
+HAS_PAIRS = "avx512_bf16" in ops.supported_cpu_isas()
+# Those with a kernel of their own for float32.
+ISAS = [isa for isa in ops.supported_cpu_isas() if isa not in ("avx512_bf16", "amx")]
 SHAPES = [(960, 576), (576, 1536), (37, 48), (1, 1), (31, 2500), (64, 1024), (65, 1025)]
 """(N, K): whole panels and not, one depth range and several."""
 
@@ -52,6 +54,50 @@ def test_it_is_the_product(isa: str, shape: tuple[int, int], lossless: bool) -> 
             assert error.max() < 1e-6, (count, added is None)
 
 
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512 for bfloat16")
+@pytest.mark.parametrize("shape", [*SHAPES, (576, 1537), (100, 3000)], ids=str)
+def test_bfloat16_is_rounded_once(shape: tuple[int, int]) -> None:
+    weight = weights(shape, lossless=True).bfloat16()
+    packed = ops.pack_linear(weight)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2)).bfloat16()
+    for count in (1, 2, 3, 7, 8, 9, 17, 97, 200):
+        x = rows(count, shape[1]).bfloat16()
+        exact = x.double() @ weight.double().T
+        scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+        for added in (None, bias):
+            wanted = exact if added is None else exact + bias.double()
+            found = ops.packed_linear(x, packed, shape[0], added)
+            assert found.dtype == torch.bfloat16
+            # Half a unit in the last place of the result, and of sums what float32 rounds.
+            error = (found.double() - wanted).abs() - wanted.abs() / 256
+            assert (error <= 1e-6 * scale).all(), (count, added is None)
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512 for bfloat16")
+@pytest.mark.parametrize("depth", [1300, 577])
+def test_a_row_of_bfloat16_does_not_depend_on_the_others(depth: int) -> None:
+    packed = ops.pack_linear(weights((100, depth), lossless=True).bfloat16())
+    x = rows(230, depth).bfloat16()
+    whole = ops.packed_linear(x, packed, 100)
+    for first, last in ((7, 8), (7, 20), (100, 130), (3, 228)):
+        assert torch.equal(ops.packed_linear(x[first:last], packed, 100), whole[first:last])
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512 for bfloat16")
+def test_bfloat16_needs_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.ones(4, 6).bfloat16(), torch.ones(2, 6).bfloat16()
+    packed = ops.pack_linear(weight)
+    with pytest.raises(RuntimeError, match="packed must be BFloat16, got Float"):
+        ops.packed_linear(x, packed.float(), 4)
+    with pytest.raises(RuntimeError, match=r"packed.shape\[1\] must be 4"):
+        ops.packed_linear(torch.ones(2, 7).bfloat16(), packed, 4)
+    monkeypatch.setenv("ECHO_VLLM_CPU_ISA", "avx2")
+    with pytest.raises(RuntimeError, match="bfloat16 needs a processor with AVX-512"):
+        ops.pack_linear(weight)
+    with pytest.raises(RuntimeError, match="bfloat16 needs a processor with AVX-512"):
+        ops.packed_linear(x, packed, 4)
+
+
 def test_rows_without_columns_are_refused() -> None:
     with pytest.raises(
         RuntimeError, match=r"packed_linear: x must have columns, got shape \[2, 0\]"
@@ -70,11 +116,11 @@ def test_a_row_does_not_depend_on_the_others(isa: str, lossless: bool) -> None:
 
 def test_half_the_memory_gives_the_same_bits(isa: str) -> None:
     """One weight that is no bfloat16, in a column of its own, makes the whole weight float32."""
-    weight = weights((64, 300), lossless=True)
-    spoilt = torch.cat([weight, torch.full((1, 300), 0.1)])
+    weight = weights((64, 1300), lossless=True)
+    spoilt = torch.cat([weight, torch.full((1, 1300), 0.1)])
     halves, floats = ops.pack_linear(weight), ops.pack_linear(spoilt)
     assert (halves.dtype, floats.dtype) == (torch.bfloat16, torch.float32)
-    x = rows(9, 300)
+    x = rows(9, 1300)
     found = ops.packed_linear(x, halves, 64)
     assert torch.equal(found, ops.packed_linear(x, floats, 65)[:, :64])
 
@@ -121,7 +167,7 @@ def test_opcheck() -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 3, 4)}, "x must have 2 dimensions"),
-        ({"x": torch.zeros(2, 50).double()}, "x must be Float"),
+        ({"x": torch.zeros(2, 50).double()}, "x must be Float or BFloat16, got Double"),
         ({"x": torch.zeros(50, 2).T}, "the last dimension of x must be contiguous"),
         ({"x": torch.zeros(2, 49)}, r"packed.shape\[1\] must be 49"),
         ({"packed": torch.zeros(3, 50, 7)}, r"packed.shape\[2\] must be a panel .* got 7"),
