@@ -57,6 +57,7 @@ SOURCES = [
     "csrc/cpu/merge_attention.cpp",
     "csrc/cpu/packed_linear.cpp",
     "csrc/cpu/packed_linear_portable.cpp",
+    "csrc/cpu/rms_norm.cpp",
     "csrc/cpu/sample_path.cpp",
     "csrc/cpu/sample_path_portable.cpp",
     "csrc/cpu/select_budget.cpp",
@@ -74,6 +75,11 @@ AVX512_FLAGS = [
     "-mprefer-vector-width=512",
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header sets it off
 ]
+
+# A product is rounded before it is added, as in torch.
+UNCONTRACTED = {
+    "csrc/cpu/rms_norm_portable.cpp": ["-ffp-contract=off"],
+}
 
 CUDA_SOURCES = [
     "csrc/cuda/accept_path.cu",
@@ -104,6 +110,8 @@ X86_SOURCES = {
     "csrc/cpu/packed_linear_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/packed_linear_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/packed_linear_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+    "csrc/cpu/rms_norm_avx2.cpp": ["-mavx2", "-mfma", "-ffp-contract=off"],
+    "csrc/cpu/rms_norm_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=off"],
     "csrc/cpu/sample_path_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/sample_path_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
@@ -119,7 +127,7 @@ X86_SOURCES = {
 
 def compile_units() -> dict[str, list[str]]:
     """Source file -> flags of its own."""
-    units: dict[str, list[str]] = {source: [] for source in SOURCES}
+    units: dict[str, list[str]] = {source: [] for source in SOURCES} | UNCONTRACTED
     if platform.machine() in ("x86_64", "AMD64"):
         units |= X86_SOURCES
     return units

@@ -112,7 +112,7 @@ def main() -> int:
     ]
     print(markdown(header, table))
     differing, outputs = different_bits(passes[first], passes["packed, bfloat16"], inputs)
-    print(f"\n{differing} of {outputs} outputs for {args.rows[-1]} rows are not vLLM's to the last bit.")
+    print(f"\n{args.rows[-1]} rows: {differing} of {outputs} outputs are not vLLM's bit for bit.")
     if args.json:
         report = {
             "command": " ".join(["python", "-m", "benchmarks.linear", *sys.argv[1:]]),

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY(echo_vllm, m) {
   echo_vllm::define_schemas(m);
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int num_columns, Tensor? bias=None) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon) -> Tensor");
   m.def("supported_cpu_isas() -> str");
 }
 
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CPU, m) {
   m.impl("sample_path", TORCH_BOX(&echo_vllm::cpu::sample_path));
   m.impl("pack_linear", TORCH_BOX(&echo_vllm::cpu::pack_linear));
   m.impl("packed_linear", TORCH_BOX(&echo_vllm::cpu::packed_linear));
+  m.impl("rms_norm", TORCH_BOX(&echo_vllm::cpu::rms_norm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CompositeExplicitAutograd, m) {

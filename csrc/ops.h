@@ -63,6 +63,9 @@ Tensor pack_linear(const Tensor& weight);
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
                      const std::optional<Tensor>& bias);
 
+Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                double epsilon);
+
 // The instruction sets this machine can run, slowest first, separated by commas.
 std::string supported_isas_text();
 

@@ -147,9 +147,9 @@ class EchoConfig(BaseModel):
     linear: LinearLayers = Field(
         default="auto",
         description=(
-            "Linear layers of target and drafter: `auto`, this project's product for few rows "
-            "where it is the faster one (float32 on a CPU with AVX2), or `stock`, vLLM's "
-            "everywhere. "
+            "Linear layers and norms of target and drafter on a CPU: `auto`, this project's for "
+            "few rows where they are the faster ones (float32 with AVX2, bfloat16 with AVX-512 "
+            "for it), or `stock`, vLLM's everywhere. "
             'Default "auto".'
         ),
     )

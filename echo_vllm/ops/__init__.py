@@ -35,6 +35,7 @@ __all__ = [
     "merge_attention",
     "pack_linear",
     "packed_linear",
+    "rms_norm",
     "sample_path",
     "select_budget",
     "suffix_attention",
@@ -467,4 +468,26 @@ def packed_linear(
     """
     load_library()
     out: Tensor = torch.ops.echo_vllm.packed_linear(x, packed, num_columns, bias)
+    return out
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+    """`x / sqrt(mean(x ** 2) + epsilon) * weight` for every row, of x + residual if there is one.
+    CPU only.
+
+    Rounds where torch's operators, one by one, do, and sums in their order.
+
+    Args:
+        x: float32 or bfloat16 [M, H], contiguous.
+        residual: None, or like x; becomes x + residual.
+        weight: [H], of the dtype of x.
+
+    Returns:
+        [M, H], of the dtype of x.
+
+    Raises:
+        RuntimeError: shapes, dtypes or strides do not fit.
+    """
+    load_library()
+    out: Tensor = torch.ops.echo_vllm.rms_norm(x, residual, weight, epsilon)
     return out

@@ -108,6 +108,10 @@ def _fake_packed_linear(
     return x.new_empty((x.shape[0], num_columns))
 
 
+def _fake_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "tree_attention": _writes_in_place,
     "suffix_attention": _writes_in_place,
@@ -118,4 +122,5 @@ _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "select_budget": _fake_select_budget,
     "sample_path": _fake_sample_path,
     "packed_linear": _fake_packed_linear,
+    "rms_norm": _fake_rms_norm,
 }

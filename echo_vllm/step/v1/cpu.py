@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import cpu_worker
@@ -16,6 +17,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from echo_vllm.machine import fast_dtype
 from echo_vllm.startup.linear import packed_linears
+from echo_vllm.startup.norm import fuse_norms
 from echo_vllm.step.attention.cpu import EchoCPUAttentionBackend
 from echo_vllm.step.v1.runner import EchoRunnerMixin
 from echo_vllm.step.v1.worker import EchoWorkerMixin
@@ -46,6 +48,10 @@ class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
         own = self.vllm_config.speculative_config.echo.linear == "auto"
         with packed_linears() if own else nullcontext():
             super().load_model(*args, **kwargs)
+        # Inductor makes one kernel of a norm and what is around it.
+        if own and self.vllm_config.compilation_config.mode == CompilationMode.NONE:
+            runner: Any = self.model_runner
+            fuse_norms([runner.model, runner.drafter.model])
 
     def tree_backend(self) -> tuple[AttentionBackendEnum, type]:
         return AttentionBackendEnum.CPU_ATTN, EchoCPUAttentionBackend
