@@ -38,10 +38,12 @@ def packed(weight: torch.Tensor) -> Linear:
     """The layer's function as vLLM calls it: (x [..., K], weight, bias) -> [..., N]."""
     columns, depth = weight.shape
     kept = ops.pack_linear(weight.detach().contiguous())
+    run = torch.ops.echo_vllm.packed_linear.default
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = torch.ops.echo_vllm.packed_linear(x.reshape(-1, depth), kept, columns, bias)
-        return out.view(*x.shape[:-1], columns)
+        if x.dim() == 2:
+            return run(x, kept, columns, bias)
+        return run(x.reshape(-1, depth), kept, columns, bias).view(*x.shape[:-1], columns)
 
     return linear
 

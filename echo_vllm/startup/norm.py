@@ -54,7 +54,7 @@ def _agrees(layer: Any) -> bool:
 def _fused(layer: Any) -> Callable[..., Any]:
     weight, epsilon = layer.weight.data, layer.variance_epsilon
     ops.load_library()
-    run = torch.ops.echo_vllm.rms_norm
+    run = torch.ops.echo_vllm.rms_norm.default
 
     def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """As vLLM's `RMSNorm.forward`; `residual` becomes the sum, as on a GPU."""

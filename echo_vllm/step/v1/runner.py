@@ -321,13 +321,26 @@ class EchoRunnerMixin(_Runner):
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         if not scheduled:
             return
-        slots = self.slots.of(self.input_batch.req_ids)
-        causal = self.trees.are_chains(slots, self._draft_sizes(scheduled))
-        num_trees = len(causal) - int(causal.sum())
-        early = np.flatnonzero(causal[:num_trees])
-        late = num_trees + np.flatnonzero(~causal[num_trees:])
+        req_ids = self.input_batch.req_ids
+        counts = np.array([scheduler_output.num_scheduled_tokens[r] for r in req_ids])
+        sizes = self._draft_sizes(scheduled)
+        is_tree = self._are_trees(self.slots.of(req_ids), sizes, counts)
+        num_trees = int(is_tree.sum())
+        early = np.flatnonzero(~is_tree[:num_trees])
+        late = num_trees + np.flatnonzero(is_tree[num_trees:])
         for first, last in zip(early.tolist(), late.tolist(), strict=True):
             self.input_batch.swap_states(first, last)
+
+    def _are_trees(self, slots: Ints, sizes: Ints, counts: Ints) -> NDArray[np.bool_]:
+        """[R] bool, whose rows go to tree attention, in a batch with drafts of `sizes` nodes and
+        `counts` rows in all.
+
+        A GPU's stock kernel is the faster one for chains. A CPU's is not, and two calls a layer
+        take longer than one, so all go there that read no prompt.
+        """
+        if self.device.type == "cpu":
+            return counts == 1 + sizes
+        return ~self.trees.are_chains(slots, sizes)
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
@@ -344,7 +357,7 @@ class EchoRunnerMixin(_Runner):
             sizes = self._draft_sizes(scheduled)
             forest = self.trees.take(slots, sizes)
             self._check_tokens(forest, sizes, query_start)
-            num_trees = int((~self.trees.are_chains(slots, sizes)).sum())
+            num_trees = int(self._are_trees(slots, sizes, np.diff(query_start)).sum())
             rows = self._tree_rows(forest, num_trees) if num_trees else None
         if rows is not None:
             # Slots follow the order of the rows, positions the depth in the tree.
@@ -496,7 +509,7 @@ class EchoRunnerMixin(_Runner):
             stats.report = told(policy.report, ~draws & ~is_random, **best)
             if (sampled := ~draws & is_random).any():
                 stats.sampled_report = told(policy.report, sampled, **best | {"pool": None})
-            if self.drawn is not None:
+            if draws.any() or report.drawn_pool is not None:
                 stats.drawn_report = told(policy.report_drawn, draws, **drawn)
         return stats
 
