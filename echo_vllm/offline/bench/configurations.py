@@ -94,7 +94,7 @@ def built_in(head: str | Path) -> dict[str, Configuration]:
         "rest": echo(NODES, policy="echo", k_max=0, gates={}),
         # The same, but it weighs in every step whether to, and probes.
         "auto-rest": elastic("auto", k_max=0),
-        **{f"chain-k{k}": echo(k, policy="chain") for k in (2, 3, 4)},
+        **{f"chain-k{k}": echo(k, policy="chain") for k in (1, 2, 3, 4)},
         "static-15": echo(len(STATIC_TREE), policy="static", tree=STATIC_TREE),
         "topn-4": echo(4, policy="topn", max_depth=2, top_k=4),
         "topn-8": echo(8, policy="topn", max_depth=3, top_k=4),
@@ -137,7 +137,7 @@ def _gates(head: str | Path) -> tuple[dict[str, float], dict[str, float]]:
     return {str(depth): tau for depth, tau in taus.items()}, dense
 
 
-SAME_CHAIN = [("chain-k2", "eagle3-k2"), ("chain-k3", "eagle3-k3"), ("chain-k4", "eagle3-k4")]
+SAME_CHAIN = [(f"chain-k{k}", f"eagle3-k{k}") for k in (1, 2, 3, 4)]
 """Pairs (ours, vLLM's) that draft the same tokens: their ratio measures the runtime alone."""
 
 HELD_AGAINST = [
