@@ -95,7 +95,7 @@ ATTEMPT, ATTEMPT_PROBES = 8, 2
 many of them, the first ones, have probes."""
 
 ATTEMPT_STEPS = (32, 1024)
-"""Steps between attempts: twice as many after each one that was given up."""
+"""Steps between attempts at about one load: twice as many after each one that was given up."""
 
 FIRST_ATTEMPTS, YOUNG_ATTEMPTS = 4, 2.0
 """Attempts up to which so many times as much time goes to them."""
@@ -366,9 +366,10 @@ class Forecaster:
         self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
         self._attempt_until = self._pause_until = 0
-        self._next_attempt, self._attempt_steps = 0, ATTEMPT_STEPS[0]
         self._num_attempts = 0
-        # By the octave of the load.
+        # By the octave of the load: of attempts the first step of the next one, and the steps
+        # between the last one and it.
+        self._next_attempts: dict[int, tuple[int, int]] = {}
         self._num_trials: dict[int, int] = {}
         self._num_pauses: dict[int, int] = {}
         self._next_trial = TRIAL_STEPS
@@ -547,6 +548,8 @@ class Forecaster:
         self._attempts.passes(step * (YOUNG_ATTEMPTS if is_young else 1.0))
         if load.waiting > load.able:
             self._behind += (load.waiting / load.able - self._behind) / 16
+        octave = load.num_decoding.bit_length()
+        next_attempt, between = self._next_attempts.get(octave, (0, ATTEMPT_STEPS[0]))
         bound = BOUND * best.error
         was_attempt = 0 < self._attempt_until <= self._step
         if self._is_drafting or was_attempt:
@@ -557,18 +560,18 @@ class Forecaster:
                 self._attempt_until = 0
                 self._drafting = goes_on
                 shortest, longest = ATTEMPT_STEPS
-                more = shortest if goes_on else 2 * self._attempt_steps
-                self._attempt_steps = min(more, longest)
-                self._next_attempt = self._step + self._attempt_steps
+                between = shortest if goes_on else min(2 * between, longest)
+                self._next_attempts[octave] = self._step + between, between
             elif not goes_on:
                 self._drafting, self._attempt_until = False, 0
             return
         if best.gain <= -bound:
             return
         if self._pays(load, costs, best, -bound):
-            self._drafting, self._attempt_steps = True, ATTEMPT_STEPS[0]
+            self._drafting = True
+            self._next_attempts.pop(octave, None)
             self._until = min(self._until, self._step + REUSE)
-        elif self._step >= self._next_attempt:
+        elif self._step >= next_attempt:
             lost = ATTEMPT * step * max(0.0, math.expm1(-best.gain))
             lost += self._catch_up(load.waiting, load, costs)
             probes = _most_probes(load)
