@@ -67,6 +67,9 @@ LACKS: dict[str, dict[str, str]] = {
 }
 """Implementation -> feature that it lacks -> why."""
 
+WAITING = frozenset({"xformers", "reference"})
+"""Implementations whose attention reads lengths on the host, which no CUDA graph can hold."""
+
 logger = logging.getLogger(__name__)
 
 

@@ -623,7 +623,9 @@ def _choose_classes(vllm_config: VllmConfig) -> None:
         worker = CUDA_WORKER_V2 if on_v2 else CUDA_WORKER
         _check_gpu(vllm_config)
         _choose_attention_backend(vllm_config)
-        if not on_v2:
+        if on_v2:
+            _check_captured_attention(vllm_config)
+        else:
             _choose_piecewise_graphs(vllm_config)
     else:
         refuse(f"device {show(current_platform.device_type)}", "run on a CPU or an NVIDIA GPU")
@@ -703,4 +705,23 @@ def _choose_piecewise_graphs(vllm_config: VllmConfig) -> None:
             f"cudagraph_mode {compilation.cudagraph_mode.name}, because the rows of a step change "
             "with the trees",
             "set it to PIECEWISE or NONE",
+        )
+
+
+def _check_captured_attention(vllm_config: VllmConfig) -> None:
+    """Refuse attention that full graphs cannot hold, where there will be full graphs."""
+    from vllm.config.vllm import OPTIMIZATION_LEVEL_TO_CONFIG
+
+    forced = dispatch.forced_implementation()
+    if forced not in dispatch.WAITING or vllm_config.model_config.enforce_eager:
+        return
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is None:  # vLLM fills it in later.
+        defaults = OPTIMIZATION_LEVEL_TO_CONFIG[vllm_config.optimization_level]
+        mode = defaults["compilation_config"]["cudagraph_mode"]
+    if mode.has_full_cudagraphs():
+        refuse(
+            f"cudagraph_mode {mode.name} and {dispatch.VARIABLE}={forced}, whose attention waits "
+            "for the device",
+            f"set cudagraph_mode to PIECEWISE or NONE, or unset {dispatch.VARIABLE}",
         )

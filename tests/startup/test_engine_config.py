@@ -460,6 +460,9 @@ def choose_on_gpu(
     backend: str | None = None,
     per_kind: dict[str, Any] | None = None,
     head_size: int = 128,
+    graphs: str | None = None,
+    level: int = 2,
+    enforce_eager: bool = False,
 ) -> Any:
     """The engine's config after `_choose_classes`, as it looks to that function."""
     import torch
@@ -478,7 +481,11 @@ def choose_on_gpu(
             backend_per_kind=per_kind or {},
             hisparse_config=None,
         ),
-        compilation_config=types.SimpleNamespace(cudagraph_mode=None),
+        compilation_config=types.SimpleNamespace(
+            cudagraph_mode=graphs and vllm.config.CUDAGraphMode[graphs]
+        ),
+        optimization_level=vllm.config.vllm.OptimizationLevel(level),
+        model_config=types.SimpleNamespace(enforce_eager=enforce_eager),
         parallel_config=types.SimpleNamespace(worker_cls="auto"),
         scheduler_config=types.SimpleNamespace(scheduler_cls=None, async_scheduling=None),
     )
@@ -508,6 +515,29 @@ def test_model_runner_v2_is_for_who_asks_for_it(monkeypatch: pytest.MonkeyPatch)
     assert config.scheduler_config.scheduler_cls == validation.ASYNC_SCHEDULER_V2
     assert config.scheduler_config.async_scheduling is True
     assert config.speculative_config.disable_padded_drafter_batch is False
+
+
+@pytest.mark.parametrize("forced", ["xformers", "reference"])
+def test_attention_that_no_graph_can_hold_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, forced: str
+) -> None:
+    """On V2, which has full graphs, unless they are off; what waits for nothing may have them."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("ECHO_VLLM_OPS", forced)
+    for graphs in (None, "FULL_DECODE_ONLY"):
+        with pytest.raises(EchoConfigError) as error:
+            choose_on_gpu(monkeypatch, PretendedGPU(), graphs=graphs)
+        assert str(error.value) == (
+            f"{METHOD} cudagraph_mode {graphs or 'FULL_AND_PIECEWISE'} and ECHO_VLLM_OPS={forced}, "
+            "whose attention waits for the device; set cudagraph_mode to PIECEWISE or NONE, or "
+            "unset ECHO_VLLM_OPS."
+        )
+    choose_on_gpu(monkeypatch, PretendedGPU(), graphs="PIECEWISE")
+    choose_on_gpu(monkeypatch, PretendedGPU(), level=1)
+    choose_on_gpu(monkeypatch, PretendedGPU(), enforce_eager=True)
+    for other in ("triton", "flash"):
+        monkeypatch.setenv("ECHO_VLLM_OPS", other)
+        choose_on_gpu(monkeypatch, PretendedGPU(), graphs="FULL")
 
 
 @pytest.mark.parametrize(
