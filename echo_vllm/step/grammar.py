@@ -19,12 +19,14 @@ further, and what follows it is masked by the grammar's first state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 from echo_vllm.trees.forest import ROOT
 
@@ -82,9 +84,43 @@ def allow(
         tokens, parents: of the tree's nodes, maybe none; a parent is an index of a node before, or
             ROOT.
         max_nodes: of the result; forced nodes come first, right behind their parents.
-        max_depth: of a forced node.
+        max_depth: of a forced node; 0 for none.
     """
     return _Walk(manager, request, tokens, parents, max_nodes, max_depth).run()
+
+
+def masks_of(
+    stock: Callable[[SchedulerOutput], GrammarOutput | None],
+    scheduler_output: SchedulerOutput,
+    trees: Mapping[str, AllowedTree],
+) -> GrammarOutput | None:
+    """The masks of a batch: for each request with a grammar its root's, then one for each draft.
+
+    Args:
+        stock: vLLM's `get_grammar_bitmask`.
+        trees: of the requests whose drafts are trees; a draft behind the last node of its
+            request's tree is none, and may be followed by anything.
+    """
+    scheduled = scheduler_output.scheduled_spec_decode_tokens
+    # Without their drafts, so that vLLM makes the masks of the roots only.
+    scheduler_output.scheduled_spec_decode_tokens = {}
+    try:
+        roots = stock(scheduler_output)
+    finally:
+        scheduler_output.scheduled_spec_decode_tokens = scheduled
+    if roots is None:
+        return None
+    req_ids = roots.structured_output_request_ids
+    counts = [len(scheduled.get(req_id, ())) for req_id in req_ids]
+
+    def rows(place: int) -> NDArray[np.int32]:
+        masks: NDArray[np.int32] = roots.grammar_bitmask[place : place + 1]
+        num_rows, tree = 1 + counts[place], trees.get(req_ids[place])
+        if tree is not None:
+            masks = tree.masks[:num_rows].numpy()
+        return np.pad(masks, ((0, num_rows - len(masks)), (0, 0)), constant_values=-1)
+
+    return GrammarOutput(req_ids, np.concatenate([rows(i) for i in range(len(req_ids))]), counts)
 
 
 def forced_text(manager: Any, grammar: Any) -> list[int]:
@@ -149,7 +185,9 @@ class _Walk:
 
     def run(self) -> AllowedTree:
         if self._starts_at(()).constraint_start == 0:
-            self._visit(_ROOT_KEY, 0, 0, forced_text(self.manager, self._grammar))
+            is_free = self.max_depth > 0
+            text = forced_text(self.manager, self._grammar) if is_free else ()
+            self._visit(_ROOT_KEY, 0, 0, text)
         else:
             self._visit_reasoning(_ROOT_KEY, [])
         found = sorted(self._found)[: self.max_nodes]

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
@@ -33,7 +32,7 @@ from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.drawn import is_drawn
-from echo_vllm.step.grammar import AllowedTree, allow
+from echo_vllm.step.grammar import AllowedTree, allow, masks_of
 from echo_vllm.step.stats import StepStats
 from echo_vllm.step.v1.slots import takes_trees
 
@@ -266,26 +265,10 @@ class EchoScheduler(Scheduler):
 
     def get_grammar_bitmask(self, scheduler_output: Any) -> GrammarOutput | None:
         """vLLM's masks, and for every node of a tree the mask behind its own path."""
-        trees = scheduler_output.echo_allowed
-        if not trees:
+        if not (req_ids := scheduler_output.echo_allowed.keys()):
             return super().get_grammar_bitmask(scheduler_output)
-        # Without their drafts, so that vLLM makes the masks of the roots only.
-        scheduled = scheduler_output.scheduled_spec_decode_tokens
-        scheduler_output.scheduled_spec_decode_tokens = {}
-        try:
-            roots = super().get_grammar_bitmask(scheduler_output)
-        finally:
-            scheduler_output.scheduled_spec_decode_tokens = scheduled
-        assert roots is not None
-        req_ids = roots.structured_output_request_ids
-        counts = [len(scheduled[req_id]) if req_id in trees else 0 for req_id in req_ids]
-        rows = [
-            self._allowed[req_id].masks[: 1 + count].numpy()
-            if count
-            else roots.grammar_bitmask[i : i + 1]
-            for i, (req_id, count) in enumerate(zip(req_ids, counts, strict=True))
-        ]
-        return GrammarOutput(req_ids, np.concatenate(rows), counts)
+        trees = {req_id: self._allowed[req_id] for req_id in req_ids}
+        return masks_of(super().get_grammar_bitmask, scheduler_output, trees)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._step_stats = model_runner_output.echo_stats

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -18,7 +17,7 @@ from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine
 from tests.engine.test_elastic_engine import scheduler
 from tests.engine.test_exactness import greedy, tiny_engine, tiny_prompts
-from tests.engine.tiny import Shape, make_head, make_target
+from tests.engine.tiny import Shape, add_letters, make_head, make_target
 
 LETTERS = "abcdefghijkl"
 K_MAX = 10
@@ -27,17 +26,9 @@ K_MAX = 10
 @pytest.fixture(scope="module")
 def spelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny target whose tokens are letters, and its head."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("spelled")
     target, head = make_target(folder / "target", Shape()), make_head(folder / "head", Shape())
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(target / "tokenizer.json"))
-    (target / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a"})
-    )
+    add_letters(target, LETTERS)
     return target, head
 
 

@@ -10,7 +10,7 @@ first tokens can be enumerated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,20 @@ class Shape:
     head_dim: int = 32
     mlp: int = 96
     max_len: int = 512
+
+
+def add_letters(folder: Path, tokens: str | Sequence[str], **special: str) -> Path:
+    """Give a target a tokenizer of single letters; `special` names some of them, like eos_token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=tokens[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": tokens[0], **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
 
 
 def _config(shape: Shape, architecture: str, layers: int) -> dict[str, Any]:

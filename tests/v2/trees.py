@@ -112,13 +112,13 @@ def test_trees_stay_exact_where(
         assert generate(llm, MANY, greedy(TOKENS)) == plain_many
         if condition == "the prefix is cached":
             assert generate(llm, MANY, greedy(TOKENS)) == plain_many
-            assert _metric(llm, "vllm:prefix_cache_hits") > 0
+            assert metric(llm, "vllm:prefix_cache_hits") > 0
         if condition == "requests are preempted":
-            assert _metric(llm, "vllm:num_preemptions") > 0
+            assert metric(llm, "vllm:num_preemptions") > 0
         assert counters(llm)["spec_decode_num_accepted_tokens"] > 20
 
 
-def _metric(llm: Any, name: str) -> float:
+def metric(llm: Any, name: str) -> float:
     value: float = next(m.value for m in llm.get_metrics() if m.name == name)
     return value
 

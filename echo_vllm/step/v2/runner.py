@@ -11,14 +11,17 @@ every row on the accepted path is drawn as plain decoding would draw it there.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -33,9 +36,17 @@ from echo_vllm.step.attention.backend import builders_of
 from echo_vllm.step.attention.tree import VerificationRows
 from echo_vllm.step.clock import StepMarks, marks_on
 from echo_vllm.step.commit import commit_paths
+from echo_vllm.step.grammar import AllowedTree
 from echo_vllm.step.tracing import TraceRecorder
 from echo_vllm.step.v2.budget import TreeBudget, drafting_of, num_nodes_of, plan_of, probes_of
 from echo_vllm.step.v2.drafter import TreeSpeculator
+from echo_vllm.step.v2.grammar import (
+    TreesToHost,
+    awaits_trees,
+    followed_of,
+    trees_of,
+    write_allowed,
+)
 from echo_vllm.step.v2.graphs import TreeGraphs, holds_trees
 from echo_vllm.step.v2.outputs import OutputWithNotes, StepNotes
 from echo_vllm.step.v2.paths import PathSampler
@@ -108,21 +119,28 @@ class TreeVerifier:
     def _note(self, batch: InputBatch, trees: ScheduledTrees, num_accepted: torch.Tensor) -> None:
         """What the policy wants to know of the verification, of each kind of candidates."""
         policy, drawn = self.runner.policy, self.runner.speculator.drawn
-        scores, accepted = trees.path_logprobs, num_accepted
+        scores, depths, sizes = trees.path_logprobs, trees.depths, trees.cu_nodes.diff()
+        draws = np.zeros(batch.num_reqs, np.bool_)
         if drawn is not None:
-            found = drawn.draws(batch.idx_mapping_np)
-            draws = upload(torch.from_numpy(found), scores.device)
-            sizes = trees.cu_nodes.diff()
-            of_nodes = draws.repeat_interleave(sizes, output_size=len(scores))
-            if found.any():
-                trees.drawn_notes = policy.notes_of_verified_drawn(
-                    scores.masked_fill(~of_nodes, NO_CANDIDATE),
-                    trees.depths,
-                    num_accepted.masked_fill(~draws, 0),
-                )
-            scores = scores.masked_fill(of_nodes, NO_CANDIDATE)
-            accepted = num_accepted.masked_fill(draws, 0)
-        trees.notes = policy.notes_of_verified(scores, trees.depths, accepted)
+            draws = drawn.draws(batch.idx_mapping_np)
+        # What a grammar forces says nothing about the head.
+        rewritten = self.runner.rewritten
+        forced = [req_id in rewritten and rewritten[req_id].has_forced for req_id in batch.req_ids]
+
+        def of(chosen: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if chosen.all():
+                return scores, depths, num_accepted
+            own = upload(torch.from_numpy(chosen), scores.device)
+            of_nodes = own.repeat_interleave(sizes, output_size=len(scores))
+            return (
+                scores.masked_fill(~of_nodes, NO_CANDIDATE),
+                depths,
+                num_accepted.masked_fill(~own, 0),
+            )
+
+        if draws.any():
+            trees.drawn_notes = policy.notes_of_verified_drawn(*of(draws))
+        trees.notes = policy.notes_of_verified(*of(~draws & ~np.array(forced)))
 
 
 def _logprobs_of(tensors: LogprobsTensors, rows: torch.Tensor) -> LogprobsTensors:
@@ -167,9 +185,15 @@ class EchoRunnerV2Mixin(_Runner):
         def init_speculator(config: VllmConfig, device: torch.device, _: Any) -> TreeSpeculator:
             return TreeSpeculator(config, device, self.policy, self.tree_slots)
 
+        self._held: SchedulerOutput | None = None
+        """The batch that waits for the masks of its trees."""
+        self.rewritten: Mapping[str, AllowedTree] = {}
+        """Of this batch: request -> its tree as a grammar has left it."""
+
         # Building vLLM's own first and replacing it would allocate its buffers twice.
         with patch.object(model_runner, "init_speculator", init_speculator):
             super().__init__(vllm_config, device)
+        self.draft_tokens_handler = TreesToHost(self.tree_slots, device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -240,6 +264,7 @@ class EchoRunnerV2Mixin(_Runner):
             self.speculator.probes = probes_of(scheduler_output)
             self.speculator.marks = self._marks
             self.speculator.keeps_candidates = self.recorder is not None
+            self.draft_tokens_handler.followed = followed_of(scheduler_output)
             if isinstance(self.adaptive_verification, TreeBudget):
                 self.adaptive_verification.num_nodes = num_nodes_of(scheduler_output)
         return super().gather_batch_req_state(scheduler_output, dummy_run)
@@ -313,12 +338,38 @@ class EchoRunnerV2Mixin(_Runner):
         with patch.object(self.model, "compute_logits", shown):
             return super().sample(hidden_states, input_batch, *args, **kwargs)
 
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; where a grammar has yet to follow the batch's trees, `sample_tokens` does it."""
+        self.rewritten = {}
+        if awaits_trees(scheduler_output):
+            self._held = scheduler_output
+            return None
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    @torch.inference_mode()
+    def _execute_held(self, grammar_output: GrammarOutput | None) -> None:
+        """Run the batch that has waited, with its trees as they are allowed."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        self.rewritten = trees = trees_of(grammar_output)
+        if trees:
+            write_allowed(
+                self.tree_slots,
+                self.req_states.draft_tokens,
+                [self.req_states.req_id_to_index[req_id] for req_id in trees],
+                list(trees.values()),
+            )
+        output = super().execute_model(held)
+        assert output is None, "a batch with trees samples"
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        self._execute_held(grammar_output)
         assert self.speculator is not None
         self.speculator.verified = trees = self.trees
         state = self.execute_model_state
         try:
-            output = super().sample_tokens(*args, **kwargs)
+            output = super().sample_tokens(grammar_output)
         finally:
             self._announce(None)
             self.trees = None
@@ -337,7 +388,7 @@ class EchoRunnerV2Mixin(_Runner):
         trace = None
         if self.recorder is not None:
             traced = None if drafting is None else drafting.traced
-            trace = TraceNotes(self.recorder, input_batch, trees, traced)
+            trace = TraceNotes(self.recorder, input_batch, trees, traced, list(self.rewritten))
         before, self._notes = (
             self._notes,
             StepNotes(

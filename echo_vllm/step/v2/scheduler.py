@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -26,8 +26,11 @@ from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies import Observation, draws_of
 from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.drawn import is_drawn
+from echo_vllm.step.grammar import AllowedTree, allow, masks_of
 from echo_vllm.step.scheduler import trimmed
+from echo_vllm.step.v1.slots import takes_trees
 from echo_vllm.step.v2.budget import num_nodes_of, tell
+from echo_vllm.step.v2.grammar import attach_trees, drafted_of, tell_followed
 from echo_vllm.step.v2.outputs import Heard, heard_with
 from echo_vllm.step.v2.state import policy_of
 
@@ -38,7 +41,8 @@ else:
 
 
 class UnseenTreesMixin(_Scheduler):
-    """Gives requests rows for trees that this process never sees."""
+    """Gives requests rows for trees that this process never sees, but for those of requests with a
+    grammar, which it follows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,6 +61,8 @@ class UnseenTreesMixin(_Scheduler):
         self._fresh: set[str] = set()
         """Requests that the last step with any rows drafts for: of their trees nothing has been
         heard yet."""
+        self._allowed: dict[str, AllowedTree] = {}
+        """What grammars have left of trees, until their masks are made."""
         self._probes: list[str] = []
         """Of the drafting at the end of the step scheduled last: who gets a tree, and who of these
         are its probes."""
@@ -137,6 +143,8 @@ class UnseenTreesMixin(_Scheduler):
         if not self._drafting:
             scheduler_output.num_spec_tokens_to_schedule = 0
         tell(scheduler_output, plan, num_nodes, self._drafting, self._probes)
+        followed, awaited = map(self._with_grammar, (self._drafting, drafts))
+        tell_followed(scheduler_output, followed, awaited)
         super()._update_after_schedule(scheduler_output)
 
     def _num_nodes_of(self, load: Load, most: dict[str, int]) -> int:
@@ -169,7 +177,7 @@ class UnseenTreesMixin(_Scheduler):
         params = request.sampling_params
         if params is None or request.resumable:
             return False
-        if params.structured_outputs is not None or params.thinking_token_budget is not None:
+        if not takes_trees(params):
             return False
         # What is in flight counts as generated, because it may be.
         left: int = request.max_tokens - request.num_output_tokens
@@ -183,6 +191,44 @@ class UnseenTreesMixin(_Scheduler):
                 continue
             if req_id not in self._drafting or not self._can_have_tree(request):
                 request.spec_token_ids = []
+
+    # ---- Between two steps, where a request has a grammar ----
+
+    def _with_grammar(self, req_ids: Iterable[str]) -> list[str]:
+        """Those of `req_ids` that have one."""
+        return [req_id for req_id in req_ids if self.requests[req_id].use_structured_output]
+
+    def _follow(self, req_id: str, drafted: tuple[list[int], list[int]], max_nodes: int) -> int:
+        """Follow the tokens and parents of a request's tree with its grammar, whose state is that
+        of the tree's root; returns how many nodes it has then."""
+        # Nothing is forced in a chain, which would have to stay one.
+        is_chain = self._policy.max_frontier == 1 == self._policy.num_ranks
+        self._allowed[req_id] = tree = allow(
+            self.structured_output_manager,
+            self.requests[req_id],
+            *drafted,
+            max_nodes=max_nodes,
+            # No deeper than what is drafted, which the back ends can roll back, too.
+            max_depth=0 if is_chain else min(self._policy.max_depth, self.num_spec_tokens),
+        )
+        return len(tree.nodes)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """vLLM's masks, with those of trees, and what is allowed of these."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        # Of a tree that was not followed, which no step should have, nothing is left.
+        trees = {
+            req_id: self._allowed.pop(req_id, AllowedTree())
+            for req_id in drafts
+            if req_id in self.requests and self.requests[req_id].use_structured_output
+        }
+        if not trees:
+            return super().get_grammar_bitmask(scheduler_output)
+        output = masks_of(super().get_grammar_bitmask, scheduler_output, trees)
+        if output is not None:
+            there = trees.keys() & output.structured_output_request_ids
+            attach_trees(output, {x: trees[x].without_masks(len(drafts[x])) for x in there})
+        return output
 
     # ---- After the step ----
 
@@ -219,6 +265,12 @@ class EchoSchedulerV2(UnseenTreesMixin, Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         super().update_draft_token_ids(draft_token_ids)
+        for req_id, drafted in drafted_of(draft_token_ids).items():
+            request = self.requests.get(req_id)
+            if request is None or request.is_finished() or request.is_prefill_chunk:
+                continue
+            size = self._follow(req_id, drafted, self.num_spec_tokens)
+            request.spec_token_ids = [-1] * size
         self._drop_drafts(draft_token_ids.req_ids)
 
 
@@ -228,3 +280,13 @@ class EchoAsyncSchedulerV2(UnseenTreesMixin, AsyncScheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         self._drop_drafts(scheduler_output.num_scheduled_tokens)
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: Any, scheduler_output: SchedulerOutput
+    ) -> None:
+        """The trees of a batch that waits for its masks have come; its placeholders stay."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        for req_id, drafted in drafted_of(draft_token_ids).items():
+            request = self.requests.get(req_id)
+            if req_id in drafts and request is not None and not request.is_finished():
+                self._follow(req_id, drafted, len(drafts[req_id]))

@@ -66,12 +66,14 @@ class TraceNotes:
         batch: of the step.
         trees: that it verified, if any.
         drafting: at its end, if there was one.
+        rewritten: requests whose trees are not what was drafted, and are left out.
     """
 
     recorder: TraceRecorder
     batch: InputBatch
     trees: ScheduledTrees | None
     drafting: TracedDrafting | None
+    rewritten: Sequence[str]
     _here: list[NDArray[Any]] = field(default_factory=list)
 
     def copy(self) -> None:
@@ -101,6 +103,8 @@ class TraceNotes:
         forest, accepted = DraftForest.empty(num_reqs), np.zeros((num_reqs, 1), np.int32)
         if self.trees is not None:
             forest, accepted = _of_sizes(next(here)), next(here).numpy()
+        for req_id in self.rewritten:
+            self.recorder.forget(req_id)
         self.recorder.verified(
             self._req_ids,
             forest,
