@@ -17,7 +17,7 @@ COMPILE ?= 0
 WORKERS ?= 2
 HOURS ?= 1
 ARGS ?=
-V2_TESTS := tests/v2/graph.py tests/v2/paths.py tests/v2/stock.py tests/v2/trees.py tests/v2/budget.py tests/v2/learning.py tests/v2/drawn.py tests/v2/tracing.py tests/v2/full.py tests/v2/parallel.py
+V2_TESTS := tests/v2/graph.py tests/v2/paths.py tests/v2/stock.py tests/v2/trees.py tests/v2/budget.py tests/v2/learning.py tests/v2/drawn.py tests/v2/grammar.py tests/v2/tracing.py tests/v2/full.py tests/v2/parallel.py
 export VARIANT PORT HOST CONFIG DTYPE COMPILE ARGS
 
 PYTHON_OF_VENV := .venv/bin/python

@@ -118,7 +118,8 @@ def masks_of(
         num_rows, tree = 1 + counts[place], trees.get(req_ids[place])
         if tree is not None:
             masks = tree.masks[:num_rows].numpy()
-        return np.pad(masks, ((0, num_rows - len(masks)), (0, 0)), constant_values=-1)
+        missing = num_rows - len(masks)
+        return np.pad(masks, ((0, missing), (0, 0)), constant_values=-1) if missing else masks
 
     return GrammarOutput(req_ids, np.concatenate([rows(i) for i in range(len(req_ids))]), counts)
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -281,6 +282,27 @@ def test_a_back_end_that_cannot_go_back_gets_no_tree(
         assert in_letters(generate(llm, PROMPTS, asked())) == plain
         assert counters(llm)["spec_decode_num_accepted_tokens"] > 5
     assert not seen
+
+
+@both
+@pytest.mark.full
+def test_a_tree_that_nobody_has_followed_is_not_verified(
+    spelled: TinyModel,
+    plain: list[str],
+    is_async: bool,
+    seen: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if requests were left out of the step behind each second drafting of theirs."""
+    came = itertools.cycle([True, False])
+
+    def dropped(drafts: Any) -> Any:
+        return grammar.drafted_of(drafts) if next(came) else {}
+
+    monkeypatch.setattr(scheduler, "drafted_of", dropped)
+    with v2_engine(spelled, trees(spelled, "echo-16"), async_scheduling=is_async) as llm:
+        assert in_letters(generate(llm, PROMPTS, asked())) == plain
+    assert seen["verified"] > 20
 
 
 @pytest.mark.full

@@ -43,5 +43,5 @@ def test_vllms_own_chain_on_v2() -> None:
 
 @pytest.mark.full
 def test_trees_on_v2() -> None:
-    files = ("trees", "budget", "learning", "drawn", "tracing", "full")
+    files = ("trees", "budget", "learning", "drawn", "grammar", "tracing", "full")
     run_pytest(*(f"tests/v2/{name}.py" for name in files))

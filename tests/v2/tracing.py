@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echo_vllm.forecast.drafter_profile import DrafterProfile
 from echo_vllm.offline.calibrate.samples import collect
 from echo_vllm.trace_format import TraceStep, read_trace
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, generate, runner
 from tests.engine.test_exactness import greedy
+from tests.offline.calibrate.test_calibrate_command import run
 from tests.v2.stock import PROMPTS, TOKENS, v2_engine
 from tests.v2.trees import plain, sampling
 
@@ -94,3 +96,36 @@ def test_a_trace_holds_both_kinds_of_candidates(tiny: TinyModel, tmp_path: Path)
     expected = np.exp(samples.node_logprob[samples.node_depth == 1]).sum()
     accepted = samples.node_accepted[samples.node_depth == 1].sum()
     assert 0.2 < accepted / expected < 1.7
+
+
+def test_calibrate_makes_of_traces_a_profile_that_an_engine_starts_with(
+    tiny: TinyModel, plain: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One trace with the drafter's best candidates, one with drawn ones."""
+    monkeypatch.setenv("ECHO_VLLM_CACHE", str(tmp_path / "cache"))
+    traces = []
+    for candidates, params in (("best", greedy(TOKENS)), ("drawn", sampling(max_tokens=12))):
+        traces.append(tmp_path / f"{candidates}.jsonl")
+        section = {"policy": "topn", "max_depth": 2, "top_k": 3, "candidates": candidates}
+        with v2_engine(tiny, echo(tiny.head, 12, **section, trace=str(traces[-1]))) as llm:
+            generate(llm, PROMPTS, params)
+            steps_of(llm, traces[-1])
+    profile = tmp_path / "profile.json"
+    result = run(
+        *(tiny.target, "--drafter", tiny.head, "-o", profile),
+        *("--trace", traces[0], "--trace", traces[1]),
+    )
+    assert result.exit_code == 0, result.output
+    made = DrafterProfile.load(profile)
+    assert [depth.depth for depth in made.depths] == [1, 2]
+    assert made.drawn is not None
+    assert [depth.depth for depth in made.drawn.depths] == [1, 2]
+    assert made.num_steps > 40
+    first, second = made.depths
+    for policy, is_async in (("echo", True), ("auto", False)):
+        spec = echo(tiny.head, 12, policy=policy, profile=str(profile))
+        with v2_engine(tiny, spec, async_scheduling=is_async) as llm:
+            if policy == "auto":
+                growth = runner(llm).policy.growth[0]
+                assert growth == pytest.approx(min(1, second.acceptance / first.acceptance))
+            assert generate(llm, PROMPTS, greedy(TOKENS)) == plain

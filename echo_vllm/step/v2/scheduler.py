@@ -72,7 +72,10 @@ class UnseenTreesMixin(_Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._drop_stale_trees()
         self._limit_drafts()
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        for req_id in output.finished_req_ids:
+            self._allowed.pop(req_id, None)
+        return output
 
     def _drop_stale_trees(self) -> None:
         """Take placeholders from requests whose drawn tree the step after its drafting did not
@@ -216,18 +219,17 @@ class UnseenTreesMixin(_Scheduler):
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """vLLM's masks, with those of trees, and what is allowed of these."""
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        # Of a tree that was not followed, which no step should have, nothing is left.
-        trees = {
-            req_id: self._allowed.pop(req_id, AllowedTree())
-            for req_id in drafts
-            if req_id in self.requests and self.requests[req_id].use_structured_output
-        }
-        if not trees:
-            return super().get_grammar_bitmask(scheduler_output)
-        output = masks_of(super().get_grammar_bitmask, scheduler_output, trees)
+        followed = {x: self._allowed.pop(x) for x in drafts if x in self._allowed}
+        output = masks_of(super().get_grammar_bitmask, scheduler_output, followed)
         if output is not None:
-            there = trees.keys() & output.structured_output_request_ids
-            attach_trees(output, {x: trees[x].without_masks(len(drafts[x])) for x in there})
+            # Of a tree that was not followed, because its request was left out of the step behind
+            # its drafting, nothing is left.
+            trees = {
+                x: followed.get(x, AllowedTree()).without_masks(len(drafts[x]))
+                for x in output.structured_output_request_ids
+                if x in drafts
+            }
+            attach_trees(output, trees)
         return output
 
     # ---- After the step ----
