@@ -112,14 +112,16 @@ def masks_of(
         return None
     req_ids = roots.structured_output_request_ids
     counts = [len(scheduled.get(req_id, ())) for req_id in req_ids]
+    # As many rows for every request from vLLM 0.33.0 on, before that a root's alone.
+    width = len(roots.grammar_bitmask) // len(req_ids)
 
     def rows(place: int) -> NDArray[np.int32]:
-        masks: NDArray[np.int32] = roots.grammar_bitmask[place : place + 1]
-        num_rows, tree = 1 + counts[place], trees.get(req_ids[place])
-        if tree is not None:
-            masks = tree.masks[:num_rows].numpy()
-        missing = num_rows - len(masks)
-        return np.pad(masks, ((0, missing), (0, 0)), constant_values=-1) if missing else masks
+        root: NDArray[np.int32] = roots.grammar_bitmask[place * width :][:1]
+        tree = trees.get(req_ids[place])
+        nodes = root[:0] if tree is None else tree.masks[1 : 1 + counts[place]].numpy()
+        missing = max(width, 1 + counts[place]) - 1 - len(nodes)
+        anything = np.full((missing, root.shape[1]), -1, np.int32)
+        return np.concatenate([root, nodes, anything])
 
     return GrammarOutput(req_ids, np.concatenate([rows(i) for i in range(len(req_ids))]), counts)
 
@@ -245,7 +247,7 @@ class _Walk:
             way = [*path, token]
             starts = self._starts_at(way)
             if starts.constraint_start > len(way):
-                self._keep((child, 0), token, key)
+                self._reason_on(self._keep((child, 0), token, key))
                 self._visit_reasoning((child, 0), way)
             elif starts.grammar_start < len(way):
                 # The last token ended the reasoning and is the grammar's first.
@@ -258,6 +260,14 @@ class _Walk:
                 self._grammar.rollback(1)
             else:
                 self._grammar.fill_bitmask(self._masks, self._keep((child, 0), token, key))
+
+    def _reason_on(self, row: int) -> None:
+        """Mask what vLLM does while a request reasons: from 0.33.0 on tokens that would end it
+        and begin nothing that the grammar knows."""
+        ends = getattr(self.manager, "_masked_reasoning_ends", None)
+        words = self._masks[row].numpy().view(np.uint32)
+        for token in () if ends is None else ends(self.request):
+            words[token // 32] &= ~np.uint32(1 << token % 32)
 
     def _starts_at(self, path: Sequence[int]) -> Any:
         """Where in `path` the grammar begins; behind its end where the request still reasons."""

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from vllm.v1.core.sched.output import GrammarOutput
 
-from echo_vllm.step.grammar import FORCED, AllowedTree, allow, forced_token
+from echo_vllm.step.grammar import FORCED, AllowedTree, allow, forced_token, masks_of
 from echo_vllm.trees.forest import ROOT
 from tests.conftest import DEMO_HEAD, DEMO_TARGET
 from tests.engine.engines import counters, echo, engine, generate, runner
@@ -125,6 +126,39 @@ def test_reasoning_is_free_and_ends_inside_a_path() -> None:
     tree = follow(grammar, tokens, parents, end=7)
     assert tree.nodes == [0, 1, 2, 4]
     assert tree.masks.flatten().tolist() == [-1, -1, bits(1, 2), -1, bits(1, 2)]
+
+
+def test_reasoning_does_not_end_with_what_the_grammar_cannot_begin_with() -> None:
+    """As in vLLM 0.33.0, whose manager says which tokens those are."""
+    manager = Manager(end=7)
+    manager._masked_reasoning_ends = lambda request: (2, 31)  # type: ignore[attr-defined]
+    grammar = Numbers({0: [1]})
+    tree = allow(manager, request_of(grammar), [5, 7], [ROOT, 0], max_nodes=4, max_depth=4)
+    free = np.array([-1], np.int32).view(np.uint32) & ~np.uint32(bits(2, 31))
+    assert tree.nodes == [0, 1]
+    assert tree.masks[1:].numpy().view(np.uint32).flatten().tolist() == [int(free[0]), bits(1)]
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_masks_lie_as_the_release_has_them(width: int) -> None:
+    """Before vLLM 0.33.0 a request has as many rows as it has drafts, and one; then all as many."""
+    roots = np.full((3 * width, 1), -1, np.int32)
+    roots[::width, 0] = 1, 2, 3
+    output = SimpleNamespace(scheduled_spec_decode_tokens={"b": [-1] * 3, "c": [-1]})
+
+    def stock(given: Any) -> GrammarOutput:
+        assert given.scheduled_spec_decode_tokens == {}
+        return GrammarOutput(["a", "b", "c"], roots, [0, 0, 0])
+
+    masks = torch.tensor([[9], [21], [22]], dtype=torch.int32)
+    trees = {"b": AllowedTree([0, 1], [5, 6], [ROOT, 0], masks)}
+    found = masks_of(stock, output, trees)
+    assert found is not None
+    assert found.num_acceptable_drafts == [0, 3, 1]
+    wanted = {1: [1, 2, 21, 22, -1, 3, -1], 4: [1, -1, -1, -1, 2, 21, 22, -1, 3, -1, -1, -1]}
+    assert found.grammar_bitmask.flatten().tolist() == wanted[width]
+    assert output.scheduled_spec_decode_tokens.keys() == {"b", "c"}
+    assert masks_of(lambda _: None, output, trees) is None
 
 
 # After 1 come 2, 3, 4 and nothing else; then 5 or 6, which leads to 8 and the end.

@@ -30,8 +30,9 @@ from vllm.config import CUDAGraphMode
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import counters, echo, engine, free_blocks, generate, runner
 from tests.engine.test_exactness import POLICIES, greedy, tiny_prompts
-from tests.engine.tiny import Shape, make_head, make_target
+from tests.engine.tiny import Shape, add_letters, make_head, make_target
 from tests.gpu.test_engine import assert_near_ties, differing
+from tests.v2 import grammar
 
 # `DRY=1 scripts/gpu_v2.sh` runs it without a GPU.
 pytestmark = pytest.mark.full if os.environ.get("DRY") else pytest.mark.gpu
@@ -160,6 +161,19 @@ def test_trees_stay_exact_where(
             assert values[0] > 0
         if condition == "the prefix is cached":
             assert not differing(generate(llm, PROMPTS, greedy(TOKENS)), plain["greedy"])
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_trees_under_a_grammar_are_exact(tiny: TinyModel, is_async: bool) -> None:
+    """Half of the batch, whose trees come to the host and go back."""
+    add_letters(tiny.target, grammar.LETTERS, eos_token=grammar.END)
+    options = {"skip_tokenizer_init": False, "async_scheduling": is_async}
+    with v2(tiny, None, **options) as llm:
+        plain = generate(llm, grammar.PROMPTS, grammar.asked())
+    with v2(tiny, spec_of(tiny, "echo-16"), **options) as llm:
+        for _ in range(2):
+            assert not differing(generate(llm, grammar.PROMPTS, grammar.asked()), plain)
+        assert counters(llm)["spec_decode_num_accepted_tokens"] > 20
 
 
 def test_in_half_precision_a_first_difference_is_a_near_tie(tiny: TinyModel) -> None:
