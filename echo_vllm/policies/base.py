@@ -215,6 +215,11 @@ class DraftPolicy(ABC):
         self.num_ranks = config.top_k
         self.max_frontier = config.top_k
 
+    @property
+    def are_chains(self) -> bool:
+        """Whether each of its trees is one path."""
+        return self.max_frontier == 1 == self.num_ranks
+
     # ---- In the scheduler's process ----
 
     def set_cost(self, cost: StepCost) -> None:  # noqa: B027  (nothing, by default)

@@ -165,7 +165,6 @@ class EchoRunnerV2Mixin(_Runner):
         self.tree_slots = TreeSlots(max_reqs, self.policy.max_nodes, device)
         max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.tree_buffers = VerificationBuffers(max_rows, self.policy.max_nodes, device)
-        self._are_chains = self.policy.max_frontier == 1 == self.policy.num_ranks
         self._in_graph = False
         """Whether the batch runs in a full graph with trees."""
         self.trees: ScheduledTrees | None = None
@@ -227,7 +226,7 @@ class EchoRunnerV2Mixin(_Runner):
             for group, builder in builders_of(self.attn_groups)
         )
         # Chains need no other attention than the stock one, where that takes rows of any number.
-        if not self._are_chains or support < AttentionCGSupport.ALWAYS.value:
+        if not self.policy.are_chains or support < AttentionCGSupport.ALWAYS.value:
             for _, builder in builders_of(self.attn_groups):
                 builder.rows_to_capture = self.tree_buffers.hold_roots
         kwargs["varlen_decode"] = True
@@ -301,7 +300,7 @@ class EchoRunnerV2Mixin(_Runner):
             self.tree_buffers,
             self.req_states.draft_tokens,
             input_batch,
-            are_causal=self._are_chains and not self._in_graph,
+            are_causal=self.policy.are_chains and not self._in_graph,
             in_graph=self._in_graph,
         )
         if trees.rows is not None:

@@ -204,15 +204,15 @@ class UnseenTreesMixin(_Scheduler):
     def _follow(self, req_id: str, drafted: tuple[list[int], list[int]], max_nodes: int) -> int:
         """Follow the tokens and parents of a request's tree with its grammar, whose state is that
         of the tree's root; returns how many nodes it has then."""
-        # Nothing is forced in a chain, which would have to stay one.
-        is_chain = self._policy.max_frontier == 1 == self._policy.num_ranks
+        most = min(self._policy.max_depth, self.num_spec_tokens)
         self._allowed[req_id] = tree = allow(
             self.structured_output_manager,
             self.requests[req_id],
             *drafted,
             max_nodes=max_nodes,
-            # No deeper than what is drafted, which the back ends can roll back, too.
-            max_depth=0 if is_chain else min(self._policy.max_depth, self.num_spec_tokens),
+            # No deeper than what is drafted, which the back ends can roll back, too; nothing is
+            # forced in a chain, which would have to stay one.
+            max_depth=0 if self._policy.are_chains else most,
         )
         return len(tree.nodes)
 
