@@ -48,7 +48,7 @@ test: setup ## all tests (under 25 minutes on two cores); ARGS go to pytest
 test-fast: setup ## the fast tier (under three minutes)
 	@$(PYTHON_OF_VENV) -m pytest -n $(WORKERS) --dist loadfile -m 'not full and not gpu' $(ARGS)
 
-test-v2: setup ## vLLM's Model Runner V2 on the CPU, in Triton's interpreter (some minutes)
+test-v2: setup ## vLLM's Model Runner V2 on the CPU, in Triton's interpreter (35 minutes)
 	@$(PYTHON_OF_VENV) -m tests.v2.on_cpu -m pytest -q $(V2_TESTS) $(ARGS)
 
 check: setup ## ruff, mypy, import contracts and clang-format; changes nothing
