@@ -186,9 +186,6 @@ class Pages:
 class TreeAttentionImpl(_Impl):
     """Runs tree rows in `ops.tree_attention` and everything else in the stock kernel."""
 
-    _pages: Pages | None = None
-    _pages_of: torch.Tensor | None = None
-
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
         """`kv_cache` [num_blocks, KVH, block_size, 2 * D] as views of K and V."""
         raise NotImplementedError
@@ -241,9 +238,7 @@ class TreeAttentionImpl(_Impl):
             super().forward(
                 layer, query[rows:], key[rows:], value[rows:], kv_cache, rest, output[rows:]
             )
-        if self._pages is None or self._pages_of is not kv_cache:
-            self._pages, self._pages_of = self.pages(layer, kv_cache), kv_cache
-        pages = self._pages
+        pages = self.pages(layer, kv_cache)
         own = self.as_cached(layer, key[:rows], value[:rows])
         suffix_key, suffix_value = tree.suffix(layer.layer_name, *own)
         ops.tree_attention(
