@@ -51,7 +51,7 @@ would be of long ago, and better prompts would not be noticed for thousands of s
 BOUND = 1.3
 """Standard errors between a forecast and its bounds."""
 
-HOLD = 0.6
+HOLD = 1.0
 """Of that, what drafting is taken for faster than it is forecast, once it has begun: where nobody
 can tell it is rest that costs nothing."""
 
@@ -66,7 +66,7 @@ YOUNG = 64
 
 YOUNG_PROBES = 4.0
 
-FIRST_PAUSES, YOUNG_PAUSES = 4, 8.0
+FIRST_PAUSES, YOUNG_PAUSES = 2, 8.0
 """Pauses at about one load up to which `YOUNG_PAUSES` times as much time goes to them, where
 log(speed) gains no more than `DOUBTFUL`: until then nobody knows what plain decoding takes here,
 and what is thought of it is wrong by a fifth at times."""
