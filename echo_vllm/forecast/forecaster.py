@@ -51,10 +51,6 @@ would be of long ago, and better prompts would not be noticed for thousands of s
 BOUND = 1.3
 """Standard errors between a forecast and its bounds."""
 
-HOLD = 1.0
-"""Of that, what drafting is taken for faster than it is forecast, once it has begun: where nobody
-can tell it is rest that costs nothing."""
-
 UNKNOWN = 0.005
 """What no observation tells, as a share of the speed: what the forecast leaves out."""
 
@@ -554,7 +550,7 @@ class Forecaster:
         was_attempt = 0 < self._attempt_until <= self._step
         if self._is_drafting or was_attempt:
             # An attempt that ends has shown what it could: then what is likely decides.
-            optimism = 0.0 if was_attempt and not self._drafting else HOLD * bound
+            optimism = 0.0 if was_attempt and not self._drafting else bound
             goes_on = self._pays(load, costs, best, optimism)
             if was_attempt and not self._drafting:
                 self._attempt_until = 0

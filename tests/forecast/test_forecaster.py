@@ -19,7 +19,6 @@ from echo_vllm.forecast.forecaster import (
     ENOUGH,
     EXPERIMENTS,
     FIRST_PAUSES,
-    HOLD,
     MOST_PROBES,
     PAUSE,
     PLAIN_STEPS,
@@ -119,7 +118,7 @@ def test_the_decision_has_hysteresis() -> None:
     # It gives up later than it resumes: between the two it cannot tell.
     assert down <= up
     best = found.forecast(Load(up, 0), curve)
-    assert best.gain <= -HOLD * BOUND * best.error
+    assert best.gain <= -BOUND * best.error
 
 
 def price_of_probes(costs: Costs, requests: int, probes: int) -> float:
@@ -425,10 +424,10 @@ def test_an_uncertain_forecast_changes_nothing() -> None:
         drafting._drafting = True
         both = begins(forecaster(0.5), load, costs), begins(drafting, load, costs)
         bound = BOUND * best.error
-        if -0.9 * HOLD * bound < best.gain < 0.9 * bound:
+        if -0.9 * bound < best.gain < 0.9 * bound:
             unsure += 1
             assert both == (False, True)
-        elif not -1.1 * HOLD * bound - 0.01 < best.gain < 1.1 * bound + 0.01:
+        elif not -1.1 * bound - 0.01 < best.gain < 1.1 * bound + 0.01:
             assert both == (best.gain > 0, best.gain > 0)
     assert unsure > 3
 
