@@ -69,6 +69,12 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
         ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 
+inline void check_float_or_bfloat16(const char* op, const char* name, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
+        " must be Float or BFloat16, got ", torch::headeronly::toString(dtype));
+}
+
 inline void check_last_dim_contiguous(const char* op, const char* name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
   check(t.size(last) <= 1 || t.stride(last) == 1, op, ": the last dimension of ", name,

@@ -41,19 +41,13 @@ const PackedLinearKernel& kernel_of_panel(const char* op, int64_t panel) {
        "; pack the weight with pack_linear");
 }
 
-// The kernel for bfloat16 x; null where there is none.
-const PackedLinearKernel* pair_kernel() {
+// The kernel for bfloat16 x.
+const PackedLinearKernel& pair_kernel(const char* op) {
 #if defined(__x86_64__)
-  if (selected_isa() >= Isa::kAvx512Bf16) return &packed_linear_kernel_avx512_bf16();
+  if (selected_isa() >= Isa::kAvx512Bf16) return packed_linear_kernel_avx512_bf16();
 #endif
-  return nullptr;
-}
-
-const PackedLinearKernel& checked_pair_kernel(const char* op) {
-  const PackedLinearKernel* kernel = pair_kernel();
-  check(kernel != nullptr, op,
-        ": bfloat16 needs a processor with AVX-512 instructions for it (avx512_bf16); use float32");
-  return *kernel;
+  fail(op,
+       ": bfloat16 needs a processor with AVX-512 instructions for it (avx512_bf16); use float32");
 }
 
 bool is_bfloat16(const uint32_t* bits, int64_t count) {
@@ -117,11 +111,10 @@ Tensor pack_floats(const Tensor& weight) {
 Tensor pack_linear(const Tensor& weight) {
   const char* op = "pack_linear";
   check_dim(op, "weight", weight, 2);
-  const ScalarType dtype = weight.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
-        ": weight must be Float or BFloat16, got ", torch::headeronly::toString(dtype));
+  check_float_or_bfloat16(op, "weight", weight);
   check(weight.is_contiguous(), op, ": weight must be contiguous");
-  if (dtype == ScalarType::BFloat16) return pack_pairs(weight, checked_pair_kernel(op).panel);
+  if (weight.scalar_type() == ScalarType::BFloat16)
+    return pack_pairs(weight, pair_kernel(op).panel);
   return pack_floats(weight);
 }
 
@@ -129,10 +122,9 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
                      const std::optional<Tensor>& bias) {
   const char* op = "packed_linear";
   check_dim(op, "x", x, 2);
+  check_float_or_bfloat16(op, "x", x);
   const ScalarType dtype = x.scalar_type();
   const bool pairs = dtype == ScalarType::BFloat16;
-  check(pairs || dtype == ScalarType::Float, op, ": x must be Float or BFloat16, got ",
-        torch::headeronly::toString(dtype));
   check_last_dim_contiguous(op, "x", x);
   check_dim(op, "packed", packed, 3);
   check_size(op, "packed", packed, 1, pairs ? (x.size(1) + 1) / 2 : x.size(1));
@@ -142,8 +134,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
   check(kept == ScalarType::BFloat16 || (!pairs && kept == ScalarType::Float), op,
         ": packed must be ", pairs ? "BFloat16" : "Float or BFloat16", ", got ",
         torch::headeronly::toString(kept));
-  const PackedLinearKernel& kernel =
-      pairs ? checked_pair_kernel(op) : kernel_of_panel(op, packed.size(2));
+  const PackedLinearKernel& kernel = pairs ? pair_kernel(op) : kernel_of_panel(op, packed.size(2));
   if (pairs) check_size(op, "packed", packed, 2, 2 * kernel.panel);
   const int64_t panels = packed.size(0);
   check((num_columns + kernel.panel - 1) / kernel.panel == panels && num_columns > 0, op,

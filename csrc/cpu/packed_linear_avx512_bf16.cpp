@@ -13,7 +13,6 @@ struct PairFormat {
   static constexpr int kSteps = 2;
   static constexpr int kVecs = 3, kTileRows = 8;  // 24 of 32 registers accumulate
   static constexpr int kStepBytes = kVecs * kLanes * 2 * sizeof(BFloat16);
-  using Factor = __m512bh;
   using Weights = __m512bh;
 
   static ECHO_INLINE_MEMBER void load_step(const void* from, __m512bh* to) {

@@ -45,7 +45,6 @@ struct FloatFormat {
   static constexpr int kVecs = 2, kTileRows = 4;
 #endif
   static constexpr int kStepBytes = kVecs * kLanes * sizeof(T);
-  using Factor = Vec;
   using Weights = Vec;
 
   static ECHO_INLINE_MEMBER void load_step(const void* from, Vec* to) {
@@ -91,7 +90,7 @@ ECHO_INLINE void store_columns(T* to, int64_t count, Vec sum) {
   std::memcpy(to, all, count * sizeof(T));
 }
 
-// One panel, rows of x and their outputs, and the depth that a tile walks down.
+// A panel, and the part of the depth that a tile walks down.
 struct Range {
   int64_t panel, begin, end;
 };

@@ -31,9 +31,8 @@ Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Te
                 double epsilon) {
   const char* op = "rms_norm";
   check_dim(op, "x", x, 2);
+  check_float_or_bfloat16(op, "x", x);
   const ScalarType dtype = x.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
-        ": x must be Float or BFloat16, got ", torch::headeronly::toString(dtype));
   check(x.is_contiguous(), op, ": x must be contiguous");
   const int64_t rows = x.size(0), size = x.size(1);
   check(size > 0, op, ": x must have columns, got shape ", ShapeOf{x});

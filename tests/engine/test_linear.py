@@ -22,20 +22,23 @@ HAS_AVX2 = "avx2" in ops.supported_cpu_isas()
 OURS = "echo_vllm.startup.linear"
 
 
-def makers(llm: Any) -> set[str]:
-    """The modules that made the linear layers of target and drafter."""
+def layers_of(llm: Any) -> list[Any]:
+    """All modules of target and drafter."""
     made = runner(llm)
     models = [made.model] + ([made.drafter.model] if hasattr(made, "drafter") else [])
-    layers = [m for model in models for m in model.modules() if hasattr(m, "cpu_linear")]
+    return [module for model in models for module in model.modules()]
+
+
+def makers(llm: Any) -> set[str]:
+    """The modules that made the linear layers of target and drafter."""
+    layers = [m for m in layers_of(llm) if hasattr(m, "cpu_linear")]
     assert len(layers) >= 4
     return {layer.cpu_linear.__module__ for layer in layers}
 
 
 def norms(llm: Any) -> set[str]:
     """The modules whose functions the norms of target and drafter run."""
-    made = runner(llm)
-    models = [made.model] + ([made.drafter.model] if hasattr(made, "drafter") else [])
-    layers = [m for model in models for m in model.modules() if isinstance(m, RMSNorm)]
+    layers = [m for m in layers_of(llm) if isinstance(m, RMSNorm)]
     assert len(layers) >= 5
     return {layer._forward_method.__module__ for layer in layers}
 
