@@ -160,7 +160,7 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
           return static_cast<int>(
               std::min<int64_t>(first_key[r] + units * part / splits * kTaskKeys, num_keys));
         };
-        plan.tasks.push_back({r, head, bound(s), bound(s + 1), nullptr});
+        plan.tasks.push_back({r, head, bound(s), bound(s + 1), nullptr, nullptr});
         plan.item_of_task.push_back(static_cast<int>(plan.items.size()));
       }
       plan.items.push_back(item);
@@ -174,6 +174,11 @@ Plan make_plan(const TreeAttentionArgs& args, int num_requests, Buffer& partial_
       plan.tasks[item.first_task + s].partial = next;
       next += item.partial_stride;
     }
+  }
+  // Threads take tasks in turns.
+  const size_t stride = plan.parallel ? num_threads : 1;
+  for (size_t t = 0; t + stride < plan.tasks.size(); ++t) {
+    plan.tasks[t].next = &plan.tasks[t + stride];
   }
   return plan;
 }

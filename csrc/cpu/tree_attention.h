@@ -23,6 +23,8 @@ struct TreeAttentionTask {
   // Null: the task covers all keys and writes the output. Else the state of the online softmax
   // goes here, for merge().
   float* partial;
+  // What the same thread is likely to do next, null if nothing: its first keys are fetched early.
+  const TreeAttentionTask* next;
 };
 
 // Floats of one partial state: per line (row x q head) the maximum, the sum, the weighted values.

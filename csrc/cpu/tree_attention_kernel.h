@@ -53,9 +53,9 @@ class Worker {
       const KeyBits seen = lines_.seen(begin, end - begin);
       if (seen.none(end - begin)) continue;
       if (converts_) {
-        attend_converted(begin, end, seen);
+        attend_converted(task, begin, end, seen);
       } else {
-        attend_in_place(begin, end, seen);
+        attend_in_place(task, begin, end, seen);
       }
     }
     if (task.partial != nullptr) {
@@ -71,6 +71,12 @@ class Worker {
   }
 
  private:
+  // A block that is read later, and of which kv head.
+  struct Ahead {
+    KeyRun run;
+    int kv_head;
+  };
+
   // Where a run's K and V are. Row-major: [count, D]; else K is [D, ...] and `stride` lies between
   // its dims.
   template <class U>
@@ -94,14 +100,14 @@ class Worker {
     return s;
   }
 
-  Source<C> context_source(const KeyRun& run) const {
+  Source<C> context_source(const KeyRun& run, int kv_head) const {
     Source<C> s;
     s.key_scale = args_.key_scale;
     s.value_scale = args_.value_scale;
     s.key = static_cast<const C*>(args_.key_cache) + run.index * args_.key_strides.block +
-            kv_head_ * args_.key_strides.head;
+            kv_head * args_.key_strides.head;
     s.value = static_cast<const C*>(args_.value_cache) + run.index * args_.value_strides.block +
-              kv_head_ * args_.value_strides.head;
+              kv_head * args_.value_strides.head;
     if (args_.layout == KvLayout::kNhd) {
       s.key += run.offset * args_.key_strides.token;
       s.value += run.offset * args_.value_strides.token;
@@ -129,7 +135,7 @@ class Worker {
   }
 
   // K and V of the tile go to fp32 first: K to [D, kTileStride], V to [kTileKeys, D].
-  void attend_converted(int begin, int end, const KeyBits& seen) {
+  void attend_converted(const TreeAttentionTask& task, int begin, int end, const KeyBits& seen) {
     const int count = end - begin;
     for_each_run(args_, request_, begin, end, [&](const KeyRun& run) {
       if (run.is_suffix) {
@@ -137,18 +143,22 @@ class Worker {
       } else if (args_.layout == KvLayout::kAmx) {
         unpack_amx(run, seen);
       } else {
-        convert_run(context_source(run), run, seen);
+        convert_run(context_source(run, kv_head_), run, seen);
       }
     });
     if (count % kLanes != 0) clear_padding(keys_, count);
+    const Ahead ahead = ahead_of(task, end);
     for (int line = 0; line < lines_.count(); line += kLineChunk) {
       const int lines = min_int(kLineChunk, lines_.count() - line);
       gemm<false>(query_of(line), args_.head_size, keys_, kTileStride, scores_, kTileStride, lines,
-                  round_up(count, kLanes), args_.head_size);
+                  round_up(count, kLanes), args_.head_size,
+                  line == 0 ? fetch_keys(ahead, args_.head_size) : Fetch{});
       lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, kTileStride, scores_,
                                  kTileStride);
-      gemm<true>(scores_, kTileStride, values_, args_.head_size, lines_.weighted(line),
-                 args_.head_size, lines, args_.head_size, count);
+      gemm<true>(
+          scores_, kTileStride, values_, args_.head_size, lines_.weighted(line), args_.head_size,
+          lines, args_.head_size, count,
+          line == 0 ? fetch_values(context_source(ahead.run, ahead.kv_head), ahead.run) : Fetch{});
     }
   }
 
@@ -171,7 +181,7 @@ class Worker {
   static Vec scaled(Vec numbers, float scale) { return kIsScaled ? numbers * scale : numbers; }
 
   // K and V are read where they are; row-major K is transposed first, in its own type.
-  void attend_in_place(int begin, int end, const KeyBits& seen) {
+  void attend_in_place(const TreeAttentionTask& task, int begin, int end, const KeyBits& seen) {
     const int count = end - begin;
     Source<T> sources[kTileKeys];
     KeyRun runs[kTileKeys];
@@ -184,7 +194,7 @@ class Worker {
       if constexpr (kIsScaled) {
         s = suffix_source(run);  // and never called: a scaled cache is converted
       } else {
-        s = run.is_suffix ? suffix_source(run) : context_source(run);
+        s = run.is_suffix ? suffix_source(run) : context_source(run, kv_head_);
       }
       if (s.key_is_row_major) {
         transpose_keys(s, run, keys);
@@ -202,21 +212,58 @@ class Worker {
       sources[num_runs++] = s;
     });
     if (transposes) clear_padding(keys, count);
+    const Ahead ahead = ahead_of(task, end);
     for (int line = 0; line < lines_.count(); line += kLineChunk) {
       const int lines = min_int(kLineChunk, lines_.count() - line);
       // A run's last vector may reach into the columns of the next run, which then overwrites them.
       for (int i = 0; i < num_runs; ++i) {
         gemm<false>(query_of(line), args_.head_size, sources[i].key, sources[i].key_stride,
                     scores_ + runs[i].column, kTileStride, lines, round_up(runs[i].count, kLanes),
-                    args_.head_size);
+                    args_.head_size, line == 0 ? fetch_values(sources[i], runs[i]) : Fetch{});
       }
       lines_.template softmax<5>(line, lines, begin, count, kLanes, scores_, kTileStride, scores_,
                                  kTileStride);
       for (int i = 0; i < num_runs; ++i) {
         gemm<true>(scores_ + runs[i].column, kTileStride, sources[i].value, sources[i].value_stride,
-                   lines_.weighted(line), args_.head_size, lines, args_.head_size, runs[i].count);
+                   lines_.weighted(line), args_.head_size, lines, args_.head_size, runs[i].count,
+                   line == 0 && i == 0 ? fetch_keys(ahead, runs[i].count) : Fetch{});
       }
     }
+  }
+
+  // V of a run, during the product of the lines with its K.
+  template <class U>
+  Fetch fetch_values(const Source<U>& s, const KeyRun& run) const {
+    if (run.count == 0 || run.is_suffix || args_.layout != KvLayout::kVec) return {};
+    const int strips = max_int(1, run.count / (kTileVecs * kLanes));
+    return Fetch::of(s.value, sizeof(U) * run.count * args_.head_size, strips * args_.head_size);
+  }
+
+  // The block that is read after the tile that ends at `end`; without keys if there is none, or not
+  // of a layout that is fetched.
+  Ahead ahead_of(const TreeAttentionTask& task, int end) const {
+    if (args_.layout != KvLayout::kVec || kIsScaled) return {};
+    if (end < task.end) return first_block(task, end);
+    return task.next == nullptr ? Ahead{} : first_block(*task.next, task.next->begin);
+  }
+
+  Ahead first_block(const TreeAttentionTask& task, int key) const {
+    const int block_end = (key / args_.block_size + 1) * args_.block_size;
+    const int stop = min_int(min_int(key + kTileKeys, task.end),
+                             min_int(context_of(args_, task.request), block_end));
+    Ahead ahead{};
+    if (key >= stop) return ahead;
+    for_each_run(args_, task.request, key, stop,
+                 [&](const KeyRun& run) { ahead = {run, task.kv_head}; });
+    return ahead;
+  }
+
+  // Its K, during a product of `steps` steps, if most of the block belongs to the tile: K is read
+  // by dimension, so all of it is fetched.
+  Fetch fetch_keys(const Ahead& ahead, int steps) const {
+    if (2 * ahead.run.count <= args_.block_size) return {};
+    return Fetch::of(context_source(ahead.run, ahead.kv_head).key,
+                     sizeof(C) * args_.head_size * static_cast<int64_t>(args_.block_size), steps);
   }
 
   const float* query_of(int line) const {

@@ -362,6 +362,7 @@ class Forecaster:
         self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
         self._attempt_until = self._pause_until = 0
+        self._weighed = (0, 0)
         self._num_attempts = 0
         # By the octave of the load: of attempts the first step of the next one, and the steps
         # between the last one and it.
@@ -560,8 +561,11 @@ class Forecaster:
                 self._next_attempts[octave] = self._step + between, between
             elif not goes_on:
                 self._drafting, self._attempt_until = False, 0
+            self._weighed = (0, 0)
             return
-        if best.gain <= -bound:
+        # The answer for the same load hardly changes from step to step.
+        before, self._weighed = self._weighed, (load.num_decoding, load.able)
+        if best.gain <= -bound or (self._weighed == before and self._step % REUSE):
             return
         if self._pays(load, costs, best, -bound):
             self._drafting = True
@@ -588,9 +592,11 @@ class Forecaster:
             best: forecast for the load.
             optimism: by how much drafting is taken for faster than it is forecast, in log(speed).
         """
+        if self._drafting and best.gain + optimism > 0:
+            return True  # It is faster now, and later it helps to be up to date.
         missed_now = self._catch_up(load.waiting, load, costs)
         if missed_now <= 0 and best.gain + optimism > 0:
-            return True  # It is faster now, and later it helps to be up to date.
+            return True
         loads = [*(load.ahead or [load.num_decoding] * (len(AHEAD) - 1))]
         loads[0] = load.num_decoding
         plain, drafting = self._seconds_a_token(loads, load, costs)

@@ -18,7 +18,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from echo_vllm.machine import fast_dtype
 from echo_vllm.startup.linear import packed_linears
 from echo_vllm.startup.norm import fuse_norms
-from echo_vllm.step.attention.cpu import EchoCPUAttentionBackend
+from echo_vllm.step.attention.backend import builders_of
+from echo_vllm.step.attention.cpu import (
+    EchoCPUAttentionBackend,
+    EchoCPUAttentionMetadataBuilder,
+)
 from echo_vllm.step.v1.runner import EchoRunnerMixin
 from echo_vllm.step.v1.worker import EchoWorkerMixin
 
@@ -27,6 +31,14 @@ logger = init_logger(f"vllm.{__name__}")
 
 class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
     """The CPU runner with trees."""
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        own = self.speculative_config.echo.linear == "auto"
+        layers = self.compilation_config.static_forward_context
+        for _, builder in builders_of(self.attn_groups):
+            assert isinstance(builder, EchoCPUAttentionMetadataBuilder)
+            builder.takes_plain = own and builder.can_take_plain(layers)
 
 
 class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
