@@ -90,17 +90,29 @@ ECHO_INLINE void store_columns(T* to, int64_t count, Vec sum) {
   std::memcpy(to, all, count * sizeof(T));
 }
 
-// A panel, and the part of the depth that a tile walks down.
+// Weights are read once a forward and would push everything else out of the caches, the interpreter
+// first: they are fetched past them. One tile fetches so far ahead of itself; several share pieces
+// of so many steps, one at work and one on its way, which fit the smallest cache.
+constexpr int kAheadBytes = 3072;
+constexpr int64_t kPieceSteps = 64;
+
+// A panel, a range of the depth, whose sums are its own, and the piece of it that a tile walks
+// down.
 struct Range {
-  int64_t panel, begin, end;
+  int64_t panel, begin, end, piece_begin, piece_end;
 };
 
-// kRows rows of one panel over a range of the depth; `partial` [kRows, panel] are the sums of the
-// ranges before. Meanwhile `num_lines` cache lines of what begins at `fetched` are fetched at each
-// step.
+// What a tile leaves to the next piece and the next range, both [kRows, panel].
+struct Sums {
+  float* of_pieces;
+  float* of_ranges;
+};
+
+// kRows rows of one panel over a piece of the depth. Meanwhile `num_lines` cache lines of what
+// begins at `fetched` are fetched at each step.
 template <class Format, int kRows>
 ECHO_INLINE void linear_tile(const PackedLinearArgs& args, int64_t row, const Range& range,
-                             float* partial, const char* fetched, int num_lines) {
+                             const Sums& kept, const char* fetched, int num_lines) {
   using X = typename Format::X;
   constexpr int kVecs = Format::kVecs;
   const int64_t steps = (args.depth + Format::kSteps - 1) / Format::kSteps;
@@ -111,7 +123,10 @@ ECHO_INLINE void linear_tile(const PackedLinearArgs& args, int64_t row, const Ra
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sums[i][v] = Vec{};
+    for (int v = 0; v < kVecs; ++v) {
+      const bool begins = range.piece_begin == range.begin;
+      sums[i][v] = begins ? Vec{} : load(kept.of_pieces + (i * kVecs + v) * kLanes);
+    }
   }
   const auto step = [&](int64_t k, int count) __attribute__((always_inline)) {
     typename Format::Weights weights[kVecs];
@@ -123,21 +138,25 @@ ECHO_INLINE void linear_tile(const PackedLinearArgs& args, int64_t row, const Ra
       for (int v = 0; v < kVecs; ++v) sums[i][v] = Format::add(sums[i][v], factor, weights[v]);
     }
   };
-  int64_t k = range.begin;
-  for (; k + Format::kSteps <= range.end; k += Format::kSteps) {
+  int64_t k = range.piece_begin;
+  for (; k + Format::kSteps <= range.piece_end; k += Format::kSteps) {
     for (int line = 0; line < num_lines; ++line, fetched += kLineBytes) {
-      __builtin_prefetch(fetched, 0, 2);
+      __builtin_prefetch(fetched, 0, 0);
     }
     step(k, Format::kSteps);
   }
-  if (k < range.end) step(k, static_cast<int>(range.end - k));
+  if (k < range.piece_end) step(k, static_cast<int>(range.piece_end - k));
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     X* out = static_cast<X*>(args.out) + (row + i) * args.columns;
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       Vec sum = sums[i][v];
-      float* before = partial + (i * kVecs + v) * kLanes;
+      if (range.piece_end < range.end) {
+        store(kept.of_pieces + (i * kVecs + v) * kLanes, sum);
+        continue;
+      }
+      float* before = kept.of_ranges + (i * kVecs + v) * kLanes;
       if (range.begin > 0) sum += load(before);
       if (range.end < args.depth) {
         store(before, sum);
@@ -155,13 +174,13 @@ ECHO_INLINE void linear_tile(const PackedLinearArgs& args, int64_t row, const Ra
 
 template <class Format, int kRows = Format::kTileRows>
 ECHO_INLINE void linear_rows(const PackedLinearArgs& args, int64_t rows, int64_t row,
-                             const Range& range, float* partial, const char* fetched,
+                             const Range& range, const Sums& kept, const char* fetched,
                              int num_lines) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      linear_tile<Format, kRows>(args, row, range, partial, fetched, num_lines);
+      linear_tile<Format, kRows>(args, row, range, kept, fetched, num_lines);
     } else {
-      linear_rows<Format, kRows - 1>(args, rows, row, range, partial, fetched, num_lines);
+      linear_rows<Format, kRows - 1>(args, rows, row, range, kept, fetched, num_lines);
     }
   }
 }
@@ -169,28 +188,40 @@ ECHO_INLINE void linear_rows(const PackedLinearArgs& args, int64_t rows, int64_t
 template <class Format>
 void linear_panels(const PackedLinearArgs& args, const PackedLinearPart& part) {
   constexpr int kLines = Format::kStepBytes / kLineBytes;
-  const int64_t rows = part.last_row - part.first_row;
-  // Of nearly equal heights; all but one tile can fetch, each its share of what follows.
-  const int64_t tiles = (rows + Format::kTileRows - 1) / Format::kTileRows;
-  const int64_t share = tiles > 1 ? (kLines + tiles - 1) / tiles : 0;
-  const int64_t steps = (args.depth + Format::kSteps - 1) / Format::kSteps;
-  const char* packed = static_cast<const char*>(args.packed);
-  const int64_t range_depth = range_depth_of(args.depth);
   constexpr int kPanel = Format::kVecs * kLanes;
-  alignas(64) float partial[kMaxPartRows * kPanel];
+  const int64_t rows = part.last_row - part.first_row;
+  // Of nearly equal heights; each fetches its share.
+  const int64_t tiles = (rows + Format::kTileRows - 1) / Format::kTileRows;
+  const int64_t share = (kLines + tiles - 1) / tiles;
+  const int64_t steps = (args.depth + Format::kSteps - 1) / Format::kSteps;
+  const int64_t range_depth = range_depth_of(args.depth);
+  const int64_t piece_depth = tiles > 1 ? kPieceSteps * Format::kSteps : range_depth;
+  alignas(64) float of_pieces[kMaxPartRows * kPanel], of_ranges[kMaxPartRows * kPanel];
   for (int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {
-    for (int64_t begin = 0; begin < args.depth; begin += range_depth) {
-      const bool is_last = args.depth - begin <= range_depth;
-      const Range range{panel, begin, is_last ? args.depth : begin + range_depth};
-      // What follows is the next range, or the next panel.
-      const int64_t range_steps = (range.end - begin + Format::kSteps - 1) / Format::kSteps;
-      const char* next =
-          packed + (panel * steps + begin / Format::kSteps + range_steps) * Format::kStepBytes;
+    const char* weights =
+        static_cast<const char*>(args.packed) + panel * steps * Format::kStepBytes;
+    Range range{panel, 0, 0, 0, 0};
+    while (range.piece_end < args.depth) {
+      if (range.piece_end == range.end) {
+        range.begin = range.end;
+        range.end =
+            args.depth - range.begin <= range_depth ? args.depth : range.begin + range_depth;
+      }
+      range.piece_begin = range.piece_end;
+      range.piece_end = range.end - range.piece_begin <= piece_depth
+                            ? range.end
+                            : range.piece_begin + piece_depth;
+      const int64_t first = range.piece_begin / Format::kSteps;
+      const int64_t last = (range.piece_end + Format::kSteps - 1) / Format::kSteps;
+      // What follows is the next piece, be it of the next panel.
+      const char* next = weights + last * Format::kStepBytes;
+      if (tiles == 1) next = weights + first * Format::kStepBytes + kAheadBytes;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t top = rows * tile / tiles, bottom = rows * (tile + 1) / tiles;
         const int num_lines = static_cast<int>(tile * share < kLines ? share : 0);
-        linear_rows<Format>(args, bottom - top, part.first_row + top, range, partial + top * kPanel,
-                            next + tile * share * range_steps * kLineBytes, num_lines);
+        linear_rows<Format>(args, bottom - top, part.first_row + top, range,
+                            {of_pieces + top * kPanel, of_ranges + top * kPanel},
+                            next + tile * share * (last - first) * kLineBytes, num_lines);
       }
     }
   }
