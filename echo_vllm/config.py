@@ -147,9 +147,10 @@ class EchoConfig(BaseModel):
     linear: LinearLayers = Field(
         default="auto",
         description=(
-            "Linear layers and norms of target and drafter on a CPU: `auto`, this project's for "
-            "few rows where they are the faster ones (float32 with AVX2, bfloat16 with AVX-512 "
-            "for it), or `stock`, vLLM's everywhere. "
+            "Linear layers and norms of target and drafter on a CPU, and the attention of steps "
+            "without drafts: `auto`, this project's for few rows where they are the faster ones "
+            "(linear layers in float32 with AVX2, in bfloat16 with AVX-512 for it), or `stock`, "
+            "vLLM's. "
             'Default "auto".'
         ),
     )

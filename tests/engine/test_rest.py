@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from echo_vllm.step.attention.backend import TreeAttentionMetadata
+from echo_vllm.step.attention.cpu import MANY, EchoCPUAttentionImpl
 from echo_vllm.step.verification import MAX_SAMPLED_ROWS
 from tests.engine.conftest import TinyModel
 from tests.engine.engines import echo, generate, runner
@@ -121,6 +123,43 @@ def test_a_resting_step_reads_prompts_without_the_drafter(tiny: TinyModel) -> No
         runner(llm).drafter._forward = None  # would raise
         first = generate(llm, prompts, greedy(4))
         assert generate(llm, prompts, greedy(4)) == first
+
+
+@pytest.mark.full
+def test_several_resting_requests_decode_in_tree_attention(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the faster one for them, and with one or two vLLM's is; tokens are the same."""
+    forward = EchoCPUAttentionImpl.forward
+    rows: dict[type, set[int]] = {}
+
+    def noted(
+        self: Any,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if args and args[0] is not None:
+            rows.setdefault(type(args[0]), set()).add(len(query))
+        return forward(self, layer, query, key, value, kv_cache, *args, **kwargs)
+
+    few, several = tiny_prompts(2), tiny_prompts(8)
+    with tiny_engine(tiny, None) as llm:
+        wanted = [generate(llm, prompts, greedy(24)) for prompts in (few, several)]
+    monkeypatch.setattr(EchoCPUAttentionImpl, "forward", noted)
+    with tiny_engine(tiny, echo(tiny.head, 12, **AUTO)) as llm:
+        dictate(llm, itertools.repeat((0, 0)))
+        assert [generate(llm, prompts, greedy(24)) for prompts in (few, several)] == wanted
+    trees = rows.pop(TreeAttentionMetadata)
+    assert 8 in trees
+    assert min(trees) >= MANY
+    (stock,) = rows.values()
+    assert 2 in stock
+    assert 8 not in stock
 
 
 @pytest.fixture(scope="module")
