@@ -470,8 +470,9 @@ def test_streams_given_up_half_way_leave_nothing_behind(
     before = settled()
     assert Counter(asyncio.run(send_all())) == {"given up": 12, "whole": 24}
     counted = settled() - before
-    # vLLM counts no aborted request. Had the streams run on, each would have made 400 tokens.
-    assert counted.total("generation_tokens_total") < 24 * kinds.TOKENS + 12 * 250
+    # vLLM counts no aborted request.
+    most = 24 * kinds.TOKENS + 12 * kinds.LONG  # had the streams run on
+    assert counted.total("generation_tokens_total") < 0.75 * most
     assert served.is_healthy()
 
 

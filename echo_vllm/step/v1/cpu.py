@@ -37,8 +37,8 @@ class EchoCPUModelRunner(EchoRunnerMixin, CPUModelRunner):
         own = self.speculative_config.echo.linear == "auto"
         layers = self.compilation_config.static_forward_context
         for _, builder in builders_of(self.attn_groups):
-            assert isinstance(builder, EchoCPUAttentionMetadataBuilder)
-            builder.takes_plain = own and builder.can_take_plain(layers)
+            if isinstance(builder, EchoCPUAttentionMetadataBuilder):
+                builder.takes_plain = own and builder.can_take_plain(layers)
 
 
 class EchoCPUWorker(EchoWorkerMixin, cpu_worker.CPUWorker):
