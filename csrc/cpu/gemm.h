@@ -19,8 +19,6 @@ constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16
 // Memory that is read after a product and fetched during it: so many lines a step of the depth. The
 // product itself takes about as long as its operand takes to come.
 struct Fetch {
-  static constexpr int kLineBytes = 64;
-
   const char* at = nullptr;
   const char* end = nullptr;
   int lines = 0;

@@ -2,11 +2,11 @@
 // SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 //
 // x W^T for a few rows of x and a packed W (packed_linear.h). A register tile of up to kTileRows
-// rows and one panel walks down the depth; the panel, read from memory by the first tile, is in the
-// cache for the next ones, which fetch the following panel meanwhile. Whatever the number of rows,
-// an output is the sum over ranges of the depth of chains of multiply-adds: a row's result does not
-// depend on the others in the batch, to the last bit. The depth is cut where oneDNN cuts it, so its
-// results are the same.
+// rows and one panel walks down the depth, several tiles piece by piece: what was fetched during
+// one piece is in the cache for all tiles of the next. Whatever the number of rows, an output is
+// the sum over ranges of the depth of chains of multiply-adds: a row's result does not depend on
+// the others in the batch, to the last bit. The depth is cut where oneDNN cuts it, so its results
+// are the same.
 #pragma once
 
 #include "packed_linear.h"
@@ -14,8 +14,6 @@
 
 namespace echo_vllm::cpu {
 namespace {
-
-constexpr int kLineBytes = 64;
 
 ECHO_INLINE int64_t range_depth_of(int64_t depth) {
 #if defined(__AVX512F__)

@@ -22,6 +22,9 @@
 namespace echo_vllm::cpu {
 namespace {
 
+// Of the caches: what a prefetch brings.
+constexpr int kLineBytes = 64;
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)

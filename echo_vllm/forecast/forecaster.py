@@ -362,6 +362,7 @@ class Forecaster:
         self._plain_steps = Account(EXPERIMENTS, PLAIN_STEPS)
         self._attempts = Account(EXPERIMENTS, ATTEMPT_STEPS[0])
         self._attempt_until = self._pause_until = 0
+        # For how many requests, and how many that can draft, the last step that rested weighed it.
         self._weighed = (0, 0)
         self._num_attempts = 0
         # By the octave of the load: of attempts the first step of the next one, and the steps
@@ -592,11 +593,9 @@ class Forecaster:
             best: forecast for the load.
             optimism: by how much drafting is taken for faster than it is forecast, in log(speed).
         """
-        if self._drafting and best.gain + optimism > 0:
-            return True  # It is faster now, and later it helps to be up to date.
         missed_now = self._catch_up(load.waiting, load, costs)
-        if missed_now <= 0 and best.gain + optimism > 0:
-            return True
+        if best.gain + optimism > 0 and (self._drafting or missed_now <= 0):
+            return True  # It is faster now, and later it helps to be up to date.
         loads = [*(load.ahead or [load.num_decoding] * (len(AHEAD) - 1))]
         loads[0] = load.num_decoding
         plain, drafting = self._seconds_a_token(loads, load, costs)

@@ -97,13 +97,17 @@ class TreeMetadataBuilder(_Builder):
         finally:
             self.verification = None
 
+    def rows_of(self, common_attn_metadata: CommonAttentionMetadata) -> VerificationRows | None:
+        """The rows of this batch that go to `ops.tree_attention`; None for none."""
+        return self.verification
+
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        trees, cm = self.verification, common_attn_metadata
+        trees, cm = self.rows_of(common_attn_metadata), common_attn_metadata
         if trees is None:
             return super().build(common_prefix_len, cm, fast_build)
         n = trees.num_requests

@@ -62,27 +62,14 @@ class EchoCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
         plain = all(impl.sinks is None and not impl.is_fp8_kv_cache for impl in impls)
         return plain and self.isa in ("vec", "vec16")
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> Any:
-        cm = common_attn_metadata
-        n = cm.num_reqs
+    def rows_of(self, common_attn_metadata: CommonAttentionMetadata) -> VerificationRows | None:
+        cm, n = common_attn_metadata, common_attn_metadata.num_reqs
         is_plain = cm.max_query_len == 1 and cm.num_actual_tokens == n and cm.causal is True
-        if not self.takes_plain or n < MANY or not is_plain or cm.positions is None:
-            return super().build(common_prefix_len, cm, fast_build)
-        given = self.verification
-        if given is None:
-            depths = self._roots[:0]
-            self.verification = VerificationRows(
-                n, n, self._roots[: n + 1], depths, self._alone[:n]
-            )
-        try:
-            return super().build(common_prefix_len, cm, fast_build)
-        finally:
-            self.verification = given
+        if self.verification is not None or not self.takes_plain:
+            return self.verification
+        if n < MANY or not is_plain or cm.positions is None:
+            return None
+        return VerificationRows(n, n, self._roots[: n + 1], self._roots[:0], self._alone[:n])
 
 
 class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
