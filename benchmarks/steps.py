@@ -4,14 +4,17 @@
 
 `Read`, then any number of `Decode`, then `Stop`. Between two of them the engine waits with its
 requests in place, so that two engines can take turns within one batch. `Answer` is a batch from its
-beginning to its end.
+beginning to its end. `Begin`, then any number of `Turn`, is a closed loop of clients in pieces.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from echo_vllm.offline.bench.closed_loop import Job
 from echo_vllm.offline.engine import LocalEngine
 
 MOST_TOKENS = 1 << 20
@@ -115,3 +118,76 @@ class Answer:
     def _step(local: LocalEngine, said: dict[str, int]) -> None:
         for output in local.engine.step():
             said[output.request_id] = len(output.outputs[0].token_ids)
+
+
+class Clients:
+    """A closed loop that stands still between two turns."""
+
+    def __init__(self, local: LocalEngine, job: Job) -> None:
+        """Args: job: its chats' first turns, again and again, for `load` clients."""
+        self._engine = local.engine
+        self._job = job
+        self._numbers: Iterator[int] = itertools.count()
+        self._running: set[str] = set()
+        self._engine.reset_prefix_cache()
+
+    def run(self, seconds: float) -> tuple[int, float, int]:
+        """Steps until so many have passed: tokens, seconds, and steps."""
+        tokens = steps = 0
+        start = time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            while len(self._running) < self._job.load:
+                self._begin()
+            for output in self._engine.step():
+                tokens += len(output.outputs[0].token_ids)
+                if output.finished:
+                    self._running.remove(output.request_id)
+            steps += 1
+        return tokens, passed, steps
+
+    def stop(self) -> None:
+        """Give up what runs."""
+        self._engine.abort_request(sorted(self._running))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+    def _begin(self) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        number = next(self._numbers)
+        prompts = self._job.prompts
+        params = SamplingParams(
+            temperature=self._job.temperature,
+            max_tokens=self._job.length((number, 0)),
+            output_kind=RequestOutputKind.DELTA,
+        )
+        name = f"turn-{number}"
+        self._engine.add_request(name, {"prompt_token_ids": prompts[number % len(prompts)]}, params)
+        self._running.add(name)
+
+
+_clients: list[Clients] = []
+"""Of this process's engine; at most one."""
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A new closed loop; what ran is given up."""
+
+    job: Job
+
+    def run(self, local: LocalEngine) -> None:
+        while _clients:
+            _clients.pop().stop()
+        _clients.append(Clients(local, self.job))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """So many seconds of the closed loop."""
+
+    seconds: float
+
+    def run(self, local: LocalEngine) -> tuple[int, float, int]:
+        return _clients[0].run(self.seconds)

@@ -10,7 +10,9 @@ maximum of functions that are continuous in the load, nothing jumps where the de
 
 Forecasts have standard errors. Drafting begins where it pays although it was forecast too well, and
 ends where it does not pay although it was forecast a little too badly; between the two all stays as
-it is, but for experiments, whose price is forecast as well and is a small share of all time.
+it is, but for experiments, whose price is forecast as well and is a small share of all time. That
+holds for about one load and one kind of requests: at another load what is likely decides, and of
+other requests drafting has to begin anew.
 
 Everything that depends on timing or on past steps lives here, in one process; ranks get the
 resulting `DraftPlan`.
@@ -39,10 +41,16 @@ Kind = Literal["best", "drawn"]
 """Of candidates: the drafter's best tokens, or tokens drawn from its distribution."""
 
 MEMORY = 128
-"""Drafts that are remembered."""
+"""Drafts of each kind that are remembered."""
 
 ENOUGH = 8
-"""Remembered drafts below which everything is drafted to full depth."""
+"""Remembered drafts of a kind below which there are probes before anything else."""
+
+UNTRIED = 32
+"""Steps at most in which there are probes for that alone: some requests never draft so deep."""
+
+NEEDED = 0.25
+"""Share of the requests from which on it matters what drafts of their kind are like."""
 
 RESTING_MEMORY = 16
 """Drafts that are remembered in the end while nothing is drafted: with so few probes, `MEMORY`
@@ -58,7 +66,8 @@ EXPERIMENTS = 0.003
 """Share of the time that each kind of experiment may take: probes, and the others."""
 
 YOUNG = 64
-"""Drafts up to which `YOUNG_PROBES` times as much time goes to probes while others draft."""
+"""Remembered drafts of each kind that matters up to which `YOUNG_PROBES` times as much time goes to
+probes while others draft."""
 
 YOUNG_PROBES = 4.0
 
@@ -129,7 +138,10 @@ MOST_TILT = 8.0
 """Of remembered drafts towards those that begin as the present ones do."""
 
 OTHER_MIX = 0.1
-"""Change of the share of requests with a temperature that makes all forecasts old."""
+"""Change of the share of requests of a kind that makes all forecasts old."""
+
+OTHER_REQUESTS = 0.5
+"""Change of these shares since drafting began that makes it begin anew, where it pays."""
 
 REUSE, RESTING_REUSE = 8, 32
 """Steps for which the expected tokens are not worked out anew, nor a forecast for the same load:
@@ -351,10 +363,13 @@ class Forecaster:
         }
         if online:
             self._kinds["best"].sampled = OnlineSurvival(max_depth, start=SAMPLED)
-        self._drafts: deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Kind]]
-        self._drafts = deque(maxlen=MEMORY)
-        self._num_drafts = 0
-        """Ever remembered."""
+        self._drafts: dict[Kind, deque[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]]]
+        self._drafts = {kind: deque(maxlen=MEMORY) for kind in models}
+        self._untried = dict.fromkeys(models, UNTRIED)
+        """Of each kind, steps that may still be spent on getting to know it."""
+        self._mix = self._mix_of_drafting = (0.0, 0.0)
+        """Of the requests' kinds: shares of drawn candidates, and of best ones despite a
+        temperature."""
         self._drafting = False
         self._step = 0
         self._turn = 0
@@ -368,6 +383,8 @@ class Forecaster:
         # By the octave of the load: of attempts the first step of the next one, and the steps
         # between the last one and it.
         self._next_attempts: dict[int, tuple[int, int]] = {}
+        # The octave of the load at which drafting was found to pay.
+        self._drafting_at = 0
         self._num_trials: dict[int, int] = {}
         self._num_pauses: dict[int, int] = {}
         self._next_trial = TRIAL_STEPS
@@ -386,18 +403,17 @@ class Forecaster:
     ) -> None:
         """Remember a draft to full depth with all of the frontier: of its best nodes the scores
         (nats), the depths, and which of `self.widths` each needs at least."""
-        self._num_drafts += 1
-        self._drafts.append(
+        drafts = self._drafts[kind]
+        drafts.append(
             (
                 np.array(scores, np.float32),
                 np.array(depths, np.int64),
                 np.array(widths, np.int64),
-                kind,
             )
         )
         for _ in range(2):
-            if not self._is_drafting and len(self._drafts) > RESTING_MEMORY:
-                self._drafts.popleft()
+            if not self._is_drafting and len(drafts) > RESTING_MEMORY:
+                drafts.popleft()
 
     def observe_acceptance(
         self,
@@ -435,11 +451,8 @@ class Forecaster:
     def plan(self, load: Load, costs: Costs | None) -> DraftPlan:
         """The plan of the next drafting; `costs` is None before they are known."""
         self._step += 1
-        if load.num_decoding:
-            mixed = self._kinds["best"]
-            if abs(load.sampled_share - mixed.sampled_share) > OTHER_MIX:
-                self._until = 0
-            mixed.sampled_share = load.sampled_share
+        if load.able:
+            self._follow_mix(load)
         if self._step == self._attempt_until:
             self._until = 0  # What the attempt has shown counts now.
         if not self._is_drafting:  # Resting, the remembered drafts are the last ones.
@@ -456,7 +469,7 @@ class Forecaster:
         )
         if costs is None:
             return plan  # Nothing can be weighed yet.
-        if len(self._drafts) < ENOUGH:
+        if not any(self._drafts.values()) or self._is_unknown(load):
             self._turn += 1
             return replace(plan, probes=ENOUGH // 2 if load.able else 0)
         self._reading += (load.prefill_tokens - self._reading) / AHEAD[-1]
@@ -496,7 +509,13 @@ class Forecaster:
         )
         step = load.num_decoding / now.plain
         is_attempt = self._is_drafting and not self._drafting
-        is_young = self._is_drafting and self._num_drafts < YOUNG
+        is_young = (
+            self._is_drafting
+            and min(
+                len(self._drafts[kind]) for kind, share in self._shares().items() if share >= NEEDED
+            )
+            < YOUNG
+        )
         self._probes.passes(step * (YOUNG_PROBES if is_young else 1.0))
         octave = load.num_decoding.bit_length()
         num_pauses = self._num_pauses.get(octave, 0)
@@ -522,6 +541,40 @@ class Forecaster:
             self._turn += 1
             plan = replace(plan, probes=probes)
         return plan
+
+    def _follow_mix(self, load: Load) -> None:
+        """Other kinds of requests make forecasts old, and drafting begin anew."""
+        mix = load.drawn_share, load.sampled_share
+
+        def differs(other: tuple[float, float], by: float) -> bool:
+            return max(abs(a - b) for a, b in zip(mix, other, strict=True)) > by
+
+        if differs(self._mix, OTHER_MIX):
+            self._until, self._weighed = 0, (0, 0)
+            self._mix = mix
+        self._kinds["best"].sampled_share = load.sampled_share
+        if not self._is_drafting:
+            self._mix_of_drafting = mix
+        elif differs(self._mix_of_drafting, OTHER_REQUESTS):
+            self._drafting, self._attempt_until = False, 0
+            self._next_attempts.clear()
+            self._mix_of_drafting = mix
+
+    def _shares(self) -> dict[Kind, float]:
+        """Of the requests that may have a tree, those of each kind."""
+        drawn = self._mix[0] if "drawn" in self._kinds else 0.0
+        return {kind: drawn if kind == "drawn" else 1 - drawn for kind in self._kinds}
+
+    def _is_unknown(self, load: Load) -> bool:
+        """Whether next to nothing is known of what most requests draft, and may still be found
+        out; counts the steps that this takes."""
+        for kind, share in self._shares().items():
+            if len(self._drafts[kind]) >= ENOUGH:
+                self._untried[kind] = UNTRIED
+            elif share >= NEEDED and load.able and self._untried[kind]:
+                self._untried[kind] -= 1
+                return True
+        return False
 
     def _due_probes(self, load: Load, costs: Costs, plan: DraftPlan, is_attempt: bool) -> int:
         """How many requests are probes in a step of this plan: as many as cost the least each, when
@@ -551,10 +604,14 @@ class Forecaster:
         bound = BOUND * best.error
         was_attempt = 0 < self._attempt_until <= self._step
         if self._is_drafting or was_attempt:
-            # An attempt that ends has shown what it could: then what is likely decides.
-            optimism = 0.0 if was_attempt and not self._drafting else bound
+            # An attempt that ends has shown what it could: then what is likely decides, as it does
+            # at another load.
+            ends = was_attempt and not self._drafting
+            moved = self._drafting and octave != self._drafting_at
+            optimism = 0.0 if ends or moved else bound
+            self._drafting_at = octave
             goes_on = self._pays(load, costs, best, optimism)
-            if was_attempt and not self._drafting:
+            if ends:
                 self._attempt_until = 0
                 self._drafting = goes_on
                 shortest, longest = ATTEMPT_STEPS
@@ -569,7 +626,7 @@ class Forecaster:
         if best.gain <= -bound or (self._weighed == before and self._step % REUSE):
             return
         if self._pays(load, costs, best, -bound):
-            self._drafting = True
+            self._drafting, self._drafting_at = True, octave
             self._next_attempts.pop(octave, None)
             self._until = min(self._until, self._step + REUSE)
         elif self._step >= next_attempt:
@@ -746,22 +803,30 @@ class Forecaster:
             return
         self._until = self._step + (REUSE if self._is_drafting else RESTING_REUSE)
         self._known = {}
-        count = len(self._drafts)
+        shares_of_kinds = self._shares()
+        # Those that have been seen stand for the others.
+        kinds = [kind for kind, share in shares_of_kinds.items() if share and self._drafts[kind]]
+        kinds = kinds or [kind for kind in self._kinds if self._drafts[kind]]
+        of_all = [(*draft, kind) for kind in kinds for draft in self._drafts[kind]]
+        count = len(of_all)
         scores, levels, widths = (
-            np.concatenate(parts) for parts in list(zip(*self._drafts, strict=True))[:3]
+            np.concatenate(parts) for parts in list(zip(*of_all, strict=True))[:3]
         )
-        sizes = [len(scores) for scores, *_ in self._drafts]
+        sizes = [len(scores) for scores, *_ in of_all]
         owners = np.repeat(np.arange(count), sizes)
-        is_drawn = np.repeat([kind == "drawn" for *_, kind in self._drafts], sizes)
+        is_drawn = np.repeat([kind == "drawn" for *_, kind in of_all], sizes)
         gains = np.zeros(len(scores))
         self._weights = np.ones(count)
-        for kind, each in self._kinds.items():
+        for kind in kinds:
+            each = self._kinds[kind]
             own = np.flatnonzero(is_drawn == (kind == "drawn"))
             gains[own] = each.probability(scores[own], levels[own])
             first = np.zeros(count)
             np.maximum.at(first, owners[own], np.where(levels[own] == 1, gains[own], 0.0))
-            drafts = np.unique(owners[own])
+            drafts = np.array([number for number, draft in enumerate(of_all) if draft[-1] == kind])
             self._weights[drafts] = each.weights(first[drafts])
+            if len(kinds) > 1:
+                self._weights[drafts] *= shares_of_kinds[kind] * count / len(drafts)
         order = np.argsort(-gains, kind="stable")
         gains, levels, widths = gains[order], levels[order], widths[order]
         self._order = gains, levels, widths, owners[order], is_drawn[order]

@@ -36,6 +36,7 @@ class Load:
             for deeper trees too; empty where all may have any tree.
         num_sampled: of those that decode, how many have a temperature and yet the drafter's best
             tokens as candidates, which are accepted less often then.
+        num_drawn: of those that may have a tree, how many have drawn candidates.
         ahead: requests that decode once each of today's has made `AHEAD` tokens more, but for the
             last of these; empty for a load that stays.
     """
@@ -46,6 +47,7 @@ class Load:
     num_reading: int = 0
     num_drafting: tuple[int, ...] = ()
     num_sampled: int = 0
+    num_drawn: int = 0
     ahead: tuple[float, ...] = ()
 
     @property
@@ -60,8 +62,14 @@ class Load:
 
     @property
     def sampled_share(self) -> float:
-        """`num_sampled` of those that decode."""
-        return self.num_sampled / self.num_decoding if self.num_decoding else 0.0
+        """`num_sampled` of those that decode and have no drawn candidates."""
+        others = self.num_decoding - self.num_drawn
+        return self.num_sampled / others if others else 0.0
+
+    @property
+    def drawn_share(self) -> float:
+        """`num_drawn` of those that may have a tree."""
+        return self.num_drawn / self.able if self.able else 0.0
 
     @property
     def steps_ahead(self) -> float:

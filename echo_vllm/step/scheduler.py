@@ -156,14 +156,17 @@ class EchoScheduler(Scheduler):
         num_decoding, prefill_tokens = self._next_load(output)
         self._turnover.step(len(output.scheduled_new_reqs))
         # Plain numbers: in the cold caches behind a forward array operations take longer.
-        left, by_depth, num_sampled = [], [0] * (1 + MAX_DEPTH), 0
+        left, by_depth = [], [0] * (1 + MAX_DEPTH)
+        kinds: dict[Kind | None, int] = dict.fromkeys(("best", "drawn", None), 0)
         for request in self.running:
             last, there = self._last(request), request.num_tokens
             left.append(abs(last) - there)
             if last > 0 and there <= request.num_computed_tokens:
                 # This step's token is not there yet, and after a path comes a bonus token.
-                by_depth[min(max(0, last - there - 2), MAX_DEPTH)] += 1
-                num_sampled += self._kind(request) == "best"
+                levels = min(max(0, last - there - 2), MAX_DEPTH)
+                by_depth[levels] += 1
+                if levels:
+                    kinds[self._kind(request)] += 1
         at_least = tuple(itertools.accumulate(by_depth[:0:-1]))[::-1]
         return Load(
             num_decoding,
@@ -171,7 +174,8 @@ class EchoScheduler(Scheduler):
             waiting=self._waiting,
             num_reading=len(self.running) - num_decoding,
             num_drafting=at_least,
-            num_sampled=num_sampled,
+            num_sampled=kinds["best"],
+            num_drawn=kinds["drawn"],
             ahead=self._turnover.ahead(left, len(self.waiting), self.max_num_running_reqs),
         )
 

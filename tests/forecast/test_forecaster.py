@@ -26,6 +26,7 @@ from echo_vllm.forecast.forecaster import (
     PROBED_NODES,
     RESTING_MEMORY,
     REUSE,
+    UNTRIED,
     YOUNG_PAUSES,
     Forecaster,
 )
@@ -155,14 +156,14 @@ def test_better_prompts_are_noticed_once_the_memory_is_of_them(requests: int) ->
     curve, seen = cost(64, drafter=0.2), forecaster(0.95)
     for _ in range(2000):
         assert (found.plan(Load(requests, waiting=48 * requests), curve).max_depth or 0) == 0
-        found.observe_draft(*(x.tolist() for x in found._drafts[0][:3]))
+        found.observe_draft(*(x.tolist() for x in found._drafts["best"][0]))
     probes = min(
         (n for n in (1, 2, 4, MOST_PROBES) if n <= requests),
         key=lambda n: price_of_probes(curve, requests, n) / n,
     )
     share = price_of_probes(curve, requests, probes) / float(curve.plain.plain_step(requests))
     most = math.ceil((RESTING_MEMORY / probes + 1) * (share / EXPERIMENTS + PROBE_STEPS))
-    better = itertools.cycle([draft[:3] for draft in seen._drafts])
+    better = itertools.cycle([*seen._drafts["best"]])
     for _ in range(most):
         plan = found.plan(Load(requests, waiting=48 * requests), curve)
         if plan.max_depth:
@@ -269,6 +270,60 @@ def test_observed_acceptance_changes_the_decision() -> None:
         found.plan(Load(requests, 0), cost(32))
     best = found.forecast(Load(requests, 0), cost(32))
     assert best.speed < best.plain or best.depth != 1
+
+
+def both_kinds(best: float, drawn: float, num_drawn: int = 64) -> Forecaster:
+    """Chains of one node, accepted so often where the candidate is the best one, or drawn."""
+    found = Forecaster(
+        survival=SurvivalModel.default(1),
+        drawn=SurvivalModel.default(1),
+        max_depth=1,
+        frontier=1,
+        k_max=None,
+        online=True,
+    )
+    for _ in range(64):
+        found.observe_draft([math.log(best)], [1], [1])
+    for _ in range(num_drawn):
+        found.observe_draft([math.log(drawn)], [1], [1], "drawn")
+    return found
+
+
+@pytest.mark.parametrize("num_drawn", [0, 1, 2, 4])
+def test_the_forecast_is_of_the_kinds_of_requests_that_there_are(num_drawn: int) -> None:
+    found, costs = both_kinds(0.8, 0.4), cost(32)
+    found.plan(Load(4, num_drawn=num_drawn), costs)
+    expected = 0.8 + num_drawn / 4 * (0.4 - 0.8)
+    assert found._expected.gains[-1] == pytest.approx(expected, abs=0.01)
+
+
+def test_requests_of_another_kind_are_probed_before_anything_is_drafted_for_them() -> None:
+    """What drafts of greedy requests bring says nothing of drawn candidates."""
+    found, costs = both_kinds(0.8, 0.4, num_drawn=0), cost(32)
+    assert found.plan(Load(4), costs).max_depth
+    other = Load(4, num_drawn=4)
+    plan = found.plan(other, costs)
+    assert (plan.max_depth, plan.probes) == (0, ENOUGH // 2)
+    for _ in range(ENOUGH):
+        found.observe_draft([math.log(0.02)], [1], [1], "drawn")
+    later = [found.plan(other, costs).max_depth for _ in range(20)]
+    assert not any(later), "drafting begins anew only where it pays"
+    assert found.plan(Load(4), costs).max_depth, "what is known of greedy requests is kept"
+
+
+def test_requests_that_never_draft_deep_enough_are_not_probed_for_ever() -> None:
+    found, costs = both_kinds(0.8, 0.4, num_drawn=0), cost(32)
+    plans = [found.plan(Load(4, num_drawn=4), costs) for _ in range(UNTRIED + 20)]
+    assert all(plan.probes for plan in plans[:UNTRIED])
+    assert any(plan.max_depth for plan in plans[UNTRIED:]), "the others' drafts stand for them"
+
+
+def test_a_few_requests_of_another_kind_do_not_end_the_drafting() -> None:
+    found, costs = both_kinds(0.8, 0.02), cost(32)
+    for _ in range(3):
+        assert found.plan(Load(16), costs).max_depth
+    assert found.plan(Load(16, num_drawn=4), costs).max_depth
+    assert not found.plan(Load(16, num_drawn=16), costs).max_depth
 
 
 @pytest.mark.parametrize("present", [0.35, 0.6, 0.8])
@@ -420,13 +475,17 @@ def test_an_uncertain_forecast_changes_nothing() -> None:
     for requests in range(1, 257):
         load = Load(requests, waiting=requests)
         best = forecaster(0.5).forecast(load, costs)
-        drafting = forecaster(0.5)
-        drafting._drafting = True
+        drafting, moved = forecaster(0.5), forecaster(0.5)
+        drafting._drafting = moved._drafting = True
+        drafting._drafting_at = requests.bit_length()
+        moved._drafting_at = 1 + requests.bit_length()
         both = begins(forecaster(0.5), load, costs), begins(drafting, load, costs)
         bound = BOUND * best.error
         if -0.9 * bound < best.gain < 0.9 * bound:
             unsure += 1
             assert both == (False, True)
+            # At another load than where it was found to pay, what is likely decides.
+            assert begins(moved, load, costs) == (best.gain > 0)
         elif not -1.1 * bound - 0.01 < best.gain < 1.1 * bound + 0.01:
             assert both == (best.gain > 0, best.gain > 0)
     assert unsure > 3
@@ -438,7 +497,7 @@ def test_errors_fall_with_what_was_seen() -> None:
         survival=SurvivalModel.default(4), max_depth=4, frontier=2, k_max=None, online=True
     )
     many = forecaster(0.6, online=True)
-    for draft in list(many._drafts)[:ENOUGH]:
+    for draft in list(many._drafts["best"])[:ENOUGH]:
         few.observe_draft(*(x.tolist() for x in draft[:3]))
     for _ in range(400):
         many.observe_acceptance([10.0, 4.0, 2.0, 1.0], [10, 4, 2, 1])
@@ -456,7 +515,7 @@ def test_what_a_slot_must_be_worth_is_what_the_last_node_that_pays_is_worth() ->
         assert plan.nodes == best.nodes
         # As many of the remembered nodes are worth more as the forecast wants verified.
         gains, levels, *_ = found._order
-        count = (gains[levels <= best.depth] > best.least).sum() / len(found._drafts)
+        count = (gains[levels <= best.depth] > best.least).sum() / len(found._drafts["best"])
         assert count == pytest.approx(best.nodes, abs=0.3)
         least.append(best.least)
     assert least == sorted(least), "rows that cost more must be worth more"

@@ -58,6 +58,8 @@ class UnseenTreesMixin(_Scheduler):
         self._drafting: set[str] = set()
         section = self.vllm_config.speculative_config.echo
         self._candidates: Candidates = section.candidates if draws_of(section) else "best"
+        self._drawn: dict[str, bool] = {}
+        """See `_draws`."""
         self._fresh: set[str] = set()
         """Requests that the last step with any rows drafts for: of their trees nothing has been
         heard yet."""
@@ -75,6 +77,7 @@ class UnseenTreesMixin(_Scheduler):
         output = super().schedule(*args, **kwargs)
         for req_id in output.finished_req_ids:
             self._allowed.pop(req_id, None)
+            self._drawn.pop(req_id, None)
         return output
 
     def _drop_stale_trees(self) -> None:
@@ -87,7 +90,7 @@ class UnseenTreesMixin(_Scheduler):
         for request in self.running:
             if not request.spec_token_ids or request.request_id in self._fresh:
                 continue
-            if is_drawn(request.sampling_params, self._candidates):
+            if self._draws(request.request_id):
                 request.spec_token_ids = []
 
     def _limit_drafts(self) -> None:
@@ -172,8 +175,24 @@ class UnseenTreesMixin(_Scheduler):
                 decoding += 1
                 if self._can_have_tree(request):
                     able.append(request.request_id)
-        load = Load(decoding, prompts, num_reading=reading, num_drafting=(len(able),))
+        load = Load(
+            decoding,
+            prompts,
+            num_reading=reading,
+            num_drafting=(len(able),),
+            num_drawn=sum(self._draws(req_id) for req_id in able),
+        )
         return load, able
+
+    def _draws(self, req_id: str) -> bool:
+        """Whether the candidates of a running request are drawn, or would be if there was a seat
+        (`DrawnSlots`)."""
+        if self._candidates == "best":
+            return False
+        if req_id not in self._drawn:
+            params = self.requests[req_id].sampling_params
+            self._drawn[req_id] = is_drawn(params, self._candidates)
+        return self._drawn[req_id]
 
     def _can_have_tree(self, request: Request) -> bool:
         """Whether rows that stand for different futures of a request can be sampled at once."""
