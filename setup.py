@@ -52,6 +52,8 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/accept_path.cpp",
     "csrc/cpu/commit_kv.cpp",
+    "csrc/cpu/draw_children.cpp",
+    "csrc/cpu/draw_children_portable.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/large_blocks.cpp",
     "csrc/cpu/merge_attention.cpp",
@@ -107,6 +109,8 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 # Only these files may use more than the baseline instruction set.
 X86_SOURCES = {
+    "csrc/cpu/draw_children_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/cpu/draw_children_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/packed_linear_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/packed_linear_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/packed_linear_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],

@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(echo_vllm, m) {
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int num_columns, Tensor? bias=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon) -> Tensor");
+  m.def(
+      "draw_children(Tensor logits, Tensor? temperature, Tensor keys, int k, float scale, "
+      "float exponent) -> (Tensor token_ids, Tensor logprobs, Tensor child_keys, Tensor probs, "
+      "Tensor gains, Tensor reaches)");
   m.def("supported_cpu_isas() -> str");
 }
 
@@ -27,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(echo_vllm, CPU, m) {
   m.impl("sample_path", TORCH_BOX(&echo_vllm::cpu::sample_path));
   m.impl("pack_linear", TORCH_BOX(&echo_vllm::cpu::pack_linear));
   m.impl("packed_linear", TORCH_BOX(&echo_vllm::cpu::packed_linear));
+  m.impl("draw_children", TORCH_BOX(&echo_vllm::cpu::draw_children));
   m.impl("rms_norm", TORCH_BOX(&echo_vllm::cpu::rms_norm));
 }
 

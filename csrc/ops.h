@@ -66,6 +66,10 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
                 double epsilon);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draw_children(
+    const Tensor& logits, const std::optional<Tensor>& temperature, const Tensor& keys, int64_t k,
+    double scale, double exponent);
+
 // The instruction sets this machine can run, slowest first, separated by commas.
 std::string supported_isas_text();
 

@@ -25,7 +25,6 @@ constexpr int kMaxTileKeys = kMaxTileWords * kBitsPerWord;
 ECHO_INLINE constexpr int tile_stride(int keys) { return keys + 16; }
 
 constexpr float kMinusInfinity = -__builtin_inff();
-constexpr float kLog2E = 1.44269504088896341f;
 
 ECHO_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 ECHO_INLINE int min_int(int a, int b) { return a < b ? a : b; }

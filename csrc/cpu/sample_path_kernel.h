@@ -10,7 +10,7 @@
 #include <cfloat>
 
 #include "sample_path.h"
-#include "simd.h"
+#include "weights.h"
 
 namespace echo_vllm::cpu {
 namespace {
@@ -18,27 +18,6 @@ namespace {
 constexpr int kBlock = 512;
 
 ECHO_INLINE int end_of_block(int begin, int n) { return n - begin < kBlock ? n : begin + kBlock; }
-
-float max_of(const float* x, int n) {
-  Vec top = splat(-__builtin_inff());
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) top = max(load(x + i), top);
-  float result = horizontal_max(top);
-  for (; i < n; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
-
-// exp(x - top), exactly 0 where it is below 2^-124. `top` is finite.
-void exponentials(const float* x, int n, float top, float* out) {
-  constexpr float kLowest = -124.0f;
-  const auto weigh = [&](Vec v) {
-    const Vec power = (v - top) * kLog2E;
-    return power > kLowest ? exp2<5>(power) : Vec{};
-  };
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, weigh(load(x + i)));
-  for (; i < n; ++i) out[i] = weigh(splat(x[i]))[0];
-}
 
 // One row's residual: max(target - scale * draft, 0); `draft` is not read where scale is 0.
 struct Residual {

@@ -25,6 +25,8 @@ namespace {
 // Of the caches: what a prefetch brings.
 constexpr int kLineBytes = 64;
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)

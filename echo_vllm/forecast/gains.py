@@ -11,11 +11,19 @@ Estimates decide about the shape of trees, never about what comes out (docs/draw
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from echo_vllm.ops.argmax import best_of_rows
-from echo_vllm.trees.draws import EXHAUSTED, Draws
+from echo_vllm.trees.draws import (
+    EXHAUSTED,
+    Draws,
+    Sampling,
+    draw_by_kernel,
+    draw_children,
+    has_kernel,
+)
 
 LOOKED_AT = 32
 """A row's most probable tokens, from which the worth of its slots is estimated."""
@@ -29,10 +37,20 @@ Curve = Callable[[torch.Tensor], torch.Tensor]
 and not falling."""
 
 
-def usual_acceptance(draft_probs: torch.Tensor) -> torch.Tensor:
-    """For any head; measured on the demo's at temperature 1, where the first child of a row is
-    accepted 0.27 of the time if its q is 0.006, 0.44 at 0.14, 0.66 at 0.39, 0.85 at 0.78."""
-    return 0.9 * draft_probs**0.4
+@dataclass(frozen=True)
+class PowerCurve:
+    """scale * q ** exponent."""
+
+    scale: float
+    exponent: float
+
+    def __call__(self, draft_probs: torch.Tensor) -> torch.Tensor:
+        return self.scale * draft_probs**self.exponent
+
+
+usual_acceptance = PowerCurve(0.9, 0.4)
+"""For any head; measured on the demo's at temperature 1, where the first child of a row is accepted
+0.27 of the time if its q is 0.006, 0.44 at 0.14, 0.66 at 0.39, 0.85 at 0.78."""
 
 
 def expected_gains(draft_probs: torch.Tensor, curve: Curve, k: int) -> torch.Tensor:
@@ -82,6 +100,16 @@ def reaches_of(drawn_probs: torch.Tensor, curve: Curve) -> torch.Tensor:
     chances = chances.masked_fill(drawn <= 0, 0.0)
     before = torch.cat([torch.ones_like(draft[:, :1]), (1.0 - chances)[:, :-1].cumprod(1)], 1)
     return (before * chances).float()
+
+
+def draw_and_weigh(
+    logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sampling, curve: Curve | None
+) -> tuple[Draws, torch.Tensor, torch.Tensor]:
+    """`draw_children` of some rows, and their `gains_and_reaches`."""
+    if isinstance(curve, PowerCurve) and has_kernel(logits):
+        return draw_by_kernel(logits, k, keys, sampling, (curve.scale, curve.exponent))
+    draws = draw_children(logits, k, keys, sampling)
+    return draws, *gains_and_reaches(draws, curve)
 
 
 def gains_and_reaches(draws: Draws, curve: Curve | None) -> tuple[torch.Tensor, torch.Tensor]:

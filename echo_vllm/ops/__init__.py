@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from echo_vllm.ops import attention_table
-from echo_vllm.ops.dispatch import implementation
+from echo_vllm.ops.dispatch import has_extension, implementation
 from echo_vllm.ops.library import load_library
 from echo_vllm.ops.rules import AcceptRule
 
@@ -31,6 +31,8 @@ __all__ = [
     "accept_path",
     "build_super_tree",
     "commit_kv",
+    "draw_children",
+    "has_extension",
     "load_library",
     "merge_attention",
     "pack_linear",
@@ -491,3 +493,40 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float)
     load_library()
     out: Tensor = torch.ops.echo_vllm.rms_norm(x, residual, weight, epsilon)
     return out
+
+
+def draw_children(
+    logits: Tensor,
+    temperature: Tensor | None,
+    keys: Tensor,
+    k: int,
+    scale: float = 0.0,
+    exponent: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The first k draws from the distribution q of every row, without replacement, and what they
+    are worth: `trees.draws.draw_children` and `forecast.gains` in one pass. CPU only.
+
+    Args:
+        logits: float32 or bfloat16 [rows, V_draft], last dim contiguous; -inf: never drawn.
+        temperature: float32 [rows], above 0; None where all are 1.
+        keys: int64 [rows], of the nodes that the rows belong to.
+        k: draws a row, at least 1.
+        scale, exponent: a token that is drawn with probability q is accepted with probability
+            scale * q ** exponent; with a scale of 0 nothing is said of worths.
+
+    Returns:
+        token_ids: int64 [rows, k]; -1 where q has no more tokens, as in a row with NaN, with plus
+            infinity, or without a finite logit.
+        logprobs: float32 [rows, k], of q; -inf where there is no token.
+        child_keys: int64 [rows, k].
+        probs: float32 [rows, V_draft], q; NaN in a row that has none.
+        gains, reaches: float32 [rows, k], the probability that the child is the one that is
+            accepted, before and after it is drawn; [rows, 0] with a scale of 0.
+
+    Raises:
+        RuntimeError: shapes, dtypes or strides do not fit.
+    """
+    load_library()
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    found = torch.ops.echo_vllm.draw_children(logits, temperature, keys, k, scale, exponent)
+    return found

@@ -131,6 +131,14 @@ def _import_fails(module: str) -> str:
     return ""
 
 
+@functools.cache
+def has_extension(op: str) -> bool:
+    """Whether the extension may run an operator that only it has, for tensors on the CPU."""
+    return os.environ.get(VARIABLE, "") in ("", "extension") and not _extension_is_missing(
+        op, "cpu"
+    )
+
+
 @dataclass(frozen=True)
 class _Source:
     """Why an operator is missing on a device ('' if it is not), and the operator itself."""

@@ -112,6 +112,26 @@ def _fake_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: 
     return torch.empty_like(x)
 
 
+def _fake_draw_children(
+    logits: Tensor,
+    temperature: Tensor | None,
+    keys: Tensor,
+    k: int,
+    scale: float,
+    exponent: float,
+) -> tuple[Tensor, ...]:
+    rows = len(keys)
+    worths = (rows, k if scale else 0)
+    return (
+        keys.new_empty((rows, k)),
+        keys.new_empty((rows, k), dtype=torch.float32),
+        keys.new_empty((rows, k)),
+        keys.new_empty(logits.shape, dtype=torch.float32),
+        keys.new_empty(worths, dtype=torch.float32),
+        keys.new_empty(worths, dtype=torch.float32),
+    )
+
+
 _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "tree_attention": _writes_in_place,
     "suffix_attention": _writes_in_place,
@@ -123,4 +143,5 @@ _FAKE_KERNELS: dict[str, Callable[..., object]] = {
     "sample_path": _fake_sample_path,
     "packed_linear": _fake_packed_linear,
     "rms_norm": _fake_rms_norm,
+    "draw_children": _fake_draw_children,
 }

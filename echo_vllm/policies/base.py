@@ -199,7 +199,7 @@ class DraftPolicy(ABC):
     wants_logits: bool = False
     k_max: int | None = None
     column_ranks: Sequence[int] | None = None
-    acceptance: Callable[[torch.Tensor], torch.Tensor] | None = staticmethod(usual_acceptance)
+    acceptance: Callable[[torch.Tensor], torch.Tensor] | None = usual_acceptance
 
     def __init__(
         self, config: EchoConfig, max_nodes: int, profile: DrafterProfile | None = None

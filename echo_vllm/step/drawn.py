@@ -20,13 +20,13 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from echo_vllm import ops
 from echo_vllm.config import Candidates
-from echo_vllm.forecast.gains import gains_and_reaches
+from echo_vllm.forecast.gains import draw_and_weigh
 from echo_vllm.ops import AcceptRule
 from echo_vllm.policies import DraftPolicy
 from echo_vllm.step.verification import MAX_SAMPLED_ROWS, Children, Drawing, Judge, Verdict
 from echo_vllm.transfer import download, upload
 from echo_vllm.trees.drawn import DrawnPool
-from echo_vllm.trees.draws import Sampling, Stream, draw_children, root_keys, uniforms
+from echo_vllm.trees.draws import Sampling, Stream, root_keys, uniforms
 from echo_vllm.trees.forest import ROOT, DraftForest
 from echo_vllm.trees.store import Ints, owners
 
@@ -75,8 +75,9 @@ def draw_level(
     """
     (count, width), k, device = parents.shape, policy.drawn_ranks, logits.device
     keys = pool.keys_of(parents).flatten()
-    draws = draw_children(logits, k, keys, sampling.of(pool.active, width))
-    gains, reaches = gains_and_reaches(draws, policy.acceptance)
+    draws, gains, reaches = draw_and_weigh(
+        logits, k, keys, sampling.of(pool.active, width), policy.acceptance
+    )
     opened = pool.open(parents, gains.view(count, width, k))
     tokens = draws.token_ids.clamp(min=0)
     if draft_offsets is not None:

@@ -19,6 +19,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from echo_vllm import ops
 from echo_vllm.transfer import upload
 
 NUCLEUS = 256
@@ -138,6 +139,11 @@ def draft_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
         logits: [rows, V_draft], floating point.
         sampling: of the rows.
     """
+    return torch.softmax(_scaled(logits, sampling), 1)
+
+
+def _scaled(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits [rows, V_draft] float32 over their temperature, -inf where nothing may be drawn."""
     scaled = logits.float()
     if sampling.temperature is not None:
         scaled = scaled / sampling.temperature.unsqueeze(1)
@@ -155,7 +161,7 @@ def draft_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
     if sampling.min_p is not None:
         least = scaled.amax(1, keepdim=True) + sampling.min_p.unsqueeze(1).log()
         scaled = scaled.masked_fill(scaled < least, float("-inf"))
-    return torch.softmax(scaled, 1)
+    return scaled
 
 
 def _truncated(
@@ -194,11 +200,39 @@ def draw_children(logits: torch.Tensor, k: int, keys: torch.Tensor, sampling: Sa
         keys: [rows] int64, of the nodes that the rows belong to.
         sampling: of the rows.
     """
+    if has_kernel(logits):
+        return draw_by_kernel(logits, k, keys, sampling, None)[0]
     probs = draft_distribution(logits, sampling)
     own_keys = child_keys(keys, k)
     ids = _draw(probs, uniforms(own_keys, Stream.DRAW))
     logprobs = probs.gather(1, ids.clamp(min=0)).log().masked_fill(ids < 0, float("-inf"))
     return Draws(ids, logprobs, own_keys, probs)
+
+
+def has_kernel(logits: torch.Tensor) -> bool:
+    """Whether `draw_by_kernel` can draw from these logits."""
+    return logits.device.type == "cpu" and ops.has_extension("draw_children")
+
+
+def draw_by_kernel(
+    logits: torch.Tensor,
+    k: int,
+    keys: torch.Tensor,
+    sampling: Sampling,
+    curve: tuple[float, float] | None,
+) -> tuple[Draws, torch.Tensor, torch.Tensor]:
+    """`draw_children`, and by `curve`, a scale and an exponent, what the draws are worth before and
+    after they are drawn, both [rows, k]; without a curve nothing is said of that."""
+    temperature = sampling.temperature
+    if sampling.top_k is not None or sampling.top_p is not None or sampling.min_p is not None:
+        logits, temperature = _scaled(logits, sampling), None
+    elif logits.dtype not in (torch.float32, torch.bfloat16):
+        logits = logits.float()
+    scale, exponent = curve or (0.0, 1.0)
+    ids, logprobs, own_keys, probs, gains, reaches = ops.draw_children(
+        logits, temperature, keys, k, scale, exponent
+    )
+    return Draws(ids, logprobs, own_keys, probs), gains, reaches
 
 
 def _draw(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
