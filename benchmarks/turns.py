@@ -110,7 +110,7 @@ def table(found: Found) -> str:
     for ours, other in pairs:
         cells = [speeds[ours].over(speeds[other]) for speeds in found.values()]
         rows.append([ours, other, *map(str, cells), _mean(found, ours, other)])
-    fixed = [name for name in of_any if is_fixed(name) and name != PLAIN.name]
+    fixed = [name for name in of_any if is_fixed(name)]
     theirs = [name for name in of_any if name.startswith("eagle3")]
     for ours in ("auto", "echo"):
         for title, others in (("best fixed", fixed), ("vLLM's best chain", theirs)):

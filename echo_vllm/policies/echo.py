@@ -158,6 +158,8 @@ class EchoPolicy(DraftPolicy):
         limit = self.batch_limit(load)
         if limit is None:
             return True
+        if self.share == "equal" or load.num_drawn == load.able:
+            limit -= limit % load.able  # What gives no request a node is of no use to anyone.
         if not self._rests:
             return limit >= REST_BELOW * load.able and limit > 0
         return limit >= RESUME_FROM * load.able and limit * load.steps_ahead >= load.waiting

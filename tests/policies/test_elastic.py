@@ -236,6 +236,20 @@ def test_echo_rests_at_small_budgets_and_comes_back_where_it_pays_for_catching_u
     assert not policy.plan(Load(33)).reads_prompts
 
 
+def test_echo_rests_where_an_equal_part_of_the_budget_is_no_node() -> None:
+    """Drawn candidates have equal parts, and so have all with `share: equal`; to draft what nobody
+    may verify cost a fifth of a step."""
+    batchwide, equal = (
+        elastic(16, policy="echo", k_max=12, gates={}, share=share) for share in ("batch", "equal")
+    )
+    assert batchwide.plan(Load(16)).max_depth is None
+    assert batchwide.plan(Load(16, num_drawn=15)).max_depth is None, "one may have all of them"
+    assert batchwide.plan(Load(16, num_drawn=16)).max_depth == 0
+    assert batchwide.plan(Load(12, num_drawn=12)).max_depth is None
+    assert equal.plan(Load(16)).max_depth == 0
+    assert equal.plan(Load(12)).max_depth is None
+
+
 def test_echo_counts_requests_that_may_have_a_tree() -> None:
     policy = elastic(16, policy="echo", k_max=8, gates={})
     assert policy.plan(Load(40)).max_depth == 0
