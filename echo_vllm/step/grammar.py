@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 from echo_vllm.trees.forest import ROOT
@@ -40,6 +41,15 @@ _ROOT_KEY = (ROOT, 0)
 
 FORCED = -1
 """Stands in `AllowedTree.nodes` for a node that the grammar has added."""
+
+
+def takes_trees(params: SamplingParams) -> bool:
+    """Whether drafts of a request can be verified: a thinking budget, and the grammars of some
+    backends, know one token after the other, not trees."""
+    grammar = params.structured_outputs
+    return params.thinking_token_budget is None and (
+        grammar is None or grammar._backend in FOLLOWED_BACKENDS
+    )
 
 
 @dataclass

@@ -32,9 +32,8 @@ from echo_vllm.step.acceptance_watch import AcceptanceWatch
 from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.drafts import Drafts
 from echo_vllm.step.drawn import is_drawn
-from echo_vllm.step.grammar import AllowedTree, allow, masks_of
+from echo_vllm.step.grammar import AllowedTree, allow, masks_of, takes_trees
 from echo_vllm.step.stats import StepStats
-from echo_vllm.step.v1.slots import takes_trees
 
 
 def trimmed(sizes: Sequence[int], budget: int) -> list[int]:

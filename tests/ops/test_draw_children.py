@@ -16,9 +16,8 @@ from echo_vllm.forecast.gains import PowerCurve, draw_and_weigh, usual_acceptanc
 from echo_vllm.ops import dispatch
 from echo_vllm.trees import draws
 from echo_vllm.trees.draws import Draws, Sampling, root_keys
+from tests.ops.isas import ISAS
 
-# Those with a kernel of their own.
-ISAS = [isa for isa in ops.supported_cpu_isas() if isa not in ("avx512_bf16", "amx")]
 Found = tuple[Draws, torch.Tensor, torch.Tensor]
 
 

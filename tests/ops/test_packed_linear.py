@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from echo_vllm import ops
+from tests.ops.isas import ISAS
 
 HAS_PAIRS = "avx512_bf16" in ops.supported_cpu_isas()
-# Those with a kernel of their own for float32.
-ISAS = [isa for isa in ops.supported_cpu_isas() if isa not in ("avx512_bf16", "amx")]
 SHAPES = [(960, 576), (576, 1536), (37, 48), (1, 1), (31, 2500), (64, 1024), (65, 1025)]
 """(N, K): whole panels and not, one depth range and several."""
 

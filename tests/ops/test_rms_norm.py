@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from echo_vllm import ops
+from tests.ops.isas import ISAS
 
 EPSILON = 1e-5
 DTYPES = [torch.float32, torch.bfloat16]
-# Those with a kernel of their own.
-ISAS = [isa for isa in ops.supported_cpu_isas() if isa not in ("avx512_bf16", "amx")]
 
 
 def written_out(

@@ -13,18 +13,9 @@ from collections.abc import Container, Sequence
 import numpy as np
 from vllm.sampling_params import SamplingParams
 
-from echo_vllm.step.grammar import FOLLOWED_BACKENDS
+from echo_vllm.step.grammar import takes_trees
 from echo_vllm.step.verification import Drawing
 from echo_vllm.trees.store import Ints
-
-
-def takes_trees(params: SamplingParams) -> bool:
-    """Whether drafts of a request can be verified: a thinking budget, and the grammars of some
-    backends, know one token after the other, not trees."""
-    grammar = params.structured_outputs
-    return params.thinking_token_budget is None and (
-        grammar is None or grammar._backend in FOLLOWED_BACKENDS
-    )
 
 
 class RequestSlots:

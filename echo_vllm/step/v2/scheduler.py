@@ -26,9 +26,8 @@ from echo_vllm.forecast.plan import DraftPlan, Load
 from echo_vllm.policies import Observation, draws_of
 from echo_vllm.step.clock import LONGEST_GAP_S
 from echo_vllm.step.drawn import is_drawn
-from echo_vllm.step.grammar import AllowedTree, allow, masks_of
+from echo_vllm.step.grammar import AllowedTree, allow, masks_of, takes_trees
 from echo_vllm.step.scheduler import trimmed
-from echo_vllm.step.v1.slots import takes_trees
 from echo_vllm.step.v2.budget import num_nodes_of, tell
 from echo_vllm.step.v2.grammar import attach_trees, drafted_of, tell_followed
 from echo_vllm.step.v2.outputs import Heard, heard_with
