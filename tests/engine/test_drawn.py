@@ -267,6 +267,7 @@ def test_chunked_prompts_preemption_and_one_request_alone(
 
 def test_draws_of_a_row_are_all_different(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every forest of the engine keeps the invariants; a draw with replacement would not."""
+    from echo_vllm import ops
     from echo_vllm.trees import draws
 
     def replacing(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -287,6 +288,7 @@ def test_draws_of_a_row_are_all_different(tiny: TinyModel, monkeypatch: pytest.M
         monkeypatch.setattr(model_runner.drawn, "put", check)
         sample(llm, [SETTINGS["plain"]], 200)
         assert not found
+        monkeypatch.setattr(ops, "has_extension", lambda op: False)
         monkeypatch.setattr(draws, "_draw", replacing)
         sample(llm, [SETTINGS["plain"]], 200)
     assert found

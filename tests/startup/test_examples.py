@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from echo_vllm.machine import fast_dtype
 from echo_vllm.policies import parse_section
 from tests.conftest import ROOT
 from tests.engine.engines import counters, engine, generate
@@ -37,7 +36,8 @@ def test_the_trees_of_an_example_are_accepted(
 ) -> None:
     monkeypatch.chdir(ROOT)
     config = json.loads(example.read_text())
-    options = {"dtype": fast_dtype(), "max_model_len": 256, "max_num_seqs": 2}
+    # In bfloat16 the target itself answers otherwise on some processors.
+    options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 2}
     with engine(demo_target, config, **options) as llm:
         (tokens,) = generate(llm, chat(demo_target, ["What is the capital of France?"]), greedy(24))
         assert "Paris" in llm.get_tokenizer().decode(tokens)

@@ -467,7 +467,7 @@ def test_the_engine_samples_what_the_target_does(tmp_path: Any) -> None:
 def test_a_tree_that_was_not_verified_at_once_never_is() -> None:
     """Of it something may have been heard, and its size is what was drawn."""
     scheduler: Any = UnseenTreesMixin.__new__(UnseenTreesMixin)
-    scheduler._fresh, scheduler._candidates = {"1"}, "drawn"
+    scheduler._fresh, scheduler._candidates, scheduler._drawn = {"1"}, "drawn", {}
     scheduler.running = [
         SimpleNamespace(request_id=str(i), spec_token_ids=[-1] * 4, sampling_params=params)
         for i, params in enumerate([sampling(), sampling(), sampling(seed=3), greedy(4)])

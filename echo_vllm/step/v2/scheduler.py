@@ -89,7 +89,7 @@ class UnseenTreesMixin(_Scheduler):
         for request in self.running:
             if not request.spec_token_ids or request.request_id in self._fresh:
                 continue
-            if self._draws(request.request_id):
+            if self._draws(request):
                 request.spec_token_ids = []
 
     def _limit_drafts(self) -> None:
@@ -162,7 +162,7 @@ class UnseenTreesMixin(_Scheduler):
     def _next_load(self, scheduler_output: SchedulerOutput) -> tuple[Load, list[str]]:
         """What the step after a batch has to do, as if all that the batch drafts were accepted, and
         which requests may have a tree in it."""
-        prompts = decoding = reading = 0
+        prompts = decoding = reading = num_drawn = 0
         able = []
         for request in self.running:
             count = scheduler_output.num_scheduled_tokens.get(request.request_id, 0)
@@ -174,24 +174,26 @@ class UnseenTreesMixin(_Scheduler):
                 decoding += 1
                 if self._can_have_tree(request):
                     able.append(request.request_id)
+                    num_drawn += self._draws(request)
         load = Load(
             decoding,
             prompts,
             num_reading=reading,
             num_drafting=(len(able),),
-            num_drawn=sum(self._draws(req_id) for req_id in able),
+            num_drawn=num_drawn,
         )
         return load, able
 
-    def _draws(self, req_id: str) -> bool:
-        """Whether the candidates of a running request are drawn, or would be if there was a seat
+    def _draws(self, request: Request) -> bool:
+        """Whether a request's candidates are drawn, or would be if there was a seat
         (`DrawnSlots`)."""
         if self._candidates == "best":
             return False
-        if req_id not in self._drawn:
-            params = self.requests[req_id].sampling_params
-            self._drawn[req_id] = is_drawn(params, self._candidates)
-        return self._drawn[req_id]
+        found = self._drawn.get(request.request_id)
+        if found is None:
+            found = is_drawn(request.sampling_params, self._candidates)
+            self._drawn[request.request_id] = found
+        return found
 
     def _can_have_tree(self, request: Request) -> bool:
         """Whether rows that stand for different futures of a request can be sampled at once."""
