@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from echo_vllm import ops
 from echo_vllm.config import EchoConfigError
 from tests.engine.engines import counters, echo, engine, generate
 from tests.engine.tiny import Shape, make_target
@@ -88,6 +89,8 @@ def test_echo_runs_what_stock_runs_and_refuses_the_rest_in_one_sentence(
     name: str, targets: dict[str, Path], plain: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
     form = FORMS[name]
+    if name == "quantised" and ops.supported_cpu_isas()[-1] == "amx":
+        pytest.skip("vLLM's int8 product takes no float32 on a processor with AMX, and ends stock")
     head, target = write(tmp_path / "head", form), targets[form.target]
     stock = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
     if form.refused:
