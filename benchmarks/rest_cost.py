@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
 
 from benchmarks.command_line import (
     add_engine_options,
@@ -32,7 +31,7 @@ from benchmarks.command_line import (
     started,
     token_prompts,
 )
-from benchmarks.steps import Decode, Read, Stop
+from benchmarks.steps import Decode, Engine, Read, Stop
 from echo_vllm import atomic
 from echo_vllm.offline.bench.configurations import PLAIN, choose
 from echo_vllm.offline.bench.intervals import Interval, ratio
@@ -40,14 +39,6 @@ from echo_vllm.offline.bench.tables import markdown
 
 RESTING = ["rest", "auto-rest"]
 WARM_UP_STEPS = 16
-
-
-class Engine(Protocol):
-    """What is measured: an `EngineProcess`, or a test's own."""
-
-    name: str
-
-    def do(self, task: Any) -> Any: ...
 
 
 @dataclass

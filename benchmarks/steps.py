@@ -13,11 +13,20 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from echo_vllm.offline.bench.closed_loop import Job
 from echo_vllm.offline.engine import LocalEngine
 
 MOST_TOKENS = 1 << 20
+
+
+class Engine(Protocol):
+    """What is measured: an `EngineProcess`, or a test's own."""
+
+    name: str
+
+    def do(self, task: Any) -> Any: ...
 
 
 def _name(place: int) -> str:

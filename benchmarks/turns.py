@@ -20,7 +20,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from benchmarks.command_line import (
     add_engine_options,
@@ -32,7 +31,7 @@ from benchmarks.command_line import (
     started,
     token_prompts,
 )
-from benchmarks.steps import Begin, Turn
+from benchmarks.steps import Begin, Engine, Turn
 from echo_vllm import atomic
 from echo_vllm.offline.bench.closed_loop import Job
 from echo_vllm.offline.bench.configurations import HELD_AGAINST, PLAIN, choose, is_fixed
@@ -43,14 +42,6 @@ CONFIGURATIONS = ["rest", "chain-k1", "auto"]
 LONGEST_PROMPT = 1024
 
 
-class Engine(Protocol):
-    """What is measured: an `EngineProcess`, or a test's own."""
-
-    name: str
-
-    def do(self, task: Any) -> Any: ...
-
-
 @dataclass
 class Speeds:
     """Of one engine at one load: sums over the turns of each pair."""
@@ -59,10 +50,14 @@ class Speeds:
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
-    def over(self, other: Speeds) -> Interval:
-        """Ratio of the tokens a second to another's."""
+    def ratios(self, other: Speeds) -> list[float]:
+        """Of the tokens a second to another's, pair by pair."""
         pairs = zip(self.tokens, self.seconds, other.tokens, other.seconds, strict=True)
-        return ratio([max(a, 1) / b * d / max(c, 1) for a, b, c, d in pairs])
+        return [max(a, 1) / b * d / max(c, 1) for a, b, c, d in pairs]
+
+    def over(self, other: Speeds) -> Interval:
+        """Their middle."""
+        return ratio(self.ratios(other))
 
 
 def measure(
@@ -109,7 +104,8 @@ def table(found: Found) -> str:
     rows = []
     for ours, other in pairs:
         cells = [speeds[ours].over(speeds[other]) for speeds in found.values()]
-        rows.append([ours, other, *map(str, cells), _mean(found, ours, other)])
+        mean = ratio(*(speeds[ours].ratios(speeds[other]) for speeds in found.values()))
+        rows.append([ours, other, *map(str, cells), str(mean)])
     fixed = [name for name in of_any if is_fixed(name)]
     theirs = [name for name in of_any if name.startswith("eagle3")]
     for ours in ("auto", "echo"):
@@ -118,15 +114,6 @@ def table(found: Found) -> str:
                 rows.append([ours, title, *(_over_best(s, ours, others) for s in found.values())])
                 rows[-1].append("")
     return markdown(["engine", "over", *(f"{n} requests" for n in found), "all"], rows)
-
-
-def _mean(found: Found, ours: str, other: str) -> str:
-    groups = []
-    for speeds in found.values():
-        a, b = speeds[ours], speeds[other]
-        pairs = zip(a.tokens, a.seconds, b.tokens, b.seconds, strict=True)
-        groups.append([max(w, 1) / x * z / max(y, 1) for w, x, y, z in pairs])
-    return str(ratio(*groups))
 
 
 def _over_best(speeds: dict[str, Speeds], ours: str, others: Sequence[str]) -> str:
