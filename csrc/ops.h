@@ -50,13 +50,11 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
                                          int64_t max_per_request,
                                          const std::optional<Tensor>& limit);
 
-std::tuple<Tensor, Tensor, Tensor> sample_path(const Tensor& target_logits,
-                                               const Tensor& target_rows, const Tensor& draft_probs,
-                                               const Tensor& draft_rows,
-                                               const std::optional<Tensor>& draft_ids,
-                                               const Tensor& rules, const Tensor& uniforms,
-                                               const Tensor& token_ids, const Tensor& parents,
-                                               const Tensor& cu_nodes, int64_t max_depth);
+std::tuple<Tensor, Tensor, Tensor> sample_path(
+    const Tensor& target_logits, const Tensor& target_rows, const Tensor& draft_probs,
+    const Tensor& draft_rows, const std::optional<Tensor>& draft_ids, const Tensor& rules,
+    const Tensor& uniforms, const Tensor& token_ids, const Tensor& parents, const Tensor& cu_nodes,
+    int64_t max_depth, const std::optional<Tensor>& temperatures);
 
 Tensor pack_linear(const Tensor& weight);
 

@@ -39,7 +39,7 @@ void define_schemas(Library& m) {
   m.def(
       "sample_path(Tensor target_logits, Tensor target_rows, Tensor draft_probs, "
       "Tensor draft_rows, Tensor? draft_ids, Tensor rules, Tensor uniforms, Tensor token_ids, "
-      "Tensor parents, Tensor cu_nodes, int max_depth) -> "
+      "Tensor parents, Tensor cu_nodes, int max_depth, Tensor? temperatures=None) -> "
       "(Tensor accepted_rows, Tensor num_accepted, Tensor last_tokens)");
 }
 

@@ -24,7 +24,8 @@
 namespace echo_vllm {
 
 struct SamplePathArgs {
-  const float* target_logits;  // [target rows, vocab], target_stride floats from row to row
+  const void* target_logits;   // [target rows, vocab], target_stride of them from row to row
+  const float* temperatures;   // [R], what logits are divided by; null: by nothing
   const int32_t* target_rows;  // [K + R]
   const float* draft_probs;    // [draft rows, draft_vocab]
   const int32_t* draft_rows;   // [K + R]
@@ -36,6 +37,7 @@ struct SamplePathArgs {
   const int32_t* cu_nodes;     // [R + 1]
   int64_t target_stride, draft_stride;
   int num_requests, vocab, draft_vocab, max_depth;
+  bool is_bfloat16;        // the target's logits, else float32; on a CPU alone
   int32_t* accepted_rows;  // [R, max_depth + 1]
   int32_t* num_accepted;   // [R]
   int32_t* last_tokens;    // [R]

@@ -24,14 +24,18 @@ inline SamplePathArgs check_sample_path(const Tensor& target_logits, const Tenso
                                         const std::optional<Tensor>& draft_ids, const Tensor& rules,
                                         const Tensor& uniforms, const Tensor& token_ids,
                                         const Tensor& parents, const Tensor& cu_nodes,
-                                        int64_t max_depth, SampledPath* out) {
+                                        int64_t max_depth,
+                                        const std::optional<Tensor>& temperatures,
+                                        bool takes_bfloat16, SampledPath* out) {
   const char* op = kSamplePathOp;
   for (const auto& [name, tensor] :
        {std::tuple{"target_logits", &target_logits}, std::tuple{"draft_probs", &draft_probs}}) {
     check_dim(op, name, *tensor, 2);
-    check_dtype(op, name, *tensor, ScalarType::Float);
     check_last_dim_contiguous(op, name, *tensor);
   }
+  const bool is_bfloat16 = takes_bfloat16 && target_logits.scalar_type() == ScalarType::BFloat16;
+  if (!is_bfloat16) check_dtype(op, "target_logits", target_logits, ScalarType::Float);
+  check_dtype(op, "draft_probs", draft_probs, ScalarType::Float);
   const int64_t vocab = target_logits.size(1), draft_vocab = draft_probs.size(1);
   check(vocab > 0, op, ": target_logits must have columns, got shape ", ShapeOf{target_logits});
   check_index_vector(op, "parents", parents, ScalarType::Int);
@@ -55,6 +59,10 @@ inline SamplePathArgs check_sample_path(const Tensor& target_logits, const Tenso
           ": without draft_ids the vocabularies must be one, got ", draft_vocab,
           " columns of draft_probs for ", vocab, " of target_logits");
   }
+  if (temperatures) {
+    check_index_vector(op, "temperatures", *temperatures, ScalarType::Float);
+    check_size(op, "temperatures", *temperatures, 0, num_requests);
+  }
   check(max_depth >= 0, op, ": max_depth must be >= 0, got ", max_depth);
   out->accepted_rows =
       torch::stable::new_empty(parents, {num_requests, max_depth + 1}, ScalarType::Int);
@@ -65,7 +73,10 @@ inline SamplePathArgs check_sample_path(const Tensor& target_logits, const Tenso
   };
   const auto result = [](Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
   SamplePathArgs args{};
-  args.target_logits = static_cast<const float*>(target_logits.const_data_ptr());
+  args.target_logits = target_logits.const_data_ptr();
+  args.is_bfloat16 = is_bfloat16;
+  args.temperatures =
+      temperatures ? static_cast<const float*>(temperatures->const_data_ptr()) : nullptr;
   args.target_rows = int32(target_rows);
   args.draft_probs = static_cast<const float*>(draft_probs.const_data_ptr());
   args.draft_rows = int32(draft_rows);

@@ -58,18 +58,16 @@ void check_values(const SamplePathArgs& args, int64_t num_target_rows, int64_t n
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> sample_path(const Tensor& target_logits,
-                                               const Tensor& target_rows, const Tensor& draft_probs,
-                                               const Tensor& draft_rows,
-                                               const std::optional<Tensor>& draft_ids,
-                                               const Tensor& rules, const Tensor& uniforms,
-                                               const Tensor& token_ids, const Tensor& parents,
-                                               const Tensor& cu_nodes, int64_t max_depth) {
+std::tuple<Tensor, Tensor, Tensor> sample_path(
+    const Tensor& target_logits, const Tensor& target_rows, const Tensor& draft_probs,
+    const Tensor& draft_rows, const std::optional<Tensor>& draft_ids, const Tensor& rules,
+    const Tensor& uniforms, const Tensor& token_ids, const Tensor& parents, const Tensor& cu_nodes,
+    int64_t max_depth, const std::optional<Tensor>& temperatures) {
   check_forest(kSamplePathOp, parents, cu_nodes);
   SampledPath out{parents, parents, parents};
-  const SamplePathArgs args =
-      check_sample_path(target_logits, target_rows, draft_probs, draft_rows, draft_ids, rules,
-                        uniforms, token_ids, parents, cu_nodes, max_depth, &out);
+  const SamplePathArgs args = check_sample_path(target_logits, target_rows, draft_probs, draft_rows,
+                                                draft_ids, rules, uniforms, token_ids, parents,
+                                                cu_nodes, max_depth, temperatures, true, &out);
   check_values(args, target_logits.size(0), draft_probs.size(0));
   const SamplePathKernel kernel = kernel_for(selected_isa());
   const bool parallel = int64_t{args.num_requests} * args.vocab >= kMinParallelLogits;

@@ -84,7 +84,19 @@ struct Walk {
   int first_row, num_nodes;
   float* target;
   float* draft;
+  float temperature;
   int row = 0;
+
+  // Logits as floats: those of the caller, or in `target`.
+  const float* target_row(int index) const {
+    const int64_t offset = index * args.target_stride;
+    if (!args.is_bfloat16) return static_cast<const float*>(args.target_logits) + offset;
+    const BFloat16* halves = static_cast<const BFloat16*>(args.target_logits) + offset;
+    int t = 0;
+    for (; t + kLanes <= args.vocab; t += kLanes) store(target + t, load(halves + t));
+    for (; t < args.vocab; ++t) target[t] = to_float(halves[t]);
+    return target;
+  }
 
   const float* draft_row() const {
     const int index = args.draft_rows[first_row + row];
@@ -111,7 +123,7 @@ struct Walk {
     const int index = args.target_rows[first_row + row];
     *last_token = -1;
     if (index < 0) return -1;
-    const float* logits = args.target_logits + index * args.target_stride;
+    const float* logits = target_row(index);
     const int vocab = args.vocab;
     const float top = max_of(logits, vocab);
     if (rule == kGreedy || !(top > -__builtin_inff() && top < __builtin_inff())) {
@@ -124,7 +136,7 @@ struct Walk {
       }
       return may_descend ? child_with(*last_token) : -1;
     }
-    exponentials(logits, vocab, top, target);
+    exponentials(logits, vocab, top, target, temperature);
     Residual residual{target, nullptr, 0.0f};
     Rejection state{residual.total(vocab), 0.0, 0.0f};
     if (rule == kBest) {
@@ -175,7 +187,8 @@ void run_sample_path(const SamplePathArgs& args, int request, float* scratch) {
             first_row,
             args.cu_nodes[request + 1] - first_node,
             scratch,
-            scratch + args.vocab};
+            scratch + args.vocab,
+            args.temperatures == nullptr ? 1.0f : args.temperatures[request]};
   int32_t* path = args.accepted_rows + int64_t{request} * (args.max_depth + 1);
   path[0] = 0;
   for (int i = 1; i <= args.max_depth; ++i) path[i] = -1;

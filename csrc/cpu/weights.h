@@ -18,11 +18,14 @@ ECHO_INLINE float max_of(const float* x, int n) {
   return result;
 }
 
-// exp(x - top), exactly 0 where it is below 2^-124. `top` is finite.
-ECHO_INLINE void exponentials(const float* x, int n, float top, float* out) {
+// exp((x - top) / temperature), exactly 0 where it is below 2^-124. `top` is finite; `out` may be
+// x.
+ECHO_INLINE void exponentials(const float* x, int n, float top, float* out,
+                              float temperature = 1.0f) {
   constexpr float kLowest = -124.0f;
+  const float sharpness = kLog2E / temperature;
   const auto weigh = [&](Vec v) {
-    const Vec power = (v - top) * kLog2E;
+    const Vec power = (v - top) * sharpness;
     return power > kLowest ? exp2<5>(power) : Vec{};
   };
   int i = 0;

@@ -184,13 +184,11 @@ std::tuple<Tensor, Tensor> select_budget(const Tensor& scores, const Tensor& tie
   return {columns, cu_nodes};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_path(const Tensor& target_logits,
-                                               const Tensor& target_rows, const Tensor& draft_probs,
-                                               const Tensor& draft_rows,
-                                               const std::optional<Tensor>& draft_ids,
-                                               const Tensor& rules, const Tensor& uniforms,
-                                               const Tensor& token_ids, const Tensor& parents,
-                                               const Tensor& cu_nodes, int64_t max_depth) {
+std::tuple<Tensor, Tensor, Tensor> sample_path(
+    const Tensor& target_logits, const Tensor& target_rows, const Tensor& draft_probs,
+    const Tensor& draft_rows, const std::optional<Tensor>& draft_ids, const Tensor& rules,
+    const Tensor& uniforms, const Tensor& token_ids, const Tensor& parents, const Tensor& cu_nodes,
+    int64_t max_depth, const std::optional<Tensor>& temperatures) {
   const DeviceGuard guard(parents.get_device_index());
   check_devices(kSamplePathOp, parents,
                 {{"target_logits", &target_logits},
@@ -202,10 +200,11 @@ std::tuple<Tensor, Tensor, Tensor> sample_path(const Tensor& target_logits,
                  {"token_ids", &token_ids},
                  {"cu_nodes", &cu_nodes}});
   if (draft_ids) check_devices(kSamplePathOp, parents, {{"draft_ids", &*draft_ids}});
+  if (temperatures) check_devices(kSamplePathOp, parents, {{"temperatures", &*temperatures}});
   SampledPath out{parents, parents, parents};
-  const SamplePathArgs args =
-      check_sample_path(target_logits, target_rows, draft_probs, draft_rows, draft_ids, rules,
-                        uniforms, token_ids, parents, cu_nodes, max_depth, &out);
+  const SamplePathArgs args = check_sample_path(target_logits, target_rows, draft_probs, draft_rows,
+                                                draft_ids, rules, uniforms, token_ids, parents,
+                                                cu_nodes, max_depth, temperatures, false, &out);
   check_launch(kSamplePathOp, launch_sample_path(args, current_stream(parents)));
   return {out.accepted_rows, out.num_accepted, out.last_tokens};
 }

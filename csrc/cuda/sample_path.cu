@@ -23,10 +23,10 @@ struct Residual {
   const float* logits;
   const float* draft;
   const int32_t* draft_ids;
-  float top, scale;
+  float top, scale, sharpness;
 
   __device__ float target_weight(int token) const {
-    return exp2_fast((logits[token] - top) * kLog2E);
+    return exp2_fast((logits[token] - top) * sharpness);
   }
   __device__ float draft_weight(int token) const {
     const int id = draft_ids == nullptr ? token : draft_ids[token];
@@ -132,6 +132,7 @@ struct Walk {
   const int32_t* token_ids;
   const double* uniforms;
   int first_row, num_nodes, row;
+  float sharpness;  // what a logit is worth as a power of 2
   double* parts;
 
   __device__ int child_with(int token) const {
@@ -146,7 +147,8 @@ struct Walk {
     const int index = args.target_rows[first_row + row], vocab = args.vocab;
     *last_token = -1;
     if (index < 0) return -1;
-    const float* logits = args.target_logits + index * args.target_stride;
+    const float* logits =
+        static_cast<const float*>(args.target_logits) + index * args.target_stride;
     const float top = block_max(logits, vocab, parts);
     if (rule == kGreedy || !(top > -kInfinity && top < kInfinity)) {
       const IsTop is_top{logits, top};
@@ -154,7 +156,7 @@ struct Walk {
       *last_token = block_sample(is_top, vocab, 0.0, parts);
       return may_descend ? child_with(*last_token) : -1;
     }
-    Residual residual{logits, nullptr, args.draft_ids, top, 0.0f};
+    Residual residual{logits, nullptr, args.draft_ids, top, 0.0f, sharpness};
     const int draft_index = rule == kDrawn && may_descend ? args.draft_rows[first_row + row] : -1;
     Rejection state{0.0, 0.0, 0.0f};
     if (draft_index >= 0) {
@@ -200,6 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_path_kernel(const SamplePa
             first_row,
             args.cu_nodes[request + 1] - first_node,
             0,
+            kLog2E / (args.temperatures == nullptr ? 1.0f : args.temperatures[request]),
             reinterpret_cast<double*>(shared_memory())};
   const int32_t rule = args.rules[request];
   int32_t* path = args.accepted_rows + int64_t{request} * (args.max_depth + 1);

@@ -327,6 +327,7 @@ def sample_path(
     parents: Tensor,
     cu_nodes: Tensor,
     max_depth: int,
+    temperatures: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Walk the trees of a batch from their roots, sampling from the target along the way.
 
@@ -341,8 +342,8 @@ def sample_path(
     without children, or at `max_depth`, from the target.
 
     Args:
-        target_logits: float32 [n, V], last dim contiguous, after the request's temperature and
-            logits processors; -inf: never sampled. Not normalised.
+        target_logits: float32, on a CPU also bfloat16, [n, V], last dim contiguous, after the
+            request's logits processors; -inf: never sampled. Not normalised.
         target_rows: int32 [K + R], which row of `target_logits` each row of the trees has (per
             request the root, then its nodes); -1: none, the walk ends there without a last token.
         draft_probs: float32 [m, V_draft], last dim contiguous, q of the rows that have drawn
@@ -358,6 +359,8 @@ def sample_path(
         token_ids: int32 [K], in the target's vocabulary.
         parents: int32 [K], cu_nodes: int32 [R + 1].
         max_depth: nodes that are accepted at most.
+        temperatures: float32 [R], above 0, by which the logits are divided; None: by nothing.
+            Where a request is GREEDY it has no effect.
 
     Returns:
         accepted_rows: int32 [R, max_depth + 1], the path, root first; -1 behind its end.
@@ -382,6 +385,7 @@ def sample_path(
         parents,
         cu_nodes,
         max_depth,
+        temperatures,
     )
     return accepted_rows, num_accepted, last_tokens
 

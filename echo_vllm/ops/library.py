@@ -93,6 +93,7 @@ def _fake_sample_path(
     parents: Tensor,
     cu_nodes: Tensor,
     max_depth: int,
+    temperatures: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_requests = cu_nodes.shape[0] - 1
     return (

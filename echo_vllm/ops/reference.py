@@ -363,6 +363,7 @@ def sample_path(
     parents: Tensor,
     cu_nodes: Tensor,
     max_depth: int,
+    temperatures: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `echo_vllm.ops.sample_path`. Computes in float64."""
     bounds, device = cu_nodes.tolist(), parents.device
@@ -382,6 +383,8 @@ def sample_path(
             if len(path) > max_depth:
                 children = []
             logits = target_logits[logits_row].double()
+            if temperatures is not None and rule is not AcceptRule.GREEDY:
+                logits /= float(temperatures[request])
             p = torch.softmax(logits, 0)
             nothing_is_allowed = bool(p.isnan().any())
             if rule is not AcceptRule.DRAWN or nothing_is_allowed:

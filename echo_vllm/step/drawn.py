@@ -213,7 +213,7 @@ class DrawnRequests:
         own_slots = slots[requests[row_owner]]
         probs, draft_rows = self._drawn_from(own_slots, row_place, vocab, device)
         max_depth = others.accepted_rows.shape[1] - 1
-        values, rows = self._processed(logits, sampling, rows, requests[row_owner], slots)
+        values, rows = self._allowed(logits, sampling, rows, requests[row_owner], slots)
         accepted, counts, last = download(
             *ops.sample_path(
                 values,
@@ -227,6 +227,7 @@ class DrawnRequests:
                 upload(forest.parents[nodes], device),
                 upload(cu_nodes, device),
                 max_depth,
+                self._temperatures(slots[requests], device),
             )
         )
         verdict = others.on_host()
@@ -259,7 +260,7 @@ class DrawnRequests:
 
         def tokens_of(logits: torch.Tensor, requests: Ints, rows: Ints, children: Children) -> Ints:
             device, own = logits.device, slots[requests]
-            values, _ = self._processed(logits, sampling, np.arange(len(requests)), requests, slots)
+            values, _ = self._allowed(logits, sampling, np.arange(len(requests)), requests, slots)
             owner, place = owners(children.counts + 1)
             is_root = place == 0
             numbers = np.zeros(len(owner))
@@ -282,6 +283,7 @@ class DrawnRequests:
                     torch.full((len(children.token_ids),), ROOT, dtype=torch.int32, device=device),
                     upload(torch.from_numpy(cu_nodes.astype(np.int32)), device),
                     1,
+                    self._temperatures(own, device),
                 )
             )
             tokens = last.numpy().astype(np.int64)
@@ -330,7 +332,12 @@ class DrawnRequests:
             start += len(each)
         return torch.cat(probs), draft_rows
 
-    def _processed(
+    def _temperatures(self, slots: Ints, device: torch.device) -> torch.Tensor | None:
+        """[n] float32, of the requests in `slots`; None where all are 1."""
+        own = self._temperature[slots]
+        return upload(torch.from_numpy(own), device) if (own != 1).any() else None
+
+    def _allowed(
         self,
         logits: torch.Tensor,
         sampling: SamplingMetadata,
@@ -338,35 +345,36 @@ class DrawnRequests:
         owner: Ints,
         slots: Ints,
     ) -> tuple[torch.Tensor, Ints]:
-        """Temperature, min-p, top-k and top-p, in vLLM's order, of `rows` [n] of the logits.
+        """`rows` [n] of the logits, with -inf for what min-p, top-k and top-p forbid, in vLLM's
+        order, at the requests' temperatures; the walk divides by these where it reads.
 
-        Nobody reads these rows again, so where they are float32 they are changed where they are: a
-        copy of all would cost more than the walk, which reads few of them.
+        Nobody reads these rows again, so they are changed where they are: a copy of all would cost
+        more than the walk, which reads few of them. A GPU's kernels read float32 alone.
 
         Returns:
-            [m, V] float32, and in which of its rows the n are.
+            [m, V], and in which of its rows the n are.
         """
-        if logits.dtype != torch.float32:
+        is_read = logits.is_cpu and logits.dtype == torch.bfloat16
+        if not is_read and logits.dtype != torch.float32:
             logits = logits[upload(torch.from_numpy(rows), logits.device)].float()
             rows = np.arange(len(rows))
         device, own = logits.device, slots[owner]
-        temperature = np.ones(len(logits), np.float32)
-        temperature[rows] = self._temperature[own]
-        if (temperature != 1).any():
-            logits.div_(upload(torch.from_numpy(temperature), device).unsqueeze(1))
         min_p = self._min_p[own]
         cut = np.flatnonzero(self._is_truncated(own) | (min_p > 0))
         for start in range(0, len(cut), MAX_SAMPLED_ROWS):
             part = cut[start : start + MAX_SAMPLED_ROWS]
             places = upload(torch.from_numpy(rows[part]), device)
             requests = upload(torch.from_numpy(owner[part]), device)
-            values = logits[places]
+            given = logits[places]
+            temperature = upload(torch.from_numpy(self._temperature[own[part]]), device)
+            values = given.float() / temperature.unsqueeze(1)
             if min_p[part].any():
                 least = upload(torch.from_numpy(min_p[part]), device).log().unsqueeze(1)
                 values.masked_fill_(values < values.amax(1, keepdim=True) + least, float("-inf"))
             top_k = None if sampling.top_k is None else sampling.top_k[requests]
             top_p = None if sampling.top_p is None else sampling.top_p[requests]
-            logits[places] = apply_top_k_top_p(values, top_k, top_p)
+            values = apply_top_k_top_p(values, top_k, top_p)
+            logits[places] = given.masked_fill_(values == float("-inf"), float("-inf"))
         return logits, rows
 
 

@@ -39,6 +39,7 @@ class PathCase:
     parents: Tensor
     cu_nodes: Tensor
     max_depth: int
+    temperatures: Tensor | None = None
 
     def arguments(self, device: str = "cpu") -> tuple[Any, ...]:
         values = (getattr(self, name) for name in self.__dataclass_fields__)
@@ -46,7 +47,11 @@ class PathCase:
 
     def p(self, row: int) -> Tensor:
         """float64 [V], the target's distribution at a row of the batch."""
-        return torch.softmax(self.target_logits[int(self.target_rows[row])].double(), 0)
+        logits = self.target_logits[int(self.target_rows[row])].double()
+        if self.temperatures is not None:
+            first_rows = self.cu_nodes[:-1] + torch.arange(len(self.temperatures))
+            logits = logits / self.temperatures[int((first_rows <= row).sum()) - 1]
+        return torch.softmax(logits, 0)
 
     def q(self, row: int) -> Tensor:
         """float64 [V], the draft's; zeros where there is none."""
@@ -69,6 +74,7 @@ def make_case(
     rules: list[AcceptRule] | None = None,
     truncated: bool = False,
     alike: bool = False,
+    at_temperatures: bool = False,
     max_depth: int = 8,
 ) -> PathCase:
     """Trees whose children were drawn without replacement from random distributions.
@@ -80,6 +86,7 @@ def make_case(
         rules: one a request; DRAWN by default.
         truncated: p and q lack tokens, each its own (top-k, top-p, min-p).
         alike: q is p as far as the draft vocabulary goes.
+        at_temperatures: one a request, not 1.
         max_depth: as of the operator.
     """
     draw = random.Random(seed)
@@ -136,6 +143,7 @@ def make_case(
         parents=torch.tensor([parent for tree in trees for parent in tree], dtype=torch.int32),
         cu_nodes=bounds.to(torch.int32),
         max_depth=max_depth,
+        temperatures=0.3 + torch.rand(len(trees), generator=noise) if at_temperatures else None,
     )
 
 
@@ -195,6 +203,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "many-tokens": {"vocab": 5000, "draft_vocab": 2500},
     "chain": {"trees": [[-1, 0, 1, 2, 3], [-1], []], "max_depth": 3},
     "wide": {"trees": [[-1] * 12, [-1, -1, 0, 0, 1, 1]], "vocab": 17},
+    "temperatures": {"draft_vocab": 25, "truncated": True, "at_temperatures": True},
+    "ragged-temperatures": {
+        "trees": [[-1, -1, 0], [-1, 0, 0], [-1]],
+        "rules": [AcceptRule.BEST, AcceptRule.GREEDY, AcceptRule.DRAWN],
+        "vocab": 6,
+        "at_temperatures": True,
+    },
     "ragged": {
         "trees": [[-1, -1, 0, 1], [-1, 0, 0], [-1, -1, 1], []],
         "rules": [AcceptRule.DRAWN, AcceptRule.BEST, AcceptRule.GREEDY, AcceptRule.BEST],

@@ -12,7 +12,7 @@ import torch
 
 from echo_vllm import ops
 from echo_vllm.ops import AcceptRule, reference
-from tests.ops.drawn_cases import KINDS, assert_same_path, cases, make_case
+from tests.ops.drawn_cases import KINDS, assert_same_path, cases, make_case, near_every_boundary
 
 EVERY = (ops.sample_path, reference.sample_path)
 LAST_UNIFORM = 1 - 2**-53
@@ -26,6 +26,19 @@ def test_the_kernel_decides_as_the_reference(
     monkeypatch.setenv("ECHO_VLLM_CPU_ISA", isa)
     for case in cases(kind, 15):
         assert_same_path(ops.sample_path, case)
+
+
+@pytest.mark.parametrize("isa", ops.supported_cpu_isas())
+@pytest.mark.parametrize("kind", ["many-tokens", "temperatures", "ragged"])
+def test_logits_in_bfloat16_are_read_as_the_numbers_that_they_are(
+    kind: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHO_VLLM_CPU_ISA", isa)
+    for seed, case in enumerate(cases(kind, 5)):
+        narrow = near_every_boundary(
+            replace(case, target_logits=case.target_logits.bfloat16()), seed
+        )
+        assert_same_path(ops.sample_path, narrow)
 
 
 def test_one_request_is_walked_as_it_is_in_a_batch() -> None:
@@ -195,6 +208,8 @@ def test_known_tokens_and_sampled_ones_take_one_walk() -> None:
         ({"draft_probs": torch.rand(2, 39)}, "without draft_ids the vocabularies must be one"),
         ({"target_logits": torch.rand(4, 40).double()}, "target_logits must be Float, got Double"),
         ({"max_depth": -1}, "max_depth must be >= 0, got -1"),
+        ({"temperatures": torch.ones(2)}, r"temperatures.shape\[0\] must be 1"),
+        ({"temperatures": torch.ones(1).double()}, "temperatures must be Float, got Double"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:

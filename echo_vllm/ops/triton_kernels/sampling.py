@@ -31,24 +31,46 @@ def _draft_weights(draft, draft_ids, tokens, inside, HAS_IDS: tl.constexpr):
 
 @triton.jit
 def _weights(
-    logits, draft, draft_ids, tokens, vocab, top, scale, IS_TOP: tl.constexpr, HAS_IDS: tl.constexpr
+    logits,
+    draft,
+    draft_ids,
+    tokens,
+    vocab,
+    top,
+    scale,
+    sharpness,
+    IS_TOP: tl.constexpr,
+    HAS_IDS: tl.constexpr,
 ):
-    """What tokens weigh: 1 for those of the greatest logit, or what is left of exp(logit - top)."""
+    """What tokens weigh: 1 for those of the greatest logit, or what is left of
+    exp((logit - top) * sharpness)."""
     inside = tokens < vocab
     values = tl.load(logits + tokens, mask=inside, other=float("-inf"))
     if IS_TOP:
         return tl.where(inside & (values == top), 1.0, 0.0)
     rejected = tl.where(inside, scale, 0.0) > 0
     q = _draft_weights(draft, draft_ids, tokens, rejected, HAS_IDS)
-    return tl.maximum(tl.exp(values - top) - scale * q, 0.0)
+    return tl.maximum(tl.exp((values - top) * sharpness) - scale * q, 0.0)
 
 
 @triton.jit
-def _sum(logits, draft, draft_ids, vocab, top, scale, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(
+    logits,
+    draft,
+    draft_ids,
+    vocab,
+    top,
+    scale,
+    sharpness,
+    HAS_IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, vocab, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        weights = _weights(logits, draft, draft_ids, tokens, vocab, top, scale, False, HAS_IDS)
+        weights = _weights(
+            logits, draft, draft_ids, tokens, vocab, top, scale, sharpness, False, HAS_IDS
+        )
         total += weights.to(tl.float64)
     return tl.sum(total, 0)
 
@@ -61,6 +83,7 @@ def _sample(
     vocab,
     top,
     scale,
+    sharpness,
     place,
     IS_TOP: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -73,7 +96,9 @@ def _sample(
     last = vocab * 0
     for start in range(0, vocab, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        weights = _weights(logits, draft, draft_ids, tokens, vocab, top, scale, IS_TOP, HAS_IDS)
+        weights = _weights(
+            logits, draft, draft_ids, tokens, vocab, top, scale, sharpness, IS_TOP, HAS_IDS
+        )
         wide = weights.to(tl.float64)
         through = before + tl.cumsum(wide, 0)
         passed = (weights > 0) & (through > place)
@@ -102,6 +127,7 @@ def _sample_path_kernel(
     draft_rows,
     draft_ids,
     rules,
+    temperatures,
     uniforms,
     token_ids,
     parents,
@@ -115,6 +141,7 @@ def _sample_path_kernel(
     draft_stride,
     max_depth,
     HAS_IDS: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One request's walk."""
@@ -126,6 +153,7 @@ def _sample_path_kernel(
     token_ids += first_node
     uniforms += first_row
     rule = tl.load(rules + request)
+    sharpness = 1.0 / (tl.load(temperatures + request) if HAS_TEMPERATURES else 1.0)
     path = accepted_rows + request.to(tl.int64) * (max_depth + 1)
     tl.store(path, 0)
     row = first_node * 0
@@ -149,11 +177,23 @@ def _sample_path_kernel(
             if is_greedy:
                 zero = tl.full([], 0.0, tl.float64)
                 last = _sample(
-                    logits, draft_probs, draft_ids, vocab, top, top, zero, True, HAS_IDS, BLOCK
+                    logits,
+                    draft_probs,
+                    draft_ids,
+                    vocab,
+                    top,
+                    top,
+                    sharpness,
+                    zero,
+                    True,
+                    HAS_IDS,
+                    BLOCK,
                 )
                 child = _child_with(parents, token_ids, num_nodes, row, last)
             else:
-                total = _sum(logits, draft_probs, draft_ids, vocab, top, scale, HAS_IDS, BLOCK)
+                total = _sum(
+                    logits, draft_probs, draft_ids, vocab, top, scale, sharpness, HAS_IDS, BLOCK
+                )
                 draft_row = tl.load(draft_rows + first_row + row)
                 rejects = (rule == _DRAWN) & (draft_row >= 0) & (count < max_depth)
                 draft_row = tl.where(rejects, draft_row, 0).to(tl.int64)
@@ -171,7 +211,8 @@ def _sample_path_kernel(
                             token = tl.load(token_ids + node)
                             weight = _draft_weights(draft, draft_ids, token, row >= 0, HAS_IDS)
                             value = tl.load(logits + token)
-                            mine = tl.maximum(tl.exp(value - top) - scale * weight, 0.0)
+                            mine = tl.exp((value - top) * sharpness) - scale * weight
+                            mine = tl.maximum(mine, 0.0)
                             wide = weight.to(tl.float64)
                             divisor = tl.maximum(draft_left, wide)
                             uniform = tl.load(uniforms + node + 1)
@@ -182,7 +223,15 @@ def _sample_path_kernel(
                                 else:
                                     after = (scale.to(tl.float64) + total / divisor).to(tl.float32)
                                     rest = _sum(
-                                        logits, draft, draft_ids, vocab, top, after, HAS_IDS, BLOCK
+                                        logits,
+                                        draft,
+                                        draft_ids,
+                                        vocab,
+                                        top,
+                                        after,
+                                        sharpness,
+                                        HAS_IDS,
+                                        BLOCK,
                                     )
                                     if rest > 0:
                                         scale = after
@@ -194,7 +243,17 @@ def _sample_path_kernel(
                     own = tl.where(rule == _BEST, row, 0)
                     place = tl.load(uniforms + own) * total
                     last = _sample(
-                        logits, draft, draft_ids, vocab, top, scale, place, False, HAS_IDS, BLOCK
+                        logits,
+                        draft,
+                        draft_ids,
+                        vocab,
+                        top,
+                        scale,
+                        sharpness,
+                        place,
+                        False,
+                        HAS_IDS,
+                        BLOCK,
                     )
                     if rule == _BEST:
                         child = _child_with(parents, token_ids, num_nodes, row, last)
@@ -221,6 +280,7 @@ def sample_path(
     parents: Tensor,
     cu_nodes: Tensor,
     max_depth: int,
+    temperatures: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `echo_vllm.ops.sample_path`."""
     op = "sample_path"
@@ -242,6 +302,8 @@ def sample_path(
         ("uniforms", uniforms, torch.float64, num_rows),
         ("token_ids", token_ids, torch.int32, parents.shape[0]),
     ]
+    if temperatures is not None:
+        vectors.append(("temperatures", temperatures, torch.float32, num_requests))
     if draft_ids is not None:
         vectors.append(("draft_ids", draft_ids, torch.int32, vocab))
     elif draft_probs.shape[0] and draft_probs.shape[1] != vocab:
@@ -266,6 +328,7 @@ def sample_path(
             draft_rows,
             rules if draft_ids is None else draft_ids,
             rules,
+            rules if temperatures is None else temperatures,
             uniforms,
             token_ids,
             parents,
@@ -279,6 +342,7 @@ def sample_path(
             draft_probs.stride(0),
             max_depth,
             HAS_IDS=draft_ids is not None,
+            HAS_TEMPERATURES=temperatures is not None,
             BLOCK=TOKENS_PER_STEP,
             num_warps=8,
         )
