@@ -76,6 +76,7 @@ class Head:
         optional: those that vLLM shares with the target, or takes as it makes them, where the
             weights lack them.
         is_quantised: its tensors have names and shapes of their own, which only vLLM knows.
+        is_int8: some of its layers multiply integers of eight bits.
         remarks: what the user should know of a head that works.
     """
 
@@ -85,6 +86,7 @@ class Head:
     required: Shapes
     optional: Shapes
     is_quantised: bool = False
+    is_int8: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -211,8 +213,49 @@ def read_head(
         required=found.required,
         optional=found.optional,
         is_quantised=bool(fields.get("quantization_config")),
+        is_int8=_is_int8(fields.object("quantization_config")),
         remarks=tuple(found.remarks),
     )
+
+
+def _is_int8(quantization: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` (of compressed-tensors) has weights and inputs in int8."""
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return False
+
+    def is_int8(numbers: object) -> bool:
+        return isinstance(numbers, Mapping) and (
+            (numbers.get("type", "int"), numbers.get("num_bits")) == ("int", 8)
+        )
+
+    return any(
+        isinstance(group, Mapping)
+        and is_int8(group.get("weights"))
+        and is_int8(group.get("input_activations"))
+        for group in groups.values()
+    )
+
+
+def check_arithmetic(head: Head, dtype: str, *, has_amx: bool) -> None:
+    """Refuse layers that vLLM loads and cannot run.
+
+    Args:
+        head: that was read.
+        dtype: of the model, such as "float32".
+        has_amx: whether the engine runs on a CPU with AMX, where vLLM takes another product of
+            integers.
+
+    Raises:
+        EchoConfigError: with one sentence.
+    """
+    if head.is_int8 and has_amx and dtype == "float32":
+        _reject(
+            head.model,
+            "has layers in int8 (quantization_config in its config.json), which vLLM cannot "
+            "multiply with --dtype float32 on a CPU with AMX",
+            "set --dtype bfloat16, or choose another head",
+        )
 
 
 def check_weights(head: Head, folder: Path) -> list[str]:

@@ -39,6 +39,7 @@ from echo_vllm.startup.head import (
     FIELD,
     Head,
     Target,
+    check_arithmetic,
     check_weights,
     read_head,
     weights_folder,
@@ -445,8 +446,15 @@ def _check_head_weights(vllm_config: VllmConfig) -> None:
     folder = weights_folder(spec.model, spec.revision, load.download_dir)
     if load.load_format in ("auto", "hf", "safetensors") and folder is not None:
         remarks += check_weights(head, folder)
+    check_arithmetic(head, _target_dtype(vllm_config), has_amx=_has_amx())
     for remark in remarks:
         logger.warning_once("The draft head %s %s.", spec.model, remark)
+
+
+def _has_amx() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and torch.cpu._is_amx_tile_supported()
 
 
 # --- the engine -------------------------------------------------------------------------------
@@ -493,7 +501,7 @@ def check_features(vllm_config: VllmConfig) -> None:
     for option, value in given:
         if value:
             refuse(option, "remove it")
-    dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
+    dtype = _target_dtype(vllm_config)
     _check_environment(dtype)
     if vllm_config.cache_config.cache_dtype not in ("auto", dtype):
         _check_narrow_cache(vllm_config, dtype)
@@ -560,7 +568,7 @@ def _check_narrow_cache(vllm_config: VllmConfig, dtype: str) -> None:
         refuse(f"{option} and --dtype {dtype}", remedy)
     if not torch.cpu._is_avx512_supported():
         refuse(f"{option} on a CPU without AVX-512", remedy)
-    if torch.cpu._is_amx_tile_supported() and dtype == "bfloat16":
+    if _has_amx() and dtype == "bfloat16":
         refuse(
             f"{option} and --dtype bfloat16 on a CPU with AMX", f"set --dtype float32, or {remedy}"
         )
@@ -600,10 +608,11 @@ def _check_environment(dtype: str) -> None:
             )
 
 
-def _target_dtype(vllm_config: VllmConfig) -> object:
-    """The type that the target computes in."""
+def _target_dtype(vllm_config: VllmConfig) -> str:
+    """The type that the target computes in, such as "float32"."""
     assert vllm_config.speculative_config is not None
-    return vllm_config.speculative_config.target_model_config.dtype
+    dtype = vllm_config.speculative_config.target_model_config.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_switched_on(name: str) -> bool:
@@ -675,7 +684,7 @@ def _choose_attention_backend(vllm_config: VllmConfig) -> None:
     for name in ("backend_per_kind", "hisparse_config"):
         if getattr(attention, name):
             refuse(f"attention_config.{name}", "remove it")
-    dtype = str(_target_dtype(vllm_config)).removeprefix("torch.")
+    dtype = _target_dtype(vllm_config)
     stock = "TRITON_ATTN" if dtype == "float32" else "FLASH_ATTN"
     custom = AttentionBackendEnum.CUSTOM
     if attention.backend not in (None, custom, AttentionBackendEnum[stock]):

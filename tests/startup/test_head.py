@@ -15,6 +15,7 @@ from echo_vllm.config import EchoConfigError
 from echo_vllm.startup.head import (
     Head,
     Target,
+    check_arithmetic,
     check_weights,
     local_file,
     read_head,
@@ -206,6 +207,34 @@ def test_all_kinds_of_heads_that_vllm_runs_are_accepted(
 ) -> None:
     change(head)
     assert check(head) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "has_amx", "is_refused"),
+    [
+        (8, "float32", True, True),
+        (8, "bfloat16", True, False),
+        (8, "float32", False, False),
+        (4, "float32", True, False),
+    ],
+)
+def test_integers_of_eight_bits_need_a_dtype_that_vllm_multiplies_them_for(
+    head: Path, bits: int, dtype: str, has_amx: bool, is_refused: bool
+) -> None:
+    numbers = {"num_bits": bits, "type": "int"}
+    groups = {"group_0": {"weights": numbers, "input_activations": numbers}}
+    edit(head, quantization_config={"quant_method": "compressed-tensors", "config_groups": groups})
+    found = read(head)
+    if not is_refused:
+        check_arithmetic(found, dtype, has_amx=has_amx)
+        return
+    with pytest.raises(EchoConfigError) as error:
+        check_arithmetic(found, dtype, has_amx=has_amx)
+    assert str(error.value) == (
+        f'speculative_config.model "{head}" has layers in int8 (quantization_config in its '
+        "config.json), which vLLM cannot multiply with --dtype float32 on a CPU with AMX; set "
+        "--dtype bfloat16, or choose another head."
+    )
 
 
 def test_the_demo_head_fits_the_demo_target(demo_head: Path) -> None:
