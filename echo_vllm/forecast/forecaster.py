@@ -523,7 +523,8 @@ class Forecaster:
         self._plain_steps.passes(step * (YOUNG_PAUSES if is_doubtful else 1.0))
         # Where prompts leave no room for trees, this step alone has none.
         if self._is_drafting and (now.gain > 0 or not load.prefill_tokens):
-            lost = PAUSE * step * max(0.0, math.expm1(now.gain))
+            # Not what is likely: drafting that seems to gain nothing would be paused for nothing.
+            lost = PAUSE * step * max(0.0, math.expm1(now.gain + BOUND * now.error))
             if not is_attempt and self._plain_steps.buys(lost):
                 self._pause_until = self._step + PAUSE
                 self._num_pauses[octave] = num_pauses + 1

@@ -11,8 +11,9 @@ A machine that is shared, or hot, is slower for a while whatever it works on. Th
 about the proportions between forwards, on which decisions depend, and a correction that was
 learned in a slow minute would be wrong in a fast one. So a pace, shared by all curves, follows
 the last few steps, and what the curves learn is what is left after it. Steps with trees and
-without teach the same curve; what trees take beyond their rows is one more factor. Two curves,
-each taught by its own steps, would differ wherever one of them has seen nothing yet.
+without teach the same curve; what steps with trees take beyond that is one more factor
+(`Contrast`). Two curves, each taught by its own steps, would differ wherever one of them has seen
+nothing yet.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Self
 
 import numpy as np
 
@@ -60,15 +63,22 @@ CLOSE = 1.25
 """Times as much as what is observed may be what was measured, if it is to be confirmed."""
 
 
-NEAR = 16
-"""Steps of each kind between which `Contrast` looks for a difference."""
+NEAR, FEWEST_NEAR = 16, 3
+"""Steps on either side of a change between kinds of steps that `Contrast` compares, at most and at
+least."""
 
-FEWEST_NEAR = 3
+CHANGES = 16
+"""Changes that it remembers."""
 
-MOST_CONTRAST = math.log(2.0)
+USUAL_CONTRAST = 0.08
+"""Standard deviation of a contrast of which nothing is known."""
+
+STEP_NOISE, DRIFT = 0.05, 0.04
+"""Of the logarithm of a step's time the least standard deviation, and that of a machine's pace from
+one side of a change to the other."""
 
 FADES = 512
-"""Steps after which a contrast that is not seen again counts half."""
+"""Steps after which a change counts half."""
 
 
 class RunningMedian:
@@ -214,40 +224,113 @@ class FixedPart:
         return max(0.0, intercept) * len(pairs) / (len(pairs) + PRIOR)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that was timed.
+
+    Attributes:
+        rows: of the target forward.
+        level_rows: of each level of the drafting.
+        committed: tokens of its catch-up forward; 0: nothing was drafted.
+        seconds: of all of it.
+    """
+
+    rows: int
+    level_rows: tuple[int, ...]
+    committed: int
+    seconds: float
+
+    def log_ratio(self, cost: StepCost) -> float:
+        """Of the time to what `cost` says; NaN where there is no such thing."""
+        predicted = cost.step(self.rows, self.level_rows, self.committed)
+        return math.nan if (found := _log_ratio(self.seconds, predicted)) is None else found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Of the steps on one side of a change the middle one, and the variance of its log ratio."""
+
+    step: Step
+    variance: float
+
+    @classmethod
+    def of(cls, run: Sequence[tuple[float, Step]]) -> Self | None:
+        """None of too few steps, as log ratio and step."""
+        if len(run) < FEWEST_NEAR:
+            return None
+        ordered = sorted(run, key=itemgetter(0))
+        count = len(ordered)
+        middle_half = ordered[3 * count // 4][0] - ordered[count // 4][0]
+        spread = max(STEP_NOISE, middle_half / 1.35)
+        return cls(ordered[count // 2][1], (1.25 * spread) ** 2 / count)
+
+
 class Contrast:
     """How much longer steps with trees take, over what is predicted, than plain ones do.
 
     Caches, allocators and processors do differently in a row of plain steps and in a row of steps
     with trees, whatever their rows. That is a contrast of steps that are near each other in time:
-    in two different minutes the machine may be another.
+    in two different minutes the machine may be another. So it is looked for where one kind of steps
+    follows the other, and each such change is one observation d_i of it, however many steps there
+    are on its sides: with the variance v_i of that, w_i = 2^(-age / FADES) / v_i, their sum W and a
+    prior of variance u, the contrast is W / (W + 1 / u) times the weighted median of the d_i, and
+    its variance 1 / (W + 1 / u).
+    Predictions are those of now: what the curves have learnt since is no contrast any more.
     """
 
     def __init__(self) -> None:
-        self._step = self._last = 0
-        self._recent: tuple[deque[tuple[int, float]], ...]
-        self._recent = (deque(maxlen=NEAR), deque(maxlen=NEAR))
-        self._differences = RunningMedian(2 * NEAR)
+        self._step = 0
+        self._trees = False
+        self._run: deque[tuple[float, Step]] = deque(maxlen=NEAR)
+        self._before: _Side | None = None
+        # Step of the change; the sides without and with trees.
+        self._changes: deque[tuple[int, _Side, _Side]] = deque(maxlen=CHANGES)
 
-    def observe(self, log_ratio: float, *, trees: bool) -> None:
-        """A step took exp(log_ratio) times what is predicted for its kind."""
+    def observe(self, step: Step, log_ratio: float, *, trees: bool) -> None:
+        """A step of a kind took exp(log_ratio) times what is predicted for it."""
         self._step += 1
-        near = [ratio for step, ratio in self._recent[not trees] if self._step - step <= 2 * NEAR]
-        if len(near) >= FEWEST_NEAR:
-            difference = log_ratio - float(np.median(near))
-            self._differences.add(difference if trees else -difference)
-            self._last = self._step
-        self._recent[trees].append((self._step, log_ratio))
+        if trees != self._trees:
+            self._compare()
+            self._before, self._trees = _Side.of(self._run), trees
+            self._run.clear()
+        self._run.append((log_ratio, step))
+        if len(self._run) == NEAR:
+            self._compare()
 
-    @property
-    def log_factor(self) -> float:
-        """Of what steps with trees are predicted to take; close to 0 while little was seen, and
-        where that was long ago."""
-        if not self._differences.seen:
-            return 0.0
-        seen = min(self._differences.seen, 2 * NEAR) * 2 ** ((self._last - self._step) / FADES)
-        return max(-MOST_CONTRAST, min(MOST_CONTRAST, self._differences.median())) * (
-            seen / (seen + FEW)
+    def _compare(self) -> None:
+        """The present run with the one before it, once."""
+        after = _Side.of(self._run)
+        if self._before is None or after is None:
+            return
+        plain, trees = (self._before, after) if self._trees else (after, self._before)
+        self._changes.append((self._step, plain, trees))
+        self._before = None
+
+    def found(self, plain: StepCost, trees: StepCost) -> tuple[float, float]:
+        """By how much the log of what steps with trees are predicted to take is too low, and the
+        standard error of that.
+
+        Args:
+            plain, trees: what predicts both kinds of steps.
+        """
+        found: list[tuple[float, float]] = []
+        for step, without, with_ in self._changes:
+            difference = with_.step.log_ratio(trees) - without.step.log_ratio(plain)
+            if math.isfinite(difference):
+                # Each run of steps is a side of two changes.
+                variance = 2 * (without.variance + with_.variance) + DRIFT**2
+                found.append((difference, 2 ** ((step - self._step) / FADES) / variance))
+        if not found:
+            return 0.0, USUAL_CONTRAST
+        differences, weights = np.array(sorted(found)).T
+        middle = float(
+            np.interp(0.5, (weights.cumsum() - weights / 2) / weights.sum(), differences)
         )
+        # Where they differ by more than their variances say, a change says less.
+        apart = float(np.median(np.abs(differences - middle) * np.sqrt(weights))) / 0.67
+        total = float(weights.sum()) / max(1.0, apart**2)
+        prior = 1 / USUAL_CONTRAST**2
+        return middle * total / (total + prior), 1 / math.sqrt(total + prior)
 
 
 class OnlineCost:
@@ -270,8 +353,6 @@ class OnlineCost:
         self.base = base
         self.pace = 1.0
         self._paces = RunningMedian(PACE_WINDOW)
-        # What steps without and with trees took beyond the curve's word at the pace.
-        self._beyond = (RunningMedian(), RunningMedian())
         self._verify = CurveCorrection(base.verify)
         self._draft_level = CurveCorrection(base.draft_level)
         self._catch_up = CurveCorrection(base.catch_up)
@@ -286,16 +367,14 @@ class OnlineCost:
         self._current = base
         self._costs: Costs | None = None
 
-    def observe_verify(self, rows: int, seconds: float, *, trees: bool = False) -> None:
+    def observe_verify(self, rows: int, seconds: float) -> None:
         """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
         ratio = _log_ratio(seconds / self.pace, self.base.verify(rows))
         if ratio is None or rows <= 0:
             return
         now = math.log(self._current.verify(rows) / self.base.verify(rows))
-        surcharge = self._surcharge if trees else 0.0
-        self._verify.observe(rows, ratio - surcharge)
-        self._beyond[trees].add(ratio - now)
-        self._paces.add(math.log(self.pace) + ratio - now - surcharge)
+        self._verify.observe(rows, ratio)
+        self._paces.add(math.log(self.pace) + ratio - now)
         self.pace = math.exp(self._paces.median())
 
     def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
@@ -328,10 +407,10 @@ class OnlineCost:
         is not 0 (see `observe_draft`), and the time in between."""
         if rows <= 0 or self._verify.seen(rows) < FEW:
             return  # The curve has yet to learn, which is no matter of kinds.
-        cost = self._trees if trees else self._current
-        ratio = _log_ratio(seconds / self.pace, cost.step(rows, level_rows, committed))
-        if ratio is not None:
-            self._contrast.observe(ratio, trees=trees)
+        step = Step(rows, tuple(level_rows), committed, seconds)
+        ratio = step.log_ratio(self._trees if trees else self._current)
+        if math.isfinite(ratio):
+            self._contrast.observe(step, ratio, trees=trees)
 
     def _other_of(self, trees: bool) -> float:
         """Seconds outside of target and drafter. A kind of which little was seen is believed to be
@@ -343,32 +422,21 @@ class OnlineCost:
         return seconds
 
     @property
-    def _surcharge(self) -> float:
-        """Log of what trees take beyond what their rows would without them: a contrast, because
-        the pace and the curve take up whatever both have in common."""
-        plain, trees = self._beyond
-        seen = min(plain.seen, trees.seen)
-        if not seen:
-            return 0.0
-        # Steps with trees have more rows too, so few of them say more about the curve than this.
-        return max(0.0, trees.median() - plain.median()) * seen / (seen + FEW)
-
-    @property
     def _trees(self) -> StepCost:
         """Of steps with trees, by their parts."""
-        verify = self._current.verify.scaled(math.exp(self._surcharge))
-        return replace(self._current, verify=verify, other=self._other_of(True))
+        return replace(self._current, other=self._other_of(True))
 
     def costs(self) -> Costs:
         """Of steps with and without trees, as known now; the same object until enough new steps
         were observed."""
         now = self.current()
         if self._costs is None or self._costs.plain is not now:
+            contrast, contrast_error = self._contrast.found(now, self._trees)
             self._costs = Costs(
                 plain=now,
-                trees=self._trees.scaled(math.exp(self._contrast.log_factor)),
+                trees=self._trees.scaled(math.exp(contrast)),
                 errors=self._verify.errors(),
-                surcharge_error=max(map(_error, self._beyond)),
+                contrast_error=contrast_error,
                 draft_error=_error(self._draft_beyond),
                 confirmed=self._verify.confirmed(),
                 draft_confirmed=self._draft_ratios.confirms,

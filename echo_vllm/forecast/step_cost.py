@@ -146,7 +146,7 @@ class Costs:
         plain: of steps without trees.
         trees: of steps with trees.
         errors: by octave of rows, the standard error of a target forward's time.
-        surcharge_error: of what trees take beyond their rows.
+        contrast_error: of what steps with trees take beyond their parts.
         draft_error: of a drafting's time.
         confirmed: octaves of rows of which steps have shown that a target forward does not take
             much less than start-up measured.
@@ -156,7 +156,7 @@ class Costs:
     plain: StepCost
     trees: StepCost
     errors: Mapping[int, float] = field(default_factory=dict, compare=False)
-    surcharge_error: float = UNMEASURED
+    contrast_error: float = UNMEASURED
     draft_error: float = UNMEASURED
     confirmed: frozenset[int] = field(default_factory=frozenset, compare=False)
     draft_confirmed: bool = field(default=False, compare=False)
@@ -169,7 +169,7 @@ class Costs:
             draft_share: of the step with trees, the share of time that is drafting.
         """
         octaves = {math.frexp(plain_rows)[1], math.frexp(rows)[1]}
-        squares = self.surcharge_error**2 + (draft_share * self.draft_error) ** 2
+        squares = self.contrast_error**2 + (draft_share * self.draft_error) ** 2
         if len(octaves) == 2:  # One octave is corrected as a whole.
             squares += sum(self.errors.get(octave, UNMEASURED) ** 2 for octave in octaves)
         return math.sqrt(squares)

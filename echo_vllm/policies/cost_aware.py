@@ -165,7 +165,7 @@ class CostAwarePolicy(DraftPolicy):
                 self._cost.observe_step(
                     step.rows, step.level_rows, step.committed, seconds, trees=trees
                 )
-            self._cost.observe_verify(step.rows, step.verify_s, trees=trees)
+            self._cost.observe_verify(step.rows, step.verify_s)
         if step.other_s is not None:
             self._cost.observe_other(step.other_s, trees=trees)
 

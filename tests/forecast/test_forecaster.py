@@ -203,12 +203,13 @@ def test_steps_of_plain_decoding_are_the_rarer_the_more_they_lose(
     pauses = np.array(plain).reshape(-1, PAUSE)
     assert (np.diff(pauses) == 1).all()
     gaps, lost = np.diff(pauses[:, 0]), PAUSE * (best.speed / best.plain - 1)
+    at_most = PAUSE * math.expm1(best.gain + BOUND * best.error)
     assert gaps.min() >= PLAIN_STEPS
     num_young = FIRST_PAUSES - 1 if best.gain < DOUBTFUL else 0
     young, others = gaps[:num_young], gaps[num_young:]
     assert 0 < len(others) * lost <= 1.01 * EXPERIMENTS * STEPS
-    assert others.max() <= max(PLAIN_STEPS, 1.1 * lost / EXPERIMENTS)
-    assert (young <= max(PLAIN_STEPS, 1.1 * lost / (YOUNG_PAUSES * EXPERIMENTS))).all()
+    assert others.max() <= max(PLAIN_STEPS, 1.1 * at_most / EXPERIMENTS)
+    assert (young <= max(PLAIN_STEPS, 1.1 * at_most / (YOUNG_PAUSES * EXPERIMENTS))).all()
 
 
 def test_the_forecast_keeps_to_k_max() -> None:

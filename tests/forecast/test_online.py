@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_vllm.forecast import CostCurve, Hinge, OnlineCost, StepCost
-from echo_vllm.forecast.online_cost import FADES, REFRESH, Contrast
+from echo_vllm.forecast.online_cost import FADES, REFRESH, USUAL_CONTRAST, Contrast, Step
 
 BASE = StepCost(
     verify=Hinge(k_max=40, gamma=0.02, base=0.01).to_curve(),
@@ -156,7 +156,7 @@ def test_old_observations_are_forgotten() -> None:
 def test_a_slow_minute_makes_no_kind_of_step_look_dearer_than_another() -> None:
     online = OnlineCost(BASE)
     for step in range(60):  # The machine is slow while there are trees, and fast afterwards.
-        online.observe_verify(40, 3.0 * BASE.verify(40), trees=True)
+        online.observe_verify(40, 3.0 * BASE.verify(40))
         if step % 8 == 0:
             online.observe_verify(20, 3.0 * BASE.verify(20))
     for _ in range(60):
@@ -167,14 +167,16 @@ def test_a_slow_minute_makes_no_kind_of_step_look_dearer_than_another() -> None:
     assert online.pace == pytest.approx(1.0, rel=0.1)
 
 
-def test_at_any_pace_the_surcharge_of_trees_is_learned() -> None:
+def test_at_any_pace_what_trees_take_beyond_their_rows_is_learned() -> None:
     rng = np.random.default_rng(5)
     online = OnlineCost(BASE)
     for step in range(600):
         slow = 1.0 + 1.5 * (step // 50 % 2)
-        rows, trees = int(rng.integers(20, 60)), bool(step % 4)
+        rows, trees = int(rng.integers(20, 60)), bool(step % 20 < 14)
         seconds = slow * (1.4 if trees else 1.0) * BASE.verify(rows)
-        online.observe_verify(rows, seconds, trees=trees)
+        online.observe_verify(rows, seconds)
+        online.observe_other(slow * BASE.other, trees=trees)
+        online.observe_step(rows, [], 0, seconds + slow * BASE.other, trees=trees)
     ratio = online.costs().trees.verify(30) / settled(online).verify(30)
     assert ratio == pytest.approx(1.4, rel=0.1)
 
@@ -188,7 +190,7 @@ def test_what_trees_take_beyond_their_parts_is_a_contrast_of_near_steps(slow: fl
             trees = step % 20 < 15
             rows = 24 if trees else 8
             pace = slow * (1.0 + step // 100 % 2) * float(np.exp(rng.normal(0, 0.03)))
-            online.observe_verify(rows, pace * BASE.verify(rows), trees=trees)
+            online.observe_verify(rows, pace * BASE.verify(rows))
             seconds = more * BASE.step(rows, [4], 8) if trees else BASE.plain_step(rows)
             online.observe_step(rows, [4] if trees else [], 8 * trees, pace * seconds, trees=trees)
         parts = settled(online)
@@ -196,14 +198,51 @@ def test_what_trees_take_beyond_their_parts_is_a_contrast_of_near_steps(slow: fl
         assert ratio == pytest.approx(more, rel=0.05)
 
 
+def changes(contrast: Contrast, count: int, more: float, noise: float, seed: int = 0) -> None:
+    """`count` rows of ten steps, plain ones and with trees by turns, these exp(`more`) times as
+    long as they should be."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        trees = bool(number % 2)
+        for _ in range(10):
+            ratio = more * trees + float(rng.normal(0, noise))
+            step = Step(8, (), 0, BASE.step(8, (), 0) * float(np.exp(ratio)))
+            contrast.observe(step, ratio, trees=trees)
+
+
 def test_a_contrast_fades_that_nobody_sees_again() -> None:
     contrast = Contrast()
-    for step in range(200):
-        contrast.observe(0.2 if step % 2 else 0.0, trees=bool(step % 2))
-    assert contrast.log_factor == pytest.approx(0.2, rel=0.3)
-    for _ in range(4 * FADES):
-        contrast.observe(0.0, trees=False)
-    assert abs(contrast.log_factor) < 0.05
+    changes(contrast, 20, 0.2, 0.01)
+    found, error = contrast.found(BASE, BASE)
+    assert found == pytest.approx(0.2, rel=0.1)
+    plain = Step(8, (), 0, BASE.step(8, (), 0))
+    for _ in range(8 * FADES):
+        contrast.observe(plain, 0.0, trees=False)
+    found, later = contrast.found(BASE, BASE)
+    assert abs(found) < 0.05
+    assert error < later <= USUAL_CONTRAST
+
+
+def test_a_contrast_is_as_sure_as_there_were_changes() -> None:
+    """One noisy pause proves little, however many steps there are around it."""
+    errors = []
+    for count in (1, 3, 9, 17):
+        found = []
+        for seed in range(40):
+            contrast = Contrast()
+            changes(contrast, count, 0.0, 0.2, seed)
+            found.append(contrast.found(BASE, BASE))
+        contrasts, of_each = np.array(found).T
+        assert np.abs(contrasts).mean() < of_each.mean()
+        errors.append(of_each.mean())
+    assert errors[0] == USUAL_CONTRAST
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_what_the_curves_have_learnt_since_is_no_contrast() -> None:
+    contrast = Contrast()
+    changes(contrast, 20, 0.2, 0.01)
+    assert contrast.found(BASE, BASE.scaled(float(np.exp(0.2))))[0] == pytest.approx(0, abs=0.02)
 
 
 def test_what_plain_steps_teach_holds_for_trees() -> None:

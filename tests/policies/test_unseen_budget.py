@@ -319,10 +319,10 @@ def test_it_drafts_where_that_pays_and_rests_where_not(
 def test_rests_teach_what_plain_decoding_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     taught: list[bool] = []
 
-    def observe(_: OnlineCost, rows: int, seconds: float, *, trees: bool) -> None:
+    def observe(_: OnlineCost, *step: object, trees: bool) -> None:
         taught.append(trees)
 
-    monkeypatch.setattr(OnlineCost, "observe_verify", observe)
+    monkeypatch.setattr(OnlineCost, "observe_step", observe)
     true = MACHINES["dear-drafter"]
     run = UnseenServing(auto(true), true, Prompts(0.15), 64).run(300)
     num_plain = sum(not drafts for _, drafts, *_ in run.steps)
