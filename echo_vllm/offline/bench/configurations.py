@@ -144,6 +144,7 @@ HELD_AGAINST = [
     ("auto", "rest"),
     ("auto", "topn-equal"),
     ("auto", "echo"),
+    ("auto", "auto-best"),
     ("echo", "rest"),
     ("echo", "topn-equal"),
 ]
