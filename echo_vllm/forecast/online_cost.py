@@ -242,8 +242,7 @@ class Step:
 
     def log_ratio(self, cost: StepCost) -> float:
         """Of the time to what `cost` says; NaN where there is no such thing."""
-        predicted = cost.step(self.rows, self.level_rows, self.committed)
-        return math.nan if (found := _log_ratio(self.seconds, predicted)) is None else found
+        return _log_ratio(self.seconds, cost.step(self.rows, self.level_rows, self.committed))
 
 
 @dataclass(frozen=True)
@@ -370,7 +369,7 @@ class OnlineCost:
     def observe_verify(self, rows: int, seconds: float) -> None:
         """A target forward of `rows` rows took `seconds` (with sampling and commit)."""
         ratio = _log_ratio(seconds / self.pace, self.base.verify(rows))
-        if ratio is None or rows <= 0:
+        if math.isnan(ratio) or rows <= 0:
             return
         now = math.log(self._current.verify(rows) / self.base.verify(rows))
         self._verify.observe(rows, ratio)
@@ -380,7 +379,7 @@ class OnlineCost:
     def observe_draft(self, level_rows: Sequence[int], committed: int, seconds: float) -> None:
         """Drafting took `seconds`: a catch-up over `committed` tokens and these levels."""
         predicted = self.base.draft(level_rows, committed)
-        if _log_ratio(seconds, predicted) is None:
+        if math.isnan(_log_ratio(seconds, predicted)):
             return
         taken = seconds / self.pace
         self._draft_ratios.add(math.log(taken / predicted))
@@ -431,10 +430,11 @@ class OnlineCost:
         were observed."""
         now = self.current()
         if self._costs is None or self._costs.plain is not now:
-            contrast, contrast_error = self._contrast.found(now, self._trees)
+            trees = self._trees
+            contrast, contrast_error = self._contrast.found(now, trees)
             self._costs = Costs(
                 plain=now,
-                trees=self._trees.scaled(math.exp(contrast)),
+                trees=trees.scaled(math.exp(contrast)),
                 errors=self._verify.errors(),
                 contrast_error=contrast_error,
                 draft_error=_error(self._draft_beyond),
@@ -469,8 +469,8 @@ def _error(ratios: RunningMedian) -> float:
     return min(UNMEASURED, math.hypot(ratios.error(), believed))
 
 
-def _log_ratio(seconds: float, predicted: float) -> float | None:
-    """log(seconds / predicted), or None where there is no such thing."""
+def _log_ratio(seconds: float, predicted: float) -> float:
+    """log(seconds / predicted), or NaN where there is no such thing."""
     if not (0 < seconds < math.inf and predicted > 0):
-        return None
+        return math.nan
     return math.log(seconds / predicted)

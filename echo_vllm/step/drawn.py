@@ -139,8 +139,7 @@ class DrawnRequests:
         """The parameters of the requests in `slots` [R]."""
 
         def given(values: NDArray[np.generic], neutral: object) -> torch.Tensor | None:
-            own = values[slots]
-            return upload(torch.from_numpy(own), device) if (own != neutral).any() else None
+            return _unless_all(values[slots], neutral, device)
 
         return Sampling(
             given(self._temperature, 1),
@@ -227,7 +226,7 @@ class DrawnRequests:
                 upload(forest.parents[nodes], device),
                 upload(cu_nodes, device),
                 max_depth,
-                self._temperatures(slots[requests], device),
+                _unless_all(self._temperature[slots[requests]], 1, device),
             )
         )
         verdict = others.on_host()
@@ -283,7 +282,7 @@ class DrawnRequests:
                     torch.full((len(children.token_ids),), ROOT, dtype=torch.int32, device=device),
                     upload(torch.from_numpy(cu_nodes.astype(np.int32)), device),
                     1,
-                    self._temperatures(own, device),
+                    _unless_all(self._temperature[own], 1, device),
                 )
             )
             tokens = last.numpy().astype(np.int64)
@@ -332,11 +331,6 @@ class DrawnRequests:
             start += len(each)
         return torch.cat(probs), draft_rows
 
-    def _temperatures(self, slots: Ints, device: torch.device) -> torch.Tensor | None:
-        """[n] float32, of the requests in `slots`; None where all are 1."""
-        own = self._temperature[slots]
-        return upload(torch.from_numpy(own), device) if (own != 1).any() else None
-
     def _allowed(
         self,
         logits: torch.Tensor,
@@ -376,6 +370,13 @@ class DrawnRequests:
             values = apply_top_k_top_p(values, top_k, top_p)
             logits[places] = given.masked_fill_(values == float("-inf"), float("-inf"))
         return logits, rows
+
+
+def _unless_all(
+    values: NDArray[np.generic], neutral: object, device: torch.device
+) -> torch.Tensor | None:
+    """`values` on `device`; None where all are `neutral`."""
+    return upload(torch.from_numpy(values), device) if (values != neutral).any() else None
 
 
 def all_drawn(count: int, device: torch.device) -> torch.Tensor:
