@@ -77,6 +77,7 @@ AVX512_FLAGS = [
     "-mprefer-vector-width=512",
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header sets it off
 ]
+AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 # A product is rounded before it is added, as in torch.
 UNCONTRACTED = {
@@ -114,18 +115,14 @@ X86_SOURCES = {
     "csrc/cpu/packed_linear_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/packed_linear_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/packed_linear_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+    "csrc/cpu/packed_linear_amx.cpp": AMX_FLAGS,
     "csrc/cpu/rms_norm_avx2.cpp": ["-mavx2", "-mfma", "-ffp-contract=off"],
     "csrc/cpu/rms_norm_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=off"],
     "csrc/cpu/sample_path_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/sample_path_avx512.cpp": AVX512_FLAGS,
     "csrc/cpu/tree_attention_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/cpu/tree_attention_avx512.cpp": AVX512_FLAGS,
-    "csrc/cpu/tree_attention_amx.cpp": [
-        *AVX512_FLAGS,
-        "-mavx512bf16",
-        "-mamx-tile",
-        "-mamx-bf16",
-    ],
+    "csrc/cpu/tree_attention_amx.cpp": AMX_FLAGS,
 }
 
 

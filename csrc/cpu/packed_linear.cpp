@@ -44,6 +44,7 @@ const PackedLinearKernel& kernel_of_panel(const char* op, int64_t panel) {
 // The kernel for bfloat16 x.
 const PackedLinearKernel& pair_kernel(const char* op) {
 #if defined(__x86_64__)
+  if (selected_isa() >= Isa::kAmx) return packed_linear_kernel_amx();
   if (selected_isa() >= Isa::kAvx512Bf16) return packed_linear_kernel_avx512_bf16();
 #endif
   fail(op,
@@ -157,7 +158,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t num_columns,
   args.depth = x.size(1);
   args.is_bfloat16 = kept == ScalarType::BFloat16;
   if (args.rows == 0) return out;
-  const int64_t blocks = (args.rows + kMaxPartRows - 1) / kMaxPartRows;
+  const int64_t blocks = (args.rows + kernel.max_part_rows - 1) / kernel.max_part_rows;
   const int64_t wanted = torch::stable::get_num_threads() * kTasksPerThread;
   const int64_t parts = std::min(panels, (wanted + blocks - 1) / blocks);
   const bool parallel = args.rows * num_columns * args.depth >= kMinParallelWork;

@@ -30,9 +30,8 @@ struct PackedLinearArgs {
   bool is_bfloat16;  // the packed weight of fp32 x
 };
 
-constexpr int64_t kMaxPartRows = 96;
-
-// Rows [first_row, last_row), kMaxPartRows at most, columns [first_panel, last_panel) * panel.
+// Rows [first_row, last_row), as many as the kernel takes at most, columns
+// [first_panel, last_panel) * panel.
 struct PackedLinearPart {
   int64_t first_row, last_row;
   int64_t first_panel, last_panel;
@@ -41,6 +40,7 @@ struct PackedLinearPart {
 struct PackedLinearKernel {
   int panel;
   int lanes;  // of a vector
+  int64_t max_part_rows;
   void (*run)(const PackedLinearArgs& args, const PackedLinearPart& part);
 };
 
@@ -51,6 +51,7 @@ const PackedLinearKernel& packed_linear_kernel_avx2();
 const PackedLinearKernel& packed_linear_kernel_avx512();
 // For bfloat16 x.
 const PackedLinearKernel& packed_linear_kernel_avx512_bf16();
+const PackedLinearKernel& packed_linear_kernel_amx();  // the same panels
 #endif
 
 }  // namespace echo_vllm::cpu

@@ -5,7 +5,7 @@
 namespace echo_vllm::cpu {
 
 const PackedLinearKernel& packed_linear_kernel_avx512() {
-  static constexpr PackedLinearKernel kKernel{kFloatPanel, kLanes, run_packed_linear};
+  static constexpr PackedLinearKernel kKernel{kFloatPanel, kLanes, kMaxPartRows, run_packed_linear};
   return kKernel;
 }
 

@@ -38,7 +38,8 @@ void run(const PackedLinearArgs& args, const PackedLinearPart& part) {
 }  // namespace
 
 const PackedLinearKernel& packed_linear_kernel_avx512_bf16() {
-  static constexpr PackedLinearKernel kKernel{PairFormat::kVecs * kLanes, kLanes, run};
+  static constexpr PackedLinearKernel kKernel{PairFormat::kVecs * kLanes, kLanes, kMaxPartRows,
+                                              run};
   return kKernel;
 }
 

@@ -15,7 +15,7 @@
 namespace echo_vllm::cpu {
 namespace {
 
-ECHO_INLINE int64_t range_depth_of(int64_t depth) {
+ECHO_INLINE int64_t range_depth_of([[maybe_unused]] int64_t depth) {
 #if defined(__AVX512F__)
   return depth > 1024 ? 1024 : 512;
 #else
@@ -99,6 +99,9 @@ constexpr int64_t kPieceSteps = 64;
 struct Range {
   int64_t panel, begin, end, piece_begin, piece_end;
 };
+
+// Of a part: so that the sums that are put aside fit a thread's stack and its caches.
+constexpr int64_t kMaxPartRows = 96;
 
 // What a tile leaves to the next piece and the next range, both [kRows, panel].
 struct Sums {
@@ -225,7 +228,8 @@ void linear_panels(const PackedLinearArgs& args, const PackedLinearPart& part) {
   }
 }
 
-void run_packed_linear(const PackedLinearArgs& args, const PackedLinearPart& part) {
+[[maybe_unused]] void run_packed_linear(const PackedLinearArgs& args,
+                                        const PackedLinearPart& part) {
   if (args.is_bfloat16) {
     linear_panels<FloatFormat<BFloat16>>(args, part);
   } else {

@@ -3,8 +3,7 @@
 //
 // Tree attention on AMX tiles for bfloat16 caches in the amx layout, in which a tile of K or V is
 // one contiguous kilobyte. Other dtypes and layouts run the AVX-512 kernel.
-#include <immintrin.h>
-
+#include "amx.h"
 #include "tree_attention_kernel.h"
 
 namespace echo_vllm::cpu {
@@ -12,7 +11,7 @@ namespace {
 
 // Rows of one tile register, lines per step (two registers of scores side by side, two deep), and
 // the keys that one multiplication of weights and V takes.
-constexpr int kTileRows16 = 16;
+constexpr int kTileRows16 = kRegisterRows;
 constexpr int kAmxLines = 2 * kTileRows16;
 constexpr int kAmxKeys = 32;
 constexpr int kAmxDims = 32;
@@ -22,32 +21,7 @@ constexpr int kAmxTileKeys = 256;
 constexpr int kAmxTileStride = tile_stride(kAmxTileKeys);
 
 // Tile registers: 0-3 accumulate [line half][column half], 4 and 5 hold lines, 6 and 7 K or V.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t column_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// GCC's tile intrinsics do not tell the compiler that they read and write memory.
-ECHO_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
-
-class TileSession {
- public:
-  explicit TileSession(int lines) {
-    TileConfig config;
-    for (int i = 0; i < 8; ++i) {
-      config.column_bytes[i] = 64;
-      config.rows[i] = i < 6 ? min_int(kTileRows16, lines) : kTileRows16;
-    }
-    memory_barrier();
-    _tile_loadconfig(&config);
-  }
-  ~TileSession() { _tile_release(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
-};
+constexpr int kLineRegisters = 6;
 
 class AmxWorker {
  public:
@@ -72,7 +46,7 @@ class AmxWorker {
     lines_.reset();
     pack_query();
     {
-      const TileSession session(lines_.count());
+      const TileSession session(kLineRegisters, lines_.count());
       for (int begin = task.begin; begin < task.end; begin += kAmxTileKeys) {
         tile(begin, min_int(begin + kAmxTileKeys, task.end));
       }

@@ -67,7 +67,7 @@ def test_only_engines_with_trees_have_packed_layers(tiny: TinyModel) -> None:
 
 def test_other_weights_stay_with_vllm() -> None:
     assert packed_linear_is_faster(torch.zeros(4, 4)) == HAS_AVX2
-    is_fast = ops.supported_cpu_isas()[-1] == "avx512_bf16"
+    is_fast = "avx512_bf16" in ops.supported_cpu_isas()
     assert packed_linear_is_faster(torch.zeros(4, 4).bfloat16()) == is_fast
     for other in (
         torch.zeros(4, 4).half(),

@@ -13,7 +13,9 @@ import torch
 from echo_vllm import ops
 from tests.ops.isas import ISAS
 
-HAS_PAIRS = "avx512_bf16" in ops.supported_cpu_isas()
+PAIR_ISAS = [isa for isa in ops.supported_cpu_isas() if isa in ("avx512_bf16", "amx")]
+"""Those that multiply bfloat16 numbers in pairs."""
+needs_pairs = pytest.mark.skipif(not PAIR_ISAS, reason="this processor has no AVX-512 for bfloat16")
 SHAPES = [(960, 576), (576, 1536), (37, 48), (1, 1), (31, 2500), (64, 1024), (65, 1025)]
 """(N, K): whole panels and not, one depth range and several."""
 
@@ -29,6 +31,13 @@ def rows(count: int, depth: int, seed: int = 1) -> torch.Tensor:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    monkeypatch.setenv("ECHO_VLLM_CPU_ISA", name)
+    return name
+
+
+@pytest.fixture(params=PAIR_ISAS or ["avx512_bf16"])
+def pair_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     monkeypatch.setenv("ECHO_VLLM_CPU_ISA", name)
     return name
@@ -53,13 +62,13 @@ def test_it_is_the_product(isa: str, shape: tuple[int, int], lossless: bool) -> 
             assert error.max() < 1e-6, (count, added is None)
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512 for bfloat16")
+@needs_pairs
 @pytest.mark.parametrize("shape", [*SHAPES, (576, 1537), (100, 3000)], ids=str)
-def test_bfloat16_is_rounded_once(shape: tuple[int, int]) -> None:
+def test_bfloat16_is_rounded_once(pair_isa: str, shape: tuple[int, int]) -> None:
     weight = weights(shape, lossless=True).bfloat16()
     packed = ops.pack_linear(weight)
     bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2)).bfloat16()
-    for count in (1, 2, 3, 7, 8, 9, 17, 97, 200):
+    for count in (1, 2, 3, 7, 8, 9, 16, 17, 33, 97, 300):
         x = rows(count, shape[1]).bfloat16()
         exact = x.double() @ weight.double().T
         scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
@@ -72,17 +81,30 @@ def test_bfloat16_is_rounded_once(shape: tuple[int, int]) -> None:
             assert (error <= 1e-6 * scale).all(), (count, added is None)
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512 for bfloat16")
+@needs_pairs
 @pytest.mark.parametrize("depth", [1300, 577])
-def test_a_row_of_bfloat16_does_not_depend_on_the_others(depth: int) -> None:
+def test_a_row_of_bfloat16_does_not_depend_on_the_others(pair_isa: str, depth: int) -> None:
     packed = ops.pack_linear(weights((100, depth), lossless=True).bfloat16())
-    x = rows(230, depth).bfloat16()
+    x = rows(300, depth).bfloat16()
     whole = ops.packed_linear(x, packed, 100)
-    for first, last in ((7, 8), (7, 20), (100, 130), (3, 228)):
+    for first, last in ((7, 8), (7, 20), (100, 130), (100, 137), (3, 298)):
         assert torch.equal(ops.packed_linear(x[first:last], packed, 100), whole[first:last])
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no AVX-512 for bfloat16")
+@needs_pairs
+def test_what_stands_behind_rows_and_weights_of_bfloat16_does_not_count(pair_isa: str) -> None:
+    """Rows that are apart, a depth and columns that fill no register."""
+    wide = torch.full((21, 200), torch.nan).bfloat16()
+    wide[:, :77] = rows(21, 77).bfloat16()
+    weight = weights((50, 77), lossless=True).bfloat16()
+    packed = ops.pack_linear(weight)
+    found = ops.packed_linear(wide[:, :77], packed, 50)
+    assert torch.equal(found, ops.packed_linear(wide[:, :77].contiguous(), packed, 50))
+    wanted = wide[:, :77].float() @ weight.float().T
+    torch.testing.assert_close(found.float(), wanted, rtol=0.01, atol=0.01)
+
+
+@needs_pairs
 def test_bfloat16_needs_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.ones(4, 6).bfloat16(), torch.ones(2, 6).bfloat16()
     packed = ops.pack_linear(weight)

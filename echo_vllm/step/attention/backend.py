@@ -242,11 +242,14 @@ class TreeAttentionImpl(_Impl):
             super().forward(
                 layer, query[rows:], key[rows:], value[rows:], kv_cache, rest, output[rows:]
             )
+        of_trees = output
+        if rows < query.shape[0]:
+            query, key, value, of_trees = query[:rows], key[:rows], value[:rows], output[:rows]
         pages = self.pages(layer, kv_cache)
-        own = self.as_cached(layer, key[:rows], value[:rows])
+        own = self.as_cached(layer, key, value)
         suffix_key, suffix_value = tree.suffix(layer.layer_name, *own)
         ops.tree_attention(
-            query=query[:rows],
+            query=query,
             key_cache=pages.key,
             value_cache=pages.value,
             block_table=tree.block_table,
@@ -263,7 +266,7 @@ class TreeAttentionImpl(_Impl):
             softcap=self.logits_soft_cap,
             sliding_window=self.window(),
             layout=pages.layout,
-            out=output[:rows],
+            out=of_trees,
             k_scale=pages.k_scale,
             v_scale=pages.v_scale,
             sinks=self.sinks,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -33,6 +34,8 @@ class EchoCPUAttentionBackend(CPUAttentionBackend):
     """Stock CPU attention, except for requests with a draft tree."""
 
     supports_kv_cache_update_bypass = False  # See `cuda.py`.
+    # One of vLLM's operators a layer instead of two, for each takes some 20 us to be called.
+    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_impl_cls() -> type[EchoCPUAttentionImpl]:
@@ -75,14 +78,59 @@ class EchoCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
 class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
     """See `TreeAttentionImpl`."""
 
+    _cache: torch.Tensor | None = None
+    """The layer's whole cache, and its halves."""
+    _halves: tuple[torch.Tensor, torch.Tensor]
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        slots = get_forward_context().slot_mapping.get(layer.layer_name)
+        if slots is not None and layer.kv_sharing_target_layer_name is None:
+            self.do_kv_cache_update(layer, key, value, kv_cache, slots)
+        return super().forward(layer, query, key, value, kv_cache, *args, **kwargs)
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        ops.cpu_attn_reshape_and_cache(
+            key,
+            value,
+            *self._halves_of(kv_cache),
+            slot_mapping,
+            layer.isa,
+            layer._k_scale_float,
+            layer._v_scale_float,
+            self.kv_cache_dtype,
+        )
+
+    def _halves_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a cache [num_blocks, KVH, block_size, 2 * D], as views
+        [num_blocks, KVH, block_size, D]."""
+        if self._cache is not kv_cache:
+            num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
+            key, value = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
+            self._cache, self._halves = kv_cache, (key, value)
+        return self._halves
+
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
-        num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
-        halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1)
+        key, value = self._halves_of(kv_cache)
         if not self.is_fp8_kv_cache:
-            key, value = halves.chunk(2, dim=2)
             return Pages(key, value, layer.isa)
-        key, value = halves.view(FP8).chunk(2, dim=2)
-        return Pages(key, value, layer.isa, layer._k_scale_float, layer._v_scale_float)
+        scales = layer._k_scale_float, layer._v_scale_float
+        return Pages(key.view(FP8), value.view(FP8), layer.isa, *scales)
 
     def window(self) -> int:
         return int(self.sliding_window)
