@@ -16,7 +16,8 @@ constexpr int kAmxLines = 2 * kTileRows16;
 constexpr int kAmxKeys = 32;
 constexpr int kAmxDims = 32;
 
-// Keys worked on at a time.
+// Keys worked on at a time. During the product with their K their V is fetched, and during that
+// with V the K that is read next.
 constexpr int kAmxTileKeys = 256;
 constexpr int kAmxTileStride = tile_stride(kAmxTileKeys);
 
@@ -48,7 +49,8 @@ class AmxWorker {
     {
       const TileSession session(kLineRegisters, lines_.count());
       for (int begin = task.begin; begin < task.end; begin += kAmxTileKeys) {
-        tile(begin, min_int(begin + kAmxTileKeys, task.end));
+        const int end = min_int(begin + kAmxTileKeys, task.end);
+        tile(begin, end, ahead_of(task, end));
       }
     }
     if (task.partial != nullptr) {
@@ -65,6 +67,13 @@ class AmxWorker {
     const BFloat16* key;
     const BFloat16* value;
     int64_t value_stride;
+    bool is_cached;  // in the paged cache, not in a copy
+  };
+
+  // Whole groups of 32 keys of the context that are read next.
+  struct Ahead {
+    int request, kv_head;
+    int begin, groups;
   };
 
   static BFloat16* halves(Carver& carver, int64_t count) {
@@ -84,9 +93,9 @@ class AmxWorker {
     std::memset(target, 0, bytes * padding);
   }
 
-  const BFloat16* key_block(int64_t block) const {
+  const BFloat16* key_block(int64_t block, int kv_head) const {
     return static_cast<const BFloat16*>(args_.key_cache) + block * args_.key_strides.block +
-           kv_head_ * args_.key_strides.head;
+           kv_head * args_.key_strides.head;
   }
 
   const BFloat16* value_block(int64_t block) const {
@@ -94,7 +103,49 @@ class AmxWorker {
            kv_head_ * args_.value_strides.head;
   }
 
-  void tile(int begin, int end) {
+  int64_t block_of(int request, int key) const {
+    return args_.block_table[request * args_.block_table_stride + key / args_.block_size];
+  }
+
+  // K of 32 keys of one block.
+  const BFloat16* keys_of(int request, int kv_head, int begin) const {
+    return key_block(block_of(request, begin), kv_head) +
+           int64_t{begin % args_.block_size} * args_.head_size;
+  }
+
+  // What is read after the tile that ends at `end`.
+  Ahead ahead_of(const TreeAttentionTask& task, int end) const {
+    const TreeAttentionTask* next = end < task.end ? &task : task.next;
+    if (next == nullptr) return {};
+    const int begin = next == &task ? end : next->begin;
+    const int stop =
+        min_int(min_int(begin + kAmxTileKeys, next->end), context_of(args_, next->request));
+    return {next->request, next->kv_head, begin, max_int(0, stop - begin) / kAmxKeys};
+  }
+
+  static void fetch(const BFloat16* from, int64_t count) {
+    const char* at = reinterpret_cast<const char*>(from);
+    for (const char* end = at + count * sizeof(BFloat16); at < end; at += kLineBytes) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+
+  void fetch_values(const Source& source) const {
+    if (!source.is_cached) return;
+    for (int d = 0; d < args_.head_size; d += kAmxTileColumns) {
+      fetch(source.value + d / kAmxTileColumns * source.value_stride, kAmxKeys * kAmxTileColumns);
+    }
+  }
+
+  // What step `step` of `steps` fetches during the part of the product with V that begins at `d`.
+  void fetch_keys(const Ahead& ahead, int step, int steps, int d) const {
+    for (int group = step; group < ahead.groups; group += steps) {
+      fetch(keys_of(ahead.request, ahead.kv_head, ahead.begin + group * kAmxKeys) + d * kAmxKeys,
+            kAmxKeys * kAmxDims);
+    }
+  }
+
+  void tile(int begin, int end, const Ahead& ahead) {
     const int count = end - begin;
     const KeyBits seen = lines_.seen(begin, count);
     if (seen.none(count)) return;
@@ -113,19 +164,20 @@ class AmxWorker {
     for (int line = 0; line < lines_.count(); line += kAmxLines) {
       const int lines = min_int(kAmxLines, lines_.count() - line);
       if (lines > kTileRows16) {
-        attend<true>(line, lines, begin, count, steps);
+        attend<true>(line, lines, begin, count, steps, ahead);
       } else {
-        attend<false>(line, lines, begin, count, steps);
+        attend<false>(line, lines, begin, count, steps, ahead);
       }
     }
   }
 
   template <bool kTwoHalves>
-  ECHO_INLINE_MEMBER void attend(int line, int lines, int begin, int count, int steps) {
+  ECHO_INLINE_MEMBER void attend(int line, int lines, int begin, int count, int steps,
+                                 const Ahead& ahead) {
     score<kTwoHalves>(line, steps);
     lines_.softmax<3>(line, lines, begin, count, kAmxKeys, scores_, kAmxTileStride, weights_,
                       kAmxTileKeys);
-    weigh<kTwoHalves>(line, steps);
+    weigh<kTwoHalves>(line, steps, line == 0 ? ahead : Ahead{});
   }
 
   // scores_[lines, 32 * steps] = Q K^T
@@ -137,6 +189,7 @@ class AmxWorker {
     const BFloat16* query = query_ + int64_t{line} * head_size;
     memory_barrier();
     for (int step = 0; step < steps; ++step) {
+      if (line == 0) fetch_values(sources_[step]);
       const BFloat16* left = sources_[step].key;
       const BFloat16* right = left + int64_t{kAmxTileColumns} * head_size;
       _tile_zero(0);
@@ -170,7 +223,7 @@ class AmxWorker {
 
   // weighted[lines, D] += weights_[lines, 32 * steps] V
   template <bool kTwoHalves>
-  void weigh(int line, int steps) {
+  void weigh(int line, int steps, const Ahead& ahead) {
     const int head_size = args_.head_size;
     const int weighted_bytes = head_size * static_cast<int>(sizeof(float));
     constexpr int kWeightBytes = kAmxTileKeys * sizeof(BFloat16);
@@ -186,6 +239,7 @@ class AmxWorker {
       }
       for (int step = 0; step < steps; ++step) {
         const Source& source = sources_[step];
+        fetch_keys(ahead, step, steps, d);
         const BFloat16* left = source.value + d / kAmxTileColumns * source.value_stride;
         _tile_loadd(6, left, 64);
         _tile_loadd(7, left + source.value_stride, 64);
@@ -210,12 +264,10 @@ class AmxWorker {
 
   // 32 keys of one cache block: a block holds a multiple of 32.
   Source in_place(int begin) const {
-    const int64_t block =
-        args_.block_table[request_ * args_.block_table_stride + begin / args_.block_size];
     const int64_t offset = begin % args_.block_size;
-    return {key_block(block) + offset * args_.head_size,
-            value_block(block) + offset * kAmxTileColumns,
-            int64_t{args_.block_size} * kAmxTileColumns};
+    return {keys_of(request_, kv_head_, begin),
+            value_block(block_of(request_, begin)) + offset * kAmxTileColumns,
+            int64_t{args_.block_size} * kAmxTileColumns, true};
   }
 
   // Copies up to 32 keys that the cache does not hold as the tiles need them (suffix rows, the end
@@ -238,7 +290,7 @@ class AmxWorker {
       // Groups of 16 tokens of K and pairs of tokens of V: what is copied too much at the end of
       // the context is overwritten or never counts.
       std::memcpy(keys + int64_t{run.column} * head_size,
-                  key_block(run.index) + int64_t{run.offset} * head_size,
+                  key_block(run.index, kv_head_) + int64_t{run.offset} * head_size,
                   sizeof(BFloat16) * round_up(run.count, kAmxTileColumns) * head_size);
       const BFloat16* value = value_block(run.index);
       for (int d = 0; d < head_size; d += kAmxTileColumns) {
@@ -252,7 +304,7 @@ class AmxWorker {
       const int token = __builtin_ctzll(hidden);
       for (int d = 0; d < head_size; ++d) values[amx_value_offset(kAmxKeys, token, d)] = {};
     }
-    return {keys, values, int64_t{kAmxKeys} * kAmxTileColumns};
+    return {keys, values, int64_t{kAmxKeys} * kAmxTileColumns, false};
   }
 
   void copy_suffix(const KeyRun& run, BFloat16* keys, BFloat16* values) {
