@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the echo-vllm project
 //
-// x and weights in bfloat16 on AMX tiles, in the panels of packed_linear_avx512_bf16.cpp: 16 pairs
-// of the depth and 16 columns of a panel are a tile register as they lie there. Up to 32 rows walk
-// down a panel at a time, while what comes behind it is fetched; the next rows find it in the
-// cache. The rows of a tile are summed each by itself, over the depth from the first to the last.
+// x and weights in bfloat16 on AMX tiles. 16 pairs of the depth and 16 columns of a panel are a
+// tile register as they lie there. Up to 32 rows walk down a panel at a time, while what comes
+// behind it is fetched; the next rows find it in the cache. Whatever the number of rows, an output
+// is one sum over the whole depth: a row's result does not depend on the others in the batch, to
+// the last bit.
 #include "amx.h"
 #include "packed_linear_kernel.h"
 

@@ -162,6 +162,18 @@ def test_several_resting_requests_decode_in_tree_attention(
     assert 8 not in stock
 
 
+def test_attention_keeps_no_view_of_the_cache(tiny: TinyModel) -> None:
+    """vLLM takes the caches away when an engine ends; what its layers keep stays for longer."""
+    with tiny_engine(tiny, echo(tiny.head, 4, policy="topn")) as llm:
+        generate(llm, tiny_prompts(2), greedy(4))
+        made = runner(llm)
+        caches = {cache.untyped_storage().data_ptr() for cache in made.kv_caches}
+        impls = [x.impl for x in made.compilation_config.static_forward_context.values()]
+        assert any(isinstance(impl, EchoCPUAttentionImpl) for impl in impls)
+        kept = filter(is_dense, tree_leaves([list(vars(impl).values()) for impl in impls]))
+        assert not caches & {tensor.untyped_storage().data_ptr() for tensor in kept}
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Shape]:
     """A tiny model with a vocabulary that shows in the size of tensors."""

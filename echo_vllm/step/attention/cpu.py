@@ -78,10 +78,6 @@ class EchoCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
 class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
     """See `TreeAttentionImpl`."""
 
-    _cache: torch.Tensor | None = None
-    """The layer's whole cache, and its halves."""
-    _halves: tuple[torch.Tensor, torch.Tensor]
-
     def forward(
         self,
         layer: Any,
@@ -108,7 +104,7 @@ class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
         ops.cpu_attn_reshape_and_cache(
             key,
             value,
-            *self._halves_of(kv_cache),
+            *halves_of(kv_cache),
             slot_mapping,
             layer.isa,
             layer._k_scale_float,
@@ -116,17 +112,8 @@ class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
             self.kv_cache_dtype,
         )
 
-    def _halves_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a cache [num_blocks, KVH, block_size, 2 * D], as views
-        [num_blocks, KVH, block_size, D]."""
-        if self._cache is not kv_cache:
-            num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
-            key, value = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
-            self._cache, self._halves = kv_cache, (key, value)
-        return self._halves
-
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
-        key, value = self._halves_of(kv_cache)
+        key, value = halves_of(kv_cache)
         if not self.is_fp8_kv_cache:
             return Pages(key, value, layer.isa)
         scales = layer._k_scale_float, layer._v_scale_float
@@ -141,6 +128,14 @@ class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
         if not self.is_fp8_kv_cache:
             return key, value
         return through_fp8(key, value, layer._k_scale_float, layer._v_scale_float)
+
+
+def halves_of(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a cache [num_blocks, KVH, block_size, 2 * D], as views
+    [num_blocks, KVH, block_size, D]."""
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    key, value = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, -1).unbind(2)
+    return key, value
 
 
 def through_fp8(
