@@ -51,7 +51,7 @@ const PackedLinearKernel& packed_linear_kernel_avx2();
 const PackedLinearKernel& packed_linear_kernel_avx512();
 // For bfloat16 x.
 const PackedLinearKernel& packed_linear_kernel_avx512_bf16();
-const PackedLinearKernel& packed_linear_kernel_amx();  // the same panels
+const PackedLinearKernel& packed_linear_kernel_amx();
 #endif
 
 }  // namespace echo_vllm::cpu

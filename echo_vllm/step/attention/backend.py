@@ -198,6 +198,12 @@ class TreeAttentionImpl(_Impl):
         """Tokens that a sliding window holds, the row's own among them; 0 without a window."""
         raise NotImplementedError
 
+    def keep(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
+    ) -> None:
+        """Write new rows to the cache, before anything attends, where `forward` has to do so
+        (`forward_includes_kv_cache_update`)."""
+
     def as_cached(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +224,7 @@ class TreeAttentionImpl(_Impl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See vLLM's `AttentionImpl.forward` for shapes; rows of padding may follow the batch's."""
+        self.keep(layer, key, value, kv_cache)
         if attn_metadata is None:
             # A forward that warms up or is timed. vLLM's CPU leaves what was in memory there, and
             # experts would be chosen by it.

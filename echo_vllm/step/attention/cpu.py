@@ -78,42 +78,17 @@ class EchoCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
 class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
     """See `TreeAttentionImpl`."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+    def keep(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
+    ) -> None:
         slots = get_forward_context().slot_mapping.get(layer.layer_name)
         if slots is not None and layer.kv_sharing_target_layer_name is None:
             self.do_kv_cache_update(layer, key, value, kv_cache, slots)
-        return super().forward(layer, query, key, value, kv_cache, *args, **kwargs)
-
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        ops.cpu_attn_reshape_and_cache(
-            key,
-            value,
-            *halves_of(kv_cache),
-            slot_mapping,
-            layer.isa,
-            layer._k_scale_float,
-            layer._v_scale_float,
-            self.kv_cache_dtype,
-        )
 
     def pages(self, layer: Any, kv_cache: torch.Tensor) -> Pages:
-        key, value = halves_of(kv_cache)
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, -1)
+        key, value = halves.unbind(2)
         if not self.is_fp8_kv_cache:
             return Pages(key, value, layer.isa)
         scales = layer._k_scale_float, layer._v_scale_float
@@ -128,14 +103,6 @@ class EchoCPUAttentionImpl(TreeAttentionImpl, CPUAttentionBackendImpl):
         if not self.is_fp8_kv_cache:
             return key, value
         return through_fp8(key, value, layer._k_scale_float, layer._v_scale_float)
-
-
-def halves_of(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of a cache [num_blocks, KVH, block_size, 2 * D], as views
-    [num_blocks, KVH, block_size, D]."""
-    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    key, value = kv_cache.view(num_blocks, num_kv_heads, 2, block_size, -1).unbind(2)
-    return key, value
 
 
 def through_fp8(
